@@ -1,0 +1,863 @@
+"""A pose is 22 rotations; 80 code words say it.
+
+A language model reads and writes words. To let it speak of bodies, a pose is spelled with N words out of a vocabulary
+of K (UniPose §3.1). A VQ-VAE finds that spelling: an encoder turns the 22 joints into N vectors, each is replaced by
+the nearest of K learned code vectors, whose *number* is the word, and a decoder turns code vectors back into a pose.
+
+    22 rotations           N latents              N ids              N code vectors        22 rotations
+    (B,22,3,3)             (B,C,N)                (B,N)              (B,C,N)               (B,22,3,3)
+    pelvis   R0   ─6D─►    ░▒░▓░ … ▒   nearest    812 7 1290 … 44    ▓░▒░▒ … ░   ─────►    pelvis   R0'
+    left_hip R1  encoder   ▒░▓░░ … ░  ─ of K ──►        │            ░▒▓░▒ … ▓  decoder    left_hip R1'
+    ⋮                                                   ▼                                  ⋮
+                                          what the language model sees
+
+"Nearest" has no gradient. Two old tricks get around it: backwards, the quantizer pretends to be the identity
+(straight-through), and the codes follow the latents that chose them by moving averages, so they need no gradient.
+How wrong a pose is gets measured where people look: at rotations, at joints, and at the skin of a posed body.
+
+Letters: B batch, J=22 joints, N pose tokens (80), K codes (2048), C numbers in a code, V body vertices, F triangles.
+A pose is `rotmat (…,22,3,3)`: root first, then SMPL's joints 1-21, each relative to its parent. Body frame: metres,
+y up, +z front, +x the person's left, pelvis at the origin.
+
+Also here, because every other file needs it: the user's mistakes, flags from dataclasses, safe files, rotations,
+bodies, a small renderer, pose files.
+
+    python tokenizer.py                          # one pose through everything below, and a picture of it
+    python tokenizer.py --pose walk.npz:120      # frame 120 of an AMASS sequence
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import inspect
+import io
+import math
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import sys
+import typing
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+from torch import distributed, nn
+
+
+# ---- 1. What every script shares: mistakes, flags, files ------------------------------------------------------------
+class Mistake(Exception):
+    """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
+
+
+def reason(error):
+    """The first line of what an exception says: libraries like to go on."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises `Mistake` instead of printing its usage and leaving."""
+
+    def error(self, message):
+        raise Mistake(f"{message} (--help lists the flags)")
+
+
+def cli(Config, argv=None):
+    """Turns the dataclass `Config` into flags and parses argv (None: the command line). -> a Config.
+
+    The comment behind a field is its help text. bool: --x / --no-x; list[str]: repeat the flag. Raises Mistake.
+    """
+    about = (sys.modules[Config.__module__].__doc__ or "").strip().split("\n\n")[0]
+    parser = Parser(description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # the source is the only place that knows comments; one line per field keeps this a one-line pattern
+    comments = dict(re.findall(r"^ +(\w+) *:[^#\n]*#\s*(.*?)\s*$", inspect.getsource(Config), re.M))
+    kinds = typing.get_type_hints(Config)                  # types, also where annotations are strings
+    for field in dataclasses.fields(Config):
+        kind, default = kinds[field.name], field.default
+        text = comments.get(field.name, "").replace("%", "%%")  # argparse formats its help
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is list:
+            how, text, default = dict(action="append", metavar="X"), text + " (may be repeated)", None
+        else:
+            how = dict(type=kind, metavar=kind.__name__.upper())
+        shown = "" if default in (None, "") else f" [{default}]"
+        parser.add_argument("--" + field.name, help=text + shown, default=argparse.SUPPRESS, **how)
+    known, unknown = parser.parse_known_args(argv)         # so that a typing error can be answered
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise Mistake(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
+    return Config(**vars(known))                           # absent flags keep the dataclass's defaults
+
+
+def script(main):
+    """Runs main(). A Mistake (or a full disk) becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except (Mistake, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if not (full or isinstance(error, Mistake)):
+            raise
+        print("error: no space left to write the output: free some" if full else f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None                    # what a shell expects after Ctrl-C
+
+
+def _remove(path):
+    """Deletes a file or a folder; nothing there is fine."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)            # cleaning up must not hide the first error
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving(path):
+    """`with saving(path) as new:` write a file (or a folder) at `new`; it takes the name `path` only when complete.
+
+    Whatever goes wrong, nothing half-written stays behind. A failed write raises Mistake.
+    """
+    path = pathlib.Path(path)
+    new = path.with_name(f".{os.getpid()}-{path.name}")    # same folder (a rename must not cross disks), same suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        old = path.with_name(f".{os.getpid()}-old-{path.name}")
+        if path.is_dir():                                  # a folder cannot take the place of a full one
+            os.replace(path, old)
+        os.replace(new, path)
+        _remove(old)
+    except BaseException as error:                         # Ctrl-C as well
+        _remove(new)
+        # safetensors and torch.save report a full disk as errors of their own kinds
+        if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
+            raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
+        raise
+
+
+# ---- 2. The skeleton: 22 joints --------------------------------------------------------------------------------------
+JOINTS = ("pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot "
+          "right_foot neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow "
+          "left_wrist right_wrist").split()
+PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]
+SWAP = {"left": "right", "right": "left"}
+MIRROR = [JOINTS.index(re.sub("left|right", lambda side: SWAP[side[0]], name)) for name in JOINTS]
+
+
+# ---- 3. Rotations ----------------------------------------------------------------------------------------------------
+def aa_to_matrix(aa):
+    """Axis-angle (...,3), radians -> rotation matrices (...,3,3). Rodrigues' formula, smooth at 0."""
+    angle = torch.linalg.vector_norm(aa, dim=-1)[..., None, None]  # its gradient at 0 is 0, not nan
+    x, y, z = aa.unbind(-1)
+    o = torch.zeros_like(x)
+    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))  # K v = axis x v
+    # torch.sinc is sin(pi x)/(pi x): it has the limits at 0 built in, where sin(t)/t would be 0/0
+    first, second = torch.sinc(angle / math.pi), 0.5 * torch.sinc(angle / (2 * math.pi)) ** 2
+    return torch.eye(3, dtype=aa.dtype, device=aa.device) + first * K + second * (K @ K)
+
+
+def matrix_to_quaternion(matrix):
+    """Rotation matrices (...,3,3) -> unit quaternions (...,4), w x y z, w >= 0.
+
+    4 q qᵀ is linear in R. Each of its rows is q times a factor; the row with the largest factor is the one to trust,
+    at any angle (a formula that starts from w alone loses the sign near pi).
+    """
+    a, b, c, d, e, f, g, h, i = matrix.flatten(-2).unbind(-1)
+    rows = torch.stack([1 + a + e + i, h - f, c - g, d - b,
+                        h - f, 1 + a - e - i, b + d, c + g,
+                        c - g, b + d, 1 - a + e - i, f + h,
+                        d - b, c + g, f + h, 1 - a - e + i], -1).unflatten(-1, (4, 4))
+    best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, 4)
+    q = F.normalize(rows.gather(-2, best).squeeze(-2), dim=-1)  # length at least 1: smooth everywhere
+    return torch.where(q[..., :1] < 0, -q, q)              # q and -q are the same rotation
+
+
+def matrix_to_aa(matrix):
+    """Rotation matrices (...,3,3) -> axis-angle (...,3), angle in [0, pi]."""
+    w, xyz = matrix_to_quaternion(matrix).split([1, 3], -1)  # cos(angle/2), axis sin(angle/2)
+    sine = torch.linalg.vector_norm(xyz, dim=-1, keepdim=True)
+    tiny = sine < 1e-7                                     # there angle/sine is 2; the other branch would give nan
+    return xyz * torch.where(tiny, 2.0, 2 * torch.atan2(sine, w) / torch.where(tiny, 1.0, sine))
+
+
+def matrix_to_sixd(matrix):
+    """(...,3,3) -> (...,6): the first two ROWS, as in the official release (others keep columns)."""
+    return matrix[..., :2, :].flatten(-2)                  # continuous, unlike any set of three numbers
+
+
+def sixd_to_matrix(sixd):
+    """(...,6) any two rows -> (...,3,3): Gram-Schmidt makes them orthonormal, their cross product is the third."""
+    first = F.normalize(sixd[..., :3], dim=-1)
+    second = sixd[..., 3:] - (first * sixd[..., 3:]).sum(-1, keepdim=True) * first  # what is across the first
+    second = F.normalize(second, dim=-1)
+    return torch.stack([first, second, torch.linalg.cross(first, second)], -2)
+
+
+def mirror(rotmat):
+    """The pose (...,22,3,3) as seen in a mirror: left and right joints change places, M R M with M = diag(-1,1,1)."""
+    sign = torch.tensor([-1.0, 1.0, 1.0], dtype=rotmat.dtype, device=rotmat.device)
+    return rotmat[..., MIRROR, :, :] * sign[:, None] * sign  # M R M, element by element
+
+
+def kinematics(rotmat, rest):
+    """Walks the tree from the pelvis out. rotmat (...,22,3,3), rest joints (22,3).
+
+    -> rotations in the body frame (...,22,3,3), joints (...,22,3) with the pelvis where it rests.
+    """
+    turns, places = [rotmat[..., 0, :, :]], [rest[0].expand(*rotmat.shape[:-3], 3)]
+    for j, parent in enumerate(PARENTS[1:], 1):
+        turns.append(turns[parent] @ rotmat[..., j, :, :])  # (...,3,3)
+        places.append(places[parent] + turns[parent] @ (rest[j] - rest[parent]))  # (...,3), carried by its parent
+    return torch.stack(turns, -3), torch.stack(places, -2)  # (...,22,3,3), (...,22,3)
+
+
+def forward_kinematics(rotmat, rest):
+    """rotmat (...,22,3,3), rest (22,3) metres -> joints (...,22,3), pelvis at 0. Differentiable."""
+    return kinematics(rotmat, rest - rest[0])[1]
+
+
+# ---- 4. The body -----------------------------------------------------------------------------------------------------
+class Pickled:
+    """Stands in for the chumpy and scipy objects inside an SMPL pickle: keeps their state, runs none of their code."""
+
+    def __init__(self, *arguments):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        """The numbers that the object held."""
+        state = {key: plain(value) for key, value in self.state.items()}
+        if "indptr" in state:                              # scipy's compressed columns -> a dense matrix
+            dense = np.zeros(tuple(state.get("_shape", state.get("shape"))))
+            columns = np.repeat(np.arange(dense.shape[1]), np.diff(state["indptr"]))
+            np.add.at(dense, (state["indices"], columns), state["data"])
+            return dense
+        if "idxs" in state:                                # chumpy's Select: chosen elements of another array
+            return state["a"].ravel()[state["idxs"]].reshape(state["preferred_shape"])
+        return state["x"]                                  # chumpy's plain array
+
+
+def plain(value):
+    """A Pickled stand-in -> its array; anything else as it is."""
+    return value.array() if isinstance(value, Pickled) else value
+
+
+def latin1(text, encoding="latin1"):
+    """How Python 3 pickles bytes under protocol 2."""
+    return text.encode("latin1")
+
+
+RECONSTRUCT = np.ndarray(0).__reduce__()[0]                # numpy's own maker of empty arrays, wherever it lives now
+ALLOWED = {
+    "chumpy.ch Ch": Pickled, "chumpy.reordering Select": Pickled,
+    "scipy.sparse.csc csc_matrix": Pickled, "scipy.sparse._csc csc_matrix": Pickled,
+    "numpy.core.multiarray _reconstruct": RECONSTRUCT, "numpy._core.multiarray _reconstruct": RECONSTRUCT,
+    "numpy ndarray": np.ndarray, "numpy dtype": np.dtype, "__builtin__ set": set, "_codecs encode": latin1,
+}
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Reads the arrays of an SMPL .pkl. A pickle is a program; this one may call nothing outside ALLOWED."""
+
+    def find_class(self, module, name):
+        if f"{module} {name}" not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+        return ALLOWED[f"{module} {name}"]
+
+
+def read_arrays(path, wanted):
+    """The arrays named `wanted` that a .npz, .npy (then named "") or SMPL .pkl holds -> {name: array}. Raises Mistake.
+
+    Nothing in the file is executed, and entries that are not wanted are not even looked at.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise Mistake(f"no file {path}: check the path")
+    try:
+        if path.suffix.lower() == ".pkl":
+            with open(path, "rb") as file:
+                entries = SafeUnpickler(file, encoding="latin1").load()
+            return {name: np.asarray(plain(entries[name])) for name in wanted if name in entries}
+        entries = np.load(path, allow_pickle=False)        # object arrays are pickles: refused
+        if isinstance(entries, np.ndarray):
+            return {"": entries}
+        with entries:
+            return {name: entries[name] for name in wanted if name in entries.files}
+    except Exception as error:                             # a damaged file can raise nearly anything
+        raise Mistake(f"cannot read {path}: {reason(error)}. Is it a complete {path.suffix} file of plain arrays?"
+                      ) from error
+
+
+BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_regressor": ("J", "V"),
+               "kintree_table": (2, "J"), "posedirs": ("V", 3, "P")}
+
+
+def read_body(path):
+    """Reads and checks one body file -> its arrays, sizes agreeing. Raises Mistake."""
+    arrays, sizes = read_arrays(path, BODY_SHAPES), {}
+    for name, shape in BODY_SHAPES.items():
+        if name not in arrays:
+            raise Mistake(f"{path} holds no {name}: give an SMPL, SMPL-H or SMPL-X model file")
+        found = arrays[name].shape                         # a letter takes the first size met, then holds it
+        fits = len(found) == len(shape) and all(sizes.setdefault(s, n) == n if isinstance(s, str) else s == n
+                                                for s, n in zip(shape, found))
+        if not fits or arrays[name].dtype.kind not in "iuf" or not np.isfinite(arrays[name]).all():
+            raise Mistake(f"{name} in {path} is {found} {arrays[name].dtype}, not {shape} finite numbers that fit "
+                          "the rest: the file is damaged or not a body model")
+    parents = arrays["kintree_table"][0].astype(np.int64)  # the root's is 2^32-1 or -1: never read
+    if sizes["J"] < 24 or sizes["P"] != 9 * (sizes["J"] - 1) or parents[1:22].tolist() != PARENTS[1:]:
+        raise Mistake(f"{path} has another skeleton ({sizes['J']} joints): SMPL, SMPL-H and SMPL-X are read")
+    if arrays["f"].min() < 0 or arrays["f"].max() >= sizes["V"] or (parents[1:] >= np.arange(1, sizes["J"])).any():
+        raise Mistake(f"{path} points at vertices or joints that it does not have: the file is damaged")
+    return arrays, parents
+
+
+def smpl_layout(arrays, parents):
+    """Any of the body families -> SMPL's own layout of 24 joints, so that one code path poses them all.
+
+    Fingers and face do not move here: whatever hangs on a wrist joins SMPL's rigid hand, jaw and eyes join the head.
+    """
+    home = list(range(22))                                 # where each joint of the file goes among the 24
+    for parent in parents[22:]:
+        home.append({20: 22, 21: 23}.get(home[parent], home[parent]))
+    weights = np.zeros((len(arrays["v_template"]), 24))
+    np.add.at(weights.T, home, arrays["weights"].T)        # several fingers add up in one place
+    first = [home.index(j) for j in range(24)]             # rigid hands: any knuckle does as their joint
+    posedirs = np.zeros((len(weights), 3, 207))
+    posedirs[:, :, :189] = arrays["posedirs"][:, :, :189]  # 9 numbers for each of the 21 body joints; hands stay zero
+    return {"v_template": arrays["v_template"], "f": arrays["f"].astype(np.int64), "weights": weights,
+            "J_regressor": arrays["J_regressor"][first], "posedirs": posedirs,
+            "shapedirs": np.zeros((len(weights), 3, 10)),  # betas are always zero: the mean person
+            "kintree_table": np.array([PARENTS + [20, 21], range(24)])}
+
+
+def vertex_area(template, faces):
+    """How much skin a vertex stands for -> (V,): the sum of its triangles' areas, scaled to 0..1 each."""
+    a, b, c = template[faces].unbind(1)
+    areas = torch.linalg.cross(b - a, c - a).norm(dim=-1)
+    areas = (areas - areas.min()) / (areas.max() - areas.min())  # the smallest triangle counts nothing
+    return torch.zeros_like(template[:, 0]).index_add_(0, faces.flatten(), areas.repeat_interleave(3))
+
+
+class Body(nn.Module):
+    """A skinned human of mean shape: rest (22,3), template (V,3), both from the pelvis; faces (F,3), weights (V,24)."""
+
+    def __init__(self, arrays, name=""):
+        super().__init__()
+        import smplx  # slow to import: only who poses pays
+
+        spots = ("nose", "reye", "leye", "rear", "lear")   # smplx wants five face vertices by name; we read none
+        with contextlib.redirect_stdout(io.StringIO()):    # it prints remarks about shape coefficients
+            self.smpl = smplx.SMPL("", data_struct=smplx.utils.Struct(**arrays), vertex_ids=dict.fromkeys(spots, 0),
+                                   use_hands=False, use_feet_keypoints=False)
+        self.smpl.requires_grad_(False)                    # a ruler, not a part that learns
+        self.name = name
+        rest = arrays["J_regressor"] @ arrays["v_template"]
+        mine = {"rest": rest[:22] - rest[0], "template": arrays["v_template"] - rest[0], "weights": arrays["weights"],
+                "posedirs": arrays["posedirs"][:, :, :189]}
+        for key, array in mine.items():                    # not persistent: checkpoints must not carry licensed bodies
+            self.register_buffer(key, torch.as_tensor(array, dtype=torch.float32), persistent=False)
+        self.register_buffer("faces", torch.as_tensor(arrays["f"]), persistent=False)
+        self.register_buffer("area", vertex_area(self.template, self.faces), persistent=False)
+
+    def forward(self, rotmat):
+        """rotmat (B,22,3,3) -> joints (B,22,3), vertices (B,V,3), metres, pelvis at the origin. Posed by smplx."""
+        hands = torch.eye(3, dtype=rotmat.dtype, device=rotmat.device).expand(len(rotmat), 2, 3, 3)
+        posed = self.smpl(global_orient=rotmat[:, :1], body_pose=torch.cat([rotmat[:, 1:], hands], 1),
+                          betas=rotmat.new_zeros(len(rotmat), 10), pose2rot=False)
+        pelvis = posed.joints[:, :1]                       # (B,1,3) where the file puts it, and none of ours
+        return posed.joints[:, :22] - pelvis, posed.vertices - pelvis
+
+    def joints(self, rotmat):
+        """rotmat (...,22,3,3) -> joints (...,22,3): the skeleton alone, much faster than the skin."""
+        return forward_kinematics(rotmat, self.rest)
+
+    def skin(self, rotmat, chosen):
+        """Linear blend skinning of the vertices `chosen` (n,) only: rotmat (B,22,3,3) -> joints (B,22,3), (B,n,3).
+
+        The same numbers as smplx, for a training step that cannot afford every vertex (SMPL paper, equations 2-9).
+        """
+        turns, joints = kinematics(rotmat, self.rest)                                        # (B,22,3,3), (B,22,3)
+        bent = (rotmat[:, 1:] - torch.eye(3, device=rotmat.device)).flatten(1)               # (B,189)
+        shape = self.template[chosen] + torch.einsum("bp,nkp->bnk", bent, self.posedirs[chosen])         # (B,n,3)
+        weights = self.weights[chosen, :22].clone()
+        weights[:, 20:] += self.weights[chosen, 22:]                                         # hands follow the wrists
+        shift = joints - (turns @ self.rest[:, :, None]).squeeze(-1)                         # (B,22,3)
+        turn = torch.einsum("nj,bjkl->bnkl", weights, turns)                                 # (B,n,3,3) blended
+        return joints, (turn @ shape[..., None]).squeeze(-1) + weights @ shift               # (B,n,3)
+
+
+def load_body(path=""):
+    """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises Mistake."""
+    path = pathlib.Path(path or pathlib.Path(__file__).parent / "assets" / "body.npz")
+    return Body(smpl_layout(*read_body(path)), path.stem)
+
+
+# ---- 5. The renderer -------------------------------------------------------------------------------------------------
+LIGHT = np.array([-0.41, 0.68, 0.60])                      # length 1: from above, the picture's left, the front
+DISTANCE, PITCH = 5.0, 0.16                                # camera: metres from the person, radians looking down
+CLOTHES = {"skin": (0.87, 0.68, 0.57), "hair": (0.20, 0.14, 0.11), "shirt": (0.93, 0.91, 0.86),
+           "trousers": (0.47, 0.50, 0.56), "shoes": (0.26, 0.26, 0.29)}
+SIDES = {"left": (0.93, 0.47, 0.24), "right": (0.20, 0.52, 0.82)}                # the person's left warm, right cool
+
+
+def body_colors(body, sides=0.75, **clothes):
+    """One colour for each vertex -> (V,3) in 0..1: dressed, dark hair, so that front, back, left and right tell apart.
+
+    clothes: any entry of CLOTHES, as rgb. sides: how strongly the limbs take the tint of their side (0: not at all).
+    """
+    clothes = {**CLOTHES, **clothes}
+    # what each joint wears; those not named here wear the shirt
+    wear = dict.fromkeys(("pelvis", "hip", "knee"), "trousers") | dict.fromkeys(("ankle", "foot"), "shoes")
+    wear |= dict.fromkeys(("neck", "head", "wrist", "hand"), "skin")
+    palette = []
+    for name in JOINTS + ["left_hand", "right_hand"]:
+        side, _, part = name.rpartition("_")
+        color = np.array(clothes[wear.get(part, "shirt")])
+        limb = side in SIDES and part in ("hip", "knee", "shoulder", "elbow")  # hands and feet stay natural
+        palette.append(color + sides * limb * (SIDES.get(side, color) - color))
+    share = body.weights.cpu().numpy() ** 3                # cubed: hems half as wide as the skin's own blending
+    colors = share @ np.array(palette) / share.sum(1, keepdims=True)
+    # the skull: hair behind the ears and above the forehead, skin in front
+    head, place = body.weights[:, 15].cpu().numpy() > 0.5, (body.template - body.rest[15]).cpu().numpy()
+    tall = place[head, 1].max()                            # from the head joint to the crown, metres
+    hair = head & (place[:, 1] > 0.15 * tall) & (place[:, 2] < 0.05 - 0.9 * (0.85 * tall - place[:, 1]).clip(0))
+    colors[hair | (head & (place[:, 1] > 0.82 * tall))] = clothes["hair"]
+    return colors
+
+
+def turn_y(angle):
+    """Rotation by `angle` radians about the vertical: a person who faced +z then faces +x for angle = pi/2."""
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+
+
+def camera(points, frame, size, zoom, shift):
+    """Points (n,3) seen by the camera -> pixels (n,2), depth (n,), larger is nearer; `frame` (m,3) is what must fit.
+
+    The frame fills three quarters of the picture's width, or 0.92 of its height, whichever comes first.
+    """
+    c, s = math.cos(PITCH), math.sin(PITCH)
+    down = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    middle = (frame.min(0) + frame.max(0)) / 2             # the camera looks at it from DISTANCE
+
+    def project(at):
+        x, y, z = ((at - middle) @ down.T).T
+        return np.stack([x, -y], 1) * (DISTANCE / (DISTANCE - z))[:, None], z  # mild perspective: near limbs are larger
+
+    flat, _ = project(frame)                               # metres in the picture's plane
+    low, high = flat.min(0), flat.max(0)
+    scale = zoom * size * min(0.75 / (high[0] - low[0]), 0.92 / (high[1] - low[1]))
+    flat, depth = project(points)
+    return (flat - (low + high) / 2) * scale + (np.array(shift) + 0.5) * size, depth
+
+
+def shadow(canvas, pixels):
+    """Darkens the floor under the person: the vertices dropped onto it, counted on a coarse grid, blurred."""
+    size, grid = canvas.width, 64
+    cells = np.clip(pixels * grid / size, 0, grid - 1).astype(int)
+    counts = np.bincount(cells[:, 1] * grid + cells[:, 0], minlength=grid * grid).reshape(grid, grid)
+    # saturating: a leg seen from above holds few vertices, but its shadow is as dark as the torso's
+    soft = 100 * (1 - np.exp(-counts * 700 / len(pixels)))
+    mask = Image.fromarray(soft.astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.3)).resize((size, size), 2)
+    canvas.paste((40, 40, 50), mask=mask)
+
+
+def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236, 240), zoom=1.0, shift=(0.0, 0.0),
+           floor=True, light=LIGHT):
+    """Draws a mesh: vertices (V,3) y up, faces (F,3), colors (V,3) in 0..1 -> picture (size,size,3) uint8.
+
+    heading: radians that the person is turned about the vertical (0: faces the camera; pi/2: faces the right edge).
+    background: an rgb colour (0..255) or a picture (size,size,3). zoom, shift: framing noise (factor, share of size).
+    light: unit vector to the lamp.
+    Painter's algorithm: triangles facing us, far ones first, drawn twice as large and averaged down.
+    """
+    vertices, faces = np.asarray(vertices, np.float64) @ turn_y(heading).T, np.asarray(faces)
+    corners = vertices[faces]                                                     # (F,3,3)
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # longer where larger
+    # a vertex's normal: the sum over its triangles, so that large ones count more
+    smooth = np.stack([np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), len(vertices)) for k in range(3)], 1)
+    smooth /= np.linalg.norm(smooth, axis=1, keepdims=True) + 1e-12
+    lit = 0.5 + 0.5 * smooth @ light                       # half Lambert: no side is black
+    shaded = np.asarray(colors) * (0.30 + 0.80 * lit ** 1.5)[:, None]
+    pixels, depth = camera(vertices, vertices, 2 * size, zoom, shift)
+    seen = pixels[faces]                                                          # (F,3,2)
+    one, two = seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0]
+    front = np.flatnonzero(one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0] < 0)     # counter-clockwise, y now down
+    front = front[np.argsort(depth[faces[front]].sum(1))]  # farthest first
+    inks = (255 * shaded[faces[front]].mean(1).clip(0, 1)).astype(int) @ [1, 256, 65536]  # Pillow's packed rgb
+    canvas = Image.new("RGB", (2 * size, 2 * size), tuple(background) if np.ndim(background) == 1 else None)
+    if np.ndim(background) > 1:
+        canvas.paste(Image.fromarray(np.asarray(background, np.uint8)).resize(canvas.size))
+    if floor:
+        dropped = vertices * [1, 0, 1] + [0, vertices[:, 1].min(), 0]  # lowest point = floor
+        shadow(canvas, camera(dropped, vertices, 2 * size, zoom, shift)[0])
+    draw = ImageDraw.Draw(canvas)
+    for points, ink in zip(seen[front].reshape(-1, 6).tolist(), inks.tolist()):
+        draw.polygon(points, fill=ink)
+    return np.asarray(canvas.reduce(2))                    # averaging smooths the edges
+
+
+# ---- 6. Pose files ---------------------------------------------------------------------------------------------------
+UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
+
+
+def as_rotations(array, where):
+    """Numbers of one pose, (22,3,3), (66,), (22,3) or (72,) -> rotmat (22,3,3) float32, exactly orthonormal.
+
+    Rotations stored in bfloat16 are off by up to 4e-3; up to 1e-2 is mended (nearest rotation), more is a Mistake.
+    """
+    if array.dtype.kind not in "iuf":
+        raise Mistake(f"{where} holds {array.dtype}, not numbers: give rotation matrices or axis-angles")
+    if array.shape not in {(22, 3, 3), (66,), (22, 3), (72,)}:
+        raise Mistake(f"{where} has the shape {array.shape}: one pose is (22,3,3), or axis-angle (66,), (22,3), (72,)")
+    pose = torch.as_tensor(array.astype(np.float64))
+    if not (pose.abs() < 1000).all():                      # false for NaN too; no angle in radians is that large
+        raise Mistake(f"{where} has NaN, infinite or huge numbers in it: a pose is 22 rotations, in radians")
+    if pose.dim() < 3:
+        return aa_to_matrix(pose.reshape(-1, 3)[:22]).float()  # 72: SMPL's two hand joints are dropped
+    gap = (pose @ pose.mT - torch.eye(3)).abs().amax((1, 2))
+    bad = torch.nonzero((gap > 1e-2) | (torch.linalg.det(pose) < 0)).flatten().tolist()
+    if bad:
+        raise Mistake(f"{where} is not made of rotations: matrix {bad[0]} ({JOINTS[bad[0]]}) is not orthonormal "
+                      "with determinant 1")
+    left, _, right = torch.linalg.svd(pose)
+    return (left @ right).float()                          # the nearest rotation, in the least-squares sense
+
+
+def read_pose(path):
+    """Reads one pose -> rotmat (22,3,3). Raises Mistake on a file that is missing, damaged, or not one pose.
+
+    .npy: (22,3,3), or axis-angle (66,), (22,3), (72,), body frame (y up).
+    .npz: AMASS keys (`poses`, or `root_orient` + `pose_body`), z up, turned to y up here. `walk.npz:120` is frame 120.
+    """
+    path, _, frame = str(path).rpartition(":") if re.search(r"\.npz:\d+$", str(path)) else (path, "", "")
+    arrays = read_arrays(path, ("poses", "root_orient", "pose_body"))
+    if "" in arrays:
+        return as_rotations(arrays[""], path)
+    if {"root_orient", "pose_body"} <= arrays.keys():
+        root, limbs = arrays["root_orient"], arrays["pose_body"]
+        if root.shape != (len(root), 3) or limbs.shape != (len(root), 63):
+            raise Mistake(f"{path}: root_orient must be (frames,3) and pose_body (frames,63), as in AMASS")
+        poses = np.concatenate([root, limbs], 1)
+    elif "poses" in arrays and arrays["poses"].ndim == 2 and arrays["poses"].shape[1] >= 66:
+        poses = arrays["poses"][:, :66]
+    else:
+        raise Mistake(f"{path} holds no motion: poses (frames, 66 or more) is needed, as in AMASS")
+    if int(frame or 0) >= len(poses):
+        raise Mistake(f"{path} has no frame {frame or 0}: it holds {len(poses)}, counted from 0")
+    if not frame and len(poses) > 1:
+        raise Mistake(f"{path} holds {len(poses)} frames, and one pose is wanted: name the frame, as in {path}:0")
+    rotmat = as_rotations(poses[int(frame or 0)], path)
+    rotmat[0] = UP @ rotmat[0]
+    return rotmat
+
+
+def write_pose(path, rotmat):
+    """Writes rotmat (22,3,3) as a one-frame AMASS .npz (z up); `read_pose` gives the pose back. Raises Mistake."""
+    rotmat = rotmat.detach().cpu().double().clone()        # AMASS stores doubles
+    rotmat[0] = UP.double().T @ rotmat[0]
+    poses = np.zeros((1, 156))                             # SMPL-H: 52 joints, the fingers at rest
+    poses[0, :66] = matrix_to_aa(rotmat).flatten()
+    with saving(path) as new, open(new, "wb") as file:
+        np.savez(file, poses=poses, trans=np.zeros((1, 3)), betas=np.zeros(16), gender="neutral", mocap_framerate=30.0)
+
+
+# ---- 7. The tokenizer: encoder, quantizer, decoder -------------------------------------------------------------------
+@dataclasses.dataclass
+class TokenizerConfig:
+    """Sizes of a PoseTokenizer; the defaults are the paper's."""
+    hidden: int = 512  # channels of the convolutions
+    code_dim: int = 256  # numbers in one code
+    codes: int = 2048  # K, code words to choose from
+    upsample_step: int = 2  # how often the encoder doubles its 40 places: 2 -> N=80 tokens, 1 -> 40, 0 -> 20
+    mu: float = 0.99  # memory of the codebook's moving averages
+
+    @property
+    def n_tokens(self):
+        """N: 40 places, doubled upsample_step times, halved once by the strided convolution."""
+        return 40 * 2 ** self.upsample_step // 2
+
+
+class ResUnit(nn.Module):
+    """x + conv1(conv3(x)), a ReLU before each: looks `dilation` tokens to both sides."""
+
+    def __init__(self, width, dilation):
+        super().__init__()
+        self.conv1 = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
+        self.conv2 = nn.Conv1d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B,width,N)
+
+
+class ResBlock(nn.Module):
+    """Two units, the wide one first: dilation 3, then 1, in encoder and decoder alike, as officially."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.model = nn.Sequential(ResUnit(width, 3), ResUnit(width, 1))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def stretch(lengths, width):
+    """For each length: resize the axis to it by repeating neighbours, then convolve."""
+    layers = []
+    for length in lengths:
+        layers += [nn.Upsample(size=length), nn.Conv1d(width, width, 3, padding=1), nn.ReLU()]
+    return layers
+
+
+class Encoder(nn.Module):
+    """22 joints of 6 numbers -> N latents. The attribute repeats the class's name: official weights load by it."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, steps = config.hidden, range(config.upsample_step + 1)
+        self.encoder = nn.Sequential(
+            nn.Conv1d(6, width, 3, padding=1), nn.ReLU(), *stretch([40 * 2 ** k for k in steps], width),
+            nn.Conv1d(width, width, 4, stride=2, padding=1), ResBlock(width),
+            nn.Conv1d(width, config.code_dim, 3, padding=1))
+
+    def forward(self, sixd):
+        """sixd (B,22,6) -> latents (B,C,N)."""
+        return self.encoder(sixd.mT)                       # joints are the axis that convolutions slide along
+
+
+class Decoder(nn.Module):
+    """N code vectors -> 22 joints of 6 numbers, shrinking the axis in four even steps (80: 65, 51, 36, 22)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden
+        lengths = np.linspace(22, config.n_tokens, 4, endpoint=False).astype(int)[::-1].tolist()
+        self.decoder = nn.Sequential(
+            nn.Conv1d(config.code_dim, width, 3, padding=1), nn.ReLU(), *stretch(lengths, width),
+            ResBlock(width), nn.Conv1d(width, width, 3, padding=1), nn.Conv1d(width, 6, 3, padding=1))
+
+    def forward(self, latents):
+        """latents (B,C,N) -> sixd (B,22,6)."""
+        return self.decoder(latents).mT
+
+
+class Quantizer(nn.Module):
+    """Snaps each latent to the nearest of K codes; the codes follow the latents by moving averages, not by gradients.
+
+    All that training changes lives in buffers, so that a checkpoint resumes exactly (the official one keeps
+    only the codebook, and starts it again from the first batch).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.mu = config.mu
+        self.register_buffer("codebook", torch.zeros(config.codes, config.code_dim))
+        self.register_buffer("code_sum", torch.zeros(config.codes, config.code_dim))
+        self.register_buffer("code_count", torch.ones(config.codes))
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def nearest(self, latents):
+        """latents (B,C,N) -> ids (B,N): |x|² - 2 x·c + |c|², the lowest index wins a tie."""
+        x = latents.mT                                                                       # (B,N,C)
+        cost = x.square().sum(-1, keepdim=True) - 2 * x @ self.codebook.T + self.codebook.square().sum(1)
+        return cost.argmin(-1)                                                               # (B,N)
+
+    def forward(self, latents, generator=None, rows=None):
+        """latents (B,C,N) -> codes (B,C,N) with straight-through gradient, ids (B,N), {commit, perplexity, active}.
+
+        In training the codebook moves. rows (K,): which latents of the batch (counted row by row) fill the codebook
+        at the first step, and dead codes later; by default `generator` draws them.
+        """
+        flat = latents.detach().mT.flatten(0, 1)                                             # (B*N,C)
+        spare = self._spare(flat, generator, rows) if self.training else None                # (K,C)
+        if self.training and not self.initialised:
+            self.codebook.copy_(spare)                     # random codes would lie far from every latent
+            self.code_sum.copy_(spare)
+            self.initialised.fill_(True)
+        ids = self.nearest(latents.detach())                                                 # (B,N)
+        codes = self.codebook[ids].mT                                                        # (B,C,N)
+        counts = torch.bincount(ids.flatten(), minlength=len(self.codebook)).to(flat.dtype)  # (K,)
+        if self.training:
+            self._follow(flat, ids.flatten(), counts, spare)
+        share = counts / counts.sum()                      # `_follow` has added the other processes' counts
+        info = {"commit": F.mse_loss(latents, codes),
+                "perplexity": torch.exp(-(share * torch.log(share + 1e-7)).sum()),
+                "active": (counts > 0).to(flat.dtype).mean()}
+        return latents + (codes - latents).detach(), ids, info
+
+    def _spare(self, flat, generator, rows):
+        """K latents of this batch, to stand in for codes that nobody uses."""
+        (K, C), have = self.codebook.shape, len(flat)
+        if rows is None and have >= K:
+            rows = torch.randperm(have, generator=generator)[:K]
+        if rows is not None:
+            spare = flat[rows.to(flat.device)]
+        else:                                              # too few: take them again, a little apart from each other
+            rows = torch.randint(have, (K,), generator=generator)
+            noise = torch.randn(K, C, generator=generator) * 0.01 / math.sqrt(C)
+            spare = flat[rows.to(flat.device)] + noise.to(flat)
+        if distributed.is_initialized():
+            distributed.broadcast(spare, 0)                # all processes must keep one and the same codebook
+        return spare
+
+    def _follow(self, flat, ids, counts, spare):
+        """Each code -> the running mean of the latents that chose it; codes with a running count below 1 are dead."""
+        sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)  # (K,C)
+        if distributed.is_initialized():
+            distributed.all_reduce(sums)
+            distributed.all_reduce(counts)
+        self.code_sum.mul_(self.mu).add_(sums, alpha=1 - self.mu)
+        self.code_count.mul_(self.mu).add_(counts, alpha=1 - self.mu)
+        alive = (self.code_count >= 1)[:, None]            # (K,1)
+        self.codebook.copy_(torch.where(alive, self.code_sum / self.code_count[:, None], spare))
+
+
+class PoseTokenizer(nn.Module):
+    """A pose as N words of a vocabulary of K, and back: UniPose §3.1. Stays in float32: bfloat16 changes the words."""
+
+    def __init__(self, config=None):
+        super().__init__()
+        self.config = config or TokenizerConfig()
+        self.n_tokens = self.config.n_tokens
+        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
+        self.quantizer = Quantizer(self.config)
+
+    def forward(self, rotmat, generator=None, rows=None):
+        """rotmat (B,22,3,3) -> its reconstruction (B,22,3,3), ids (B,N), the quantizer's info. For training."""
+        latents = self.encoder(matrix_to_sixd(rotmat))                                       # (B,C,N)
+        codes, ids, info = self.quantizer(latents, generator, rows)                          # (B,C,N), (B,N)
+        return sixd_to_matrix(self.decoder(codes)), ids, info                                # (B,22,3,3)
+
+    @torch.no_grad()
+    def encode(self, rotmat):
+        """rotmat (B,22,3,3) -> ids (B,N)."""
+        return self.quantizer.nearest(self.encoder(matrix_to_sixd(rotmat.float())))
+
+    @torch.no_grad()
+    def decode(self, ids):
+        """ids (B,N) -> rotmat (B,22,3,3)."""
+        return sixd_to_matrix(self.decoder(self.quantizer.codebook[ids].mT))
+
+    @torch.no_grad()
+    def decode_soft(self, probs):
+        """probs (B,N,K), each query's distribution over the codes -> rotmat (B,22,3,3) of the average code vectors."""
+        return sixd_to_matrix(self.decoder((probs.float() @ self.quantizer.codebook).mT))
+
+
+# ---- 8. Training the tokenizer ---------------------------------------------------------------------------------------
+PARTS = [[1, 4, 7, 10], [2, 5, 8, 11], [3, 6, 9], [12, 15], [13, 16, 18, 20], [14, 17, 19, 21]]   # legs torso head arms
+NOISE = (0.01, 0.05, 0.1, 0.1, 0.5, 0.5)                   # radians, for each sixth of the run; the official steps
+
+
+def some_vertices(body, n=425, seed=0):
+    """n vertices, more where there is more surface; always the same ones -> indices (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(body.area.cpu(), n, generator=generator).to(body.faces.device)
+
+
+def tokenizer_loss(tokenizer, rotmat, body, chosen=None, noised=None, generator=None, rows=None):
+    """The paper's loss, 20 pose + 100 joints + 100 vertices + commitment. -> loss (), {name: weighted term or figure}.
+
+    rotmat (B,22,3,3): the target. noised: what the encoder sees instead. chosen (n,): pose only these vertices, drawn
+    by area (`some_vertices`), each counting the same; None: all of them, weighted by area, posed by smplx.
+    """
+    made, ids, info = tokenizer(rotmat if noised is None else noised, generator, rows)
+    if chosen is None:
+        weights, pose = body.area[:, None], body
+    else:
+        weights, pose = 1.0, lambda turns: body.skin(turns, chosen)
+    with torch.no_grad():
+        joints, vertices = pose(rotmat)                    # (B,22,3), (B,V or n,3)
+    made_joints, made_vertices = pose(made)                # gradients flow through the body into the decoder
+    terms = {"pose": 20 * F.mse_loss(made, rotmat), "joints": 100 * F.mse_loss(made_joints, joints),
+             "vertices": 100 * (weights * (made_vertices - vertices).square()).mean(), "commit": info["commit"]}
+    mpjpe = 1000 * (made_joints - joints).norm(dim=-1).mean()  # millimetres
+    figures = {"mpjpe": mpjpe, "perplexity": info["perplexity"], "active": info["active"]}
+    return sum(terms.values()), {k: v.detach() for k, v in (terms | figures).items()}
+
+
+def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
+    """Training noise: rotmat (B,22,3,3) -> what the encoder sees, and what it must answer, both (B,22,3,3).
+
+    root: turn the person, in input and target alike: up to 45 degrees about the vertical, 20 about the others.
+    parts: on half of the batch one limb, the torso or the head is disturbed in the input only, so that the code words
+    learn to mend poses; progress (0..1 of the run) sets how much.
+    """
+    B, uniform = len(rotmat), lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
+    if root:
+        # the official code adds to the root's Euler angles (z up there); turning the world is free of their poles
+        lean, turn, roll = (uniform(B, 3) * torch.tensor([20.0, 45.0, 20.0]) * math.pi / 180).unbind(1)
+        o = torch.zeros(B)
+        spin = aa_to_matrix(torch.stack([torch.stack(v, 1) for v in ([o, turn, o], [lean, o, o], [o, o, roll])]))
+        spin = (spin[0] @ spin[1] @ spin[2]).to(rotmat)                                      # (B,3,3)
+        rotmat = torch.cat([(spin @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
+    if not parts:
+        return rotmat, rotmat                              # a clean input
+    # differs from the official code, whose noise lands on a copy and does nothing
+    member = torch.stack([torch.isin(torch.arange(22), torch.tensor(part)) for part in PARTS]).float()
+    hit = member[torch.randint(len(PARTS), (B,), generator=generator)]                       # (B,22)
+    hit = hit * (torch.randperm(B, generator=generator) < (B + 1) // 2)[:, None]
+    strength = NOISE[min(int(progress * len(NOISE)), len(NOISE) - 1)]
+    shake = aa_to_matrix(strength * hit[..., None] * uniform(B, 22, 3)).to(rotmat)           # (B,22,3,3)
+    return rotmat @ shake, rotmat                          # joints wobble in their own frames
+
+
+# ---- 9. Run me -------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Config:
+    pose: str = ""  # pose file to read (.npz or .npy); empty: a person who steps forward
+    body: str = ""  # body model file (SMPL .pkl or .npz, SMPL-H, SMPL-X); empty: the free body in assets/
+    out: str = "out"  # folder for the picture and the pose
+    size: int = 320  # pixels of the picture
+
+
+def stride():
+    """A person in mid-step -> rotmat (22,3,3)."""
+    aa = torch.zeros(22, 3)
+    for name, turn in {"left_hip": (-0.7, 0, 0), "left_knee": (0.5, 0, 0), "right_hip": (0.35, 0, 0),
+                       "right_knee": (0.5, 0, 0), "left_shoulder": (0.5, 0, -1.3), "right_shoulder": (-0.6, 0, 1.3),
+                       "left_elbow": (0, -0.4, 0), "right_elbow": (0, 0.7, 0)}.items():
+        aa[JOINTS.index(name)] = torch.tensor(turn)
+    return aa_to_matrix(aa)
+
+
+def main():
+    """Round-trips one pose through files, numbers and words, and draws it."""
+    config, say = cli(Config), lambda name, text: print(f"{name:<18}{text}")
+    body = load_body(config.body)
+    rotmat = read_pose(config.pose) if config.pose else stride()
+    write_pose(f"{config.out}/pose.npz", rotmat)
+    gap = (read_pose(f"{config.out}/pose.npz") - rotmat).abs().max()
+    say("a pose", f"22 rotations {tuple(rotmat.shape)}; to {config.out}/pose.npz and back: {gap:.0e} off")
+    sixd = matrix_to_sixd(rotmat)
+    say("in 6D", f"{tuple(sixd.shape)}, and back: {(sixd_to_matrix(sixd) - rotmat).abs().max():.0e} off")
+    joints, vertices = body(rotmat[None])
+    tall = vertices[0, :, 1].max() - vertices[0, :, 1].min()
+    say("on a body", f"{body.name}: {len(body.template)} vertices, {len(body.faces)} triangles, {tall:.2f} m tall")
+    with torch.random.fork_rng():                          # layers draw their start from the global generator
+        torch.manual_seed(0)
+        tokenizer = PoseTokenizer()
+    generator = torch.Generator().manual_seed(0)
+    tokenizer(noisy(rotmat.expand(32, 22, 3, 3), generator)[0], generator)       # one training step fills the codebook
+    ids = tokenizer.eval().encode(rotmat[None])
+    error = 1000 * (body.joints(tokenizer.decode(ids)) - joints).norm(dim=-1).mean()
+    count = sum(value.numel() for value in [*tokenizer.parameters(), tokenizer.quantizer.codebook])
+    say("the tokenizer", f"{count / 1e6:.2f} M numbers; {tokenizer.n_tokens} tokens, {tokenizer.config.codes} codes")
+    say("the pose in words", " ".join(map(str, ids[0, :12].tolist())) + " ...")
+    say("and back", f"{error:.0f} mm off: these weights are random, train.py teaches them")
+    views = [render(vertices[0], body.faces, body_colors(body), config.size, heading) for heading in (0, 0.8, math.pi)]
+    with saving(f"{config.out}/pose.png") as new:
+        Image.fromarray(np.concatenate(views, 1)).save(new)
+    say("drawn", f"{config.out}/pose.png: from the front, turned by 46 degrees, from behind")
+
+
+if __name__ == "__main__":
+    script(main)
