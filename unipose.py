@@ -1,0 +1,568 @@
+"""One LLM, three modalities: text, images and 3D human poses in one sequence (UniPose, CVPR 2025, section 3).
+
+A pose is N code words of a VQ-VAE (tokenizer.py) that live in the LLM's own vocabulary. An image is P patches seen by
+two frozen eyes, CLIP for meaning and a pose ViT for joints, joined channel by channel and projected to the LLM's width.
+Text is read and written causally. A pose that is *asked for* is N learnable queries that see each other in both
+directions, so that the whole pose falls out of one forward step:
+
+    [INST] raise the left arm  <p> c c c c </p> [/INST]  <p> q q q q </p>  </s>
+    |------------- prompt, no loss -----------------|     |  | | | |        |
+                                     predicted by the position before it    predicted by </p>
+                                                             at its own position: query i says code i
+
+    vocabulary    text | pose 0..K-1 | <p> </p> | <img> </img> | N queries          ids by arithmetic, never by strings
+    who sees whom    allowed = (j <= i)  or  (i and j stand in the same pose block)
+
+Letters: B batch, T sequence, J=22 joints, N pose tokens (80), K codes (2048), P image patches (576), D LLM width.
+
+    python unipose.py                     # the mask of a small sequence, and the parameter table of weights/tiny
+    python unipose.py --size paper        # the paper's dimensions: 7B Mistral, CLIP-L/14-336, ViT-H, without weights
+    python unipose.py --weights out/tiny --half weights/tiny        # copy a trained folder in float16, LoRA merged
+"""
+import json
+import math
+import pathlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from tokenizer import Mistake, PoseTokenizer, TokenizerConfig, cli, saving, script
+
+# ---- 1. Sizes ----------------------------------------------------------------------------------------------------
+
+# What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
+# with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
+SIZES = {
+    "nano": dict(
+        llm=dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                 intermediate_size=64, max_position_embeddings=1024),
+        clip=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64,
+                  patch_size=16),
+        pose_vit=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 48],
+                      patch_size=[8, 8]),
+        tokenizer=dict(codes=64, code_dim=16, hidden=32, upsample_step=0),
+        lora_r=4, lora_alpha=4),
+    "tiny": dict(
+        llm=dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+                 intermediate_size=384, max_position_embeddings=1024),
+        clip=dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=288, image_size=128,
+                  patch_size=16),
+        pose_vit=dict(hidden_size=160, num_hidden_layers=5, num_attention_heads=5, image_size=[128, 96],
+                      patch_size=[16, 16]),
+        tokenizer=dict(codes=512, code_dim=64, hidden=128, upsample_step=1),
+        lora_r=32, lora_alpha=32),
+    "paper": dict(
+        llm=dict(model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                 num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=32768, rms_norm_eps=1e-5,
+                 rope_theta=1e6, sliding_window=None),
+        clip=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                  image_size=336, patch_size=14),
+        pose_vit=dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, image_size=[256, 192],
+                      patch_size=[16, 16]),
+        tokenizer=dict(codes=2048, code_dim=256, hidden=512, upsample_step=2),
+        lora_r=64, lora_alpha=16),
+}
+PAPER_TEXT = 32000  # text pieces of the Mistral vocabulary; embedded sizes count their own words
+
+
+def model_config(size, projector="mlp", vision="both", attn="mixed"):
+    """The plain dict that describes a model and is written to config.json. projector: "mlp" as released, "linear" as
+    in the paper's formula; vision: "both" | "clip" | "pose"; attn: "mixed" | "mixed_all" | "causal" (see `encode`)."""
+    return {"size": size, "projector": projector, "vision": vision, "attn": attn, "lora": False, **SIZES[size]}
+
+
+# ---- 2. One sequence ---------------------------------------------------------------------------------------------
+
+NONE, IMAGE = -100, -1  # a position without a label; a position that an image patch will fill
+
+
+def word_tokenizer(words):
+    """A word-level text tokenizer (a Hugging Face fast tokenizer) for the embedded sizes, over the given word list.
+
+    Case and spacing are normalised away; `tidy` puts them back. Marks of the prompt are words like any other.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    special = ["<unk>", "<s>", "</s>", "[inst]", "[/inst]"]
+    table = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
+    text = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
+    text.normalizer = normalizers.Lowercase()
+    text.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?")])
+    return fast_tokenizer(tokenizer_object=text)
+
+
+def fast_tokenizer(**source):
+    """A Hugging Face fast tokenizer with the three marks that an embedded model knows."""
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", **source)
+
+
+def tidy(text):
+    """Spaces and capitals as in print: "the head . it" -> "The head. It"."""
+    sentences = " ".join(text.split()).replace(" .", ".").replace(" ,", ",").replace(" ?", "?").split(". ")
+    return ". ".join(s[:1].upper() + s[1:] for s in sentences)
+
+
+@dataclass
+class Vocab:
+    """text | pose 0..K-1 | <p> </p> | <img> </img> | N queries: the order of the official release (facts §2)."""
+    n_text: int
+    codes: int  # K
+    n_tokens: int  # N
+
+    def __post_init__(self):
+        self.pose0, end = self.n_text, self.n_text + self.codes
+        self.p_open, self.p_close, self.img_open, self.img_close, self.query0 = range(end, end + 5)
+        self.size = self.query0 + self.n_tokens
+
+
+class Sequence(NamedTuple):
+    """One row, aligned: ids (T,), labels (T,) = what position t must say or NONE, block (T,) = -1 for a causal token
+    or b for the b-th bidirectional pose, images: list of features (P,Dv) that fill the IMAGE positions in order."""
+    ids: list
+    labels: list
+    block: list
+    images: list
+
+
+def encode(segments, vocab, text_ids, bos, eos, n_patches, attn="mixed"):
+    """Segments -> ids, labels and block together, so that nothing is derived a second time (design: one sequence).
+
+    segments: (kind, value, is_target) with text: str, pose: N codes (ints), image: features (P,Dv). Everything before
+    the first target is the prompt, wrapped as `[INST] … [/INST]`; targets end with eos. Without targets the row stops
+    where the answer begins. Which poses become blocks: "mixed" target poses (the official rule), "mixed_all" input
+    poses too, "causal" none; a target pose is then its own codes, one after the other (the ablation of Table 7).
+    """
+    rows, images, blocks = [(bos, NONE, NONE, -1)], [], count()  # id, label of the position before, own label, block
+    prompt = [s for s in segments if not s[2]]
+    target = [s for s in segments if s[2]]
+    assert segments == prompt + target, "targets come last"
+    for kind, value, said in [("text", "[INST] ", False), *prompt, ("text", " [/INST]", False), *target]:
+        if kind == "text":
+            rows += [(i, i if said else NONE, NONE, -1) for i in text_ids(value)]
+        elif kind == "image":
+            images.append(value)
+            rows += [(i, NONE, NONE, -1) for i in (vocab.img_open, *[IMAGE] * n_patches, vocab.img_close)]
+        else:
+            codes = [vocab.pose0 + int(code) for code in value]
+            queried = said and attn != "causal"
+            b = next(blocks) if queried or attn == "mixed_all" else -1
+            rows.append((vocab.p_open, vocab.p_open if said else NONE, NONE, -1))
+            if queried:  # query i says code i at its own position
+                rows += [(vocab.query0 + i, NONE, code, b) for i, code in enumerate(codes)]
+            else:
+                rows += [(code, code if said else NONE, NONE, b) for code in codes]
+            rows.append((vocab.p_close, NONE, NONE, -1))  # given, never predicted: the length of a pose is known
+    if target:
+        rows.append((eos, eos, NONE, -1))
+    ids, before, own, block = map(list, zip(*rows))
+    labels = [o if o != NONE else b for o, b in zip(own, before[1:] + [NONE])]
+    return Sequence(ids, labels, block, images)
+
+
+def collate(sequences, side="right"):
+    """Rows of unequal length -> tensors ids, labels, block, valid (B,T) and images (n,P,Dv) in row order, or None.
+
+    side: "right" for training, "left" for answering, so that every row's answer starts in the same column."""
+    longest = max(len(s.ids) for s in sequences)
+
+    def pad(row, fill):
+        gap = [fill] * (longest - len(row))
+        return gap + list(row) if side == "left" else list(row) + gap
+
+    images = [torch.as_tensor(f) for s in sequences for f in s.images]
+    return {"ids": torch.tensor([pad(s.ids, 0) for s in sequences]),
+            "labels": torch.tensor([pad(s.labels, NONE) for s in sequences]),
+            "block": torch.tensor([pad(s.block, -1) for s in sequences]),
+            "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
+            "images": torch.stack(images) if images else None}
+
+
+# ---- 3. The mask -------------------------------------------------------------------------------------------------
+
+def mixed_mask(block, valid):
+    """Who may look at whom: everything before, and inside one pose both ways; nobody reads padding (paper eq. 6).
+
+    block (B,T): -1 causal, b >= 0 the b-th pose; valid (B,T) bool. Returns (B,1,T,T) float, 0 or the lowest number.
+    Float on purpose: eager attention of transformers adds the mask, and adds a bool one as 0 and 1 without an error.
+    """
+    i = torch.arange(block.size(1), device=block.device)
+    same = (block[:, :, None] == block[:, None, :]) & (block[:, :, None] >= 0)           # (B,T,T)
+    allowed = ((i[None, :] <= i[:, None]) | same) & valid[:, None, :]                    # (B,T,T)
+    allowed = allowed | torch.eye(len(i), dtype=torch.bool, device=i.device)             # padding reads itself: no NaN
+    return float_mask(allowed)[:, None]                                                  # (B,1,T,T)
+
+
+def float_mask(allowed):
+    """bool -> 0 where allowed, the lowest float32 elsewhere; any shape."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+
+def show_mask(block, valid=None):
+    """The mask of one row as text, █ for "row may look at column". block: list of ints."""
+    block = torch.tensor([block])
+    mask = mixed_mask(block, torch.ones_like(block, dtype=torch.bool) if valid is None else torch.tensor([valid]))
+    return "\n".join("".join("█" if open_ else "·" for open_ in row) for row in (mask[0, 0] == 0).tolist())
+
+
+# ---- 4. LoRA -----------------------------------------------------------------------------------------------------
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha/r) B A x with W frozen (LoRA, eq. 3). B starts at zero, so step 0 is exactly the base model."""
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), alpha / r
+        self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
+        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+
+def add_lora(model, r, alpha):
+    """Put a LoRALinear in the place of every nn.Linear below `model`, in place; what `peft` does here in a dozen lines.
+    UniPose adapts all seven projections of every LLM layer (facts §1.4)."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(model, name, LoRALinear(child, r, alpha))
+        else:
+            add_lora(child, r, alpha)
+
+
+def merge_lora(model):
+    """Fold every LoRALinear back into a plain nn.Linear, W + (alpha/r) B A, in place: the same function."""
+    for name, child in model.named_children():
+        if isinstance(child, LoRALinear):
+            with torch.no_grad():
+                child.base.weight += child.scale * child.B @ child.A
+            setattr(model, name, child.base)
+        else:
+            merge_lora(child)
+
+
+# ---- 5. Two eyes -------------------------------------------------------------------------------------------------
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+POSE_MEAN, POSE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def preprocess(image, size, mean, std, crop_offset):
+    """PIL RGB image -> (3,size,size) float: shortest side to `size` by bicubic, centre crop, normalised (facts §4).
+
+    crop_offset: margin -> pixels, because the official branches round odd margins differently (CLIP floors, torchvision
+    rounds half to even)."""
+    scale = size / min(image.size)
+    if scale != 1:
+        wide, high = (size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size)
+        image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (crop_offset((side - size) / 2) for side in image.size)
+    image = image.crop((left, top, left + size, top + size))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255            # (3,size,size)
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+class DualVision(nn.Module):
+    """CLIP says what the picture shows, the pose ViT where the joints are; both frozen, joined by channel (paper §3.2).
+
+    forward: list of B RGB pictures, (H,W,3) uint8 arrays or PIL images -> (B,P,Dv), Dv = CLIP width + ViT width.
+    """
+
+    def __init__(self, clip, pose_vit, which="both"):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel, VitPoseBackbone, VitPoseBackboneConfig
+        self.which = which
+        self.clip = CLIPVisionModel(CLIPVisionConfig(**clip))
+        self.pose_vit = VitPoseBackbone(VitPoseBackboneConfig(**pose_vit, layer_norm_eps=1e-6))
+        self.clip_size, self.grid = clip["image_size"], clip["image_size"] // clip["patch_size"]
+        self.pose_size, self.n_patches = pose_vit["image_size"], self.grid**2
+        self.width = (which != "pose") * clip["hidden_size"] + (which != "clip") * pose_vit["hidden_size"]
+
+    def clip_pixels(self, pictures):
+        """Pictures -> (B,3,S,S) for CLIP."""
+        return torch.stack([preprocess(p, self.clip_size, CLIP_MEAN, CLIP_STD, math.floor) for p in pil(pictures)])
+
+    def pose_pixels(self, pictures):
+        """Pictures -> (B,3,H,W) for the pose ViT: a square whose outer columns are then cut off (256 -> 256x192)."""
+        high, wide = self.pose_size
+        margin = (high - wide) // 2
+        square = [preprocess(p, high, POSE_MEAN, POSE_STD, round) for p in pil(pictures)]
+        return torch.stack(square)[..., margin:high - margin]
+
+    def pose_map(self, pixels):
+        """(B,3,H,W) -> patch features (B,C,h,w) of the pose ViT after its last norm."""
+        h, w = (side // patch for side, patch in zip(self.pose_size, self.pose_vit.config.patch_size))
+        tokens = self.pose_vit(pixels).feature_maps[-1]                                  # (B,h*w,C)
+        return tokens.transpose(1, 2).unflatten(2, (h, w))                               # (B,C,h,w)
+
+    def forward(self, pictures):
+        device, parts = self.pose_vit.layernorm.weight.device, []
+        if self.which != "pose":
+            states = self.clip(self.clip_pixels(pictures).to(device), output_hidden_states=True).hidden_states
+            parts.append(states[-2][:, 1:])                                              # (B,P,Dc), class token off
+        if self.which != "clip":
+            seen = self.pose_map(self.pose_pixels(pictures).to(device))                  # (B,Dp,h,w)
+            margin = (seen.size(2) - seen.size(3)) // 2
+            seen = F.pad(seen, (margin, margin))                                         # (B,Dp,h,h) square again
+            seen = F.interpolate(seen, (self.grid, self.grid), mode="bilinear", align_corners=True)  # CLIP's grid
+            parts.append(seen.flatten(2).transpose(1, 2))                                # (B,P,Dp)
+        return torch.cat(parts, -1)                                                      # (B,P,Dv)
+
+
+def pil(pictures):
+    """uint8 arrays or PIL images -> PIL RGB images."""
+    return [p if isinstance(p, Image.Image) else Image.fromarray(np.asarray(p)) for p in pictures]
+
+
+def make_projector(kind, width, llm_width):
+    """Patch features -> LLM embeddings: "mlp" as in the release (mlp2x_gelu), "linear" as in the paper's formula."""
+    if kind == "linear":
+        return nn.Linear(width, llm_width)
+    return nn.Sequential(nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
+
+
+# ---- 6. UniPose --------------------------------------------------------------------------------------------------
+
+class UniPose(nn.Module):
+    """The whole model: pose tokenizer, two eyes, projector, and a Hugging Face Llama or Mistral.
+
+    config: see `model_config`; text: a Hugging Face tokenizer, or None to look at sizes only (PAPER_TEXT pieces).
+    """
+
+    def __init__(self, config, text=None):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+        self.config, self.text = dict(config), text
+        self.tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+        self.vision = DualVision(config["clip"], config["pose_vit"], config["vision"])
+        self.vocab = Vocab(len(text) if text else PAPER_TEXT, self.tokenizer.config.codes, self.tokenizer.n_tokens)
+        llm = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False, **config["llm"])
+        self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=self.vocab.size, **llm))
+        self.projector = make_projector(config["projector"], self.vision.width, self.llm.config.hidden_size)
+        if config["lora"]:
+            add_lora(self.llm.model.layers, config["lora_r"], config["lora_alpha"])
+
+    def grow_lora(self):
+        """Freeze the LLM's layers and give each projection a LoRA pair, once."""
+        if not self.config["lora"]:
+            add_lora(self.llm.model.layers, self.config["lora_r"], self.config["lora_alpha"])
+            self.config["lora"] = True
+
+    @property
+    def device(self):
+        return self.llm.lm_head.weight.device
+
+    def prepare(self, segments):
+        """Raw values -> what a sequence holds: pose rotmat (22,3,3) -> N codes, picture -> features (P,Dv).
+        Values that were prepared already (integer codes, float features of rank 2) pass through."""
+        ready = []
+        with torch.no_grad():
+            for kind, value, said in segments:
+                if kind == "pose" and torch.is_tensor(value) and value.is_floating_point():
+                    value = self.tokenizer.encode(value[None].to(self.device))[0].tolist()  # N codes
+                elif kind == "image" and not (torch.is_tensor(value) and value.dim() == 2):
+                    value = self.vision([value])[0]                                      # (P,Dv)
+                ready.append((kind, value, said))
+        return ready
+
+    def text_ids(self, text):
+        """Text -> ids. A `<s>` or `</s>` that somebody typed is an unknown word, not the end of the sequence."""
+        ids = self.text(text, add_special_tokens=False).input_ids
+        marks = (self.text.bos_token_id, self.text.eos_token_id)
+        return [self.text.unk_token_id if i in marks else i for i in ids]
+
+    def encode(self, segments):
+        """Segments -> Sequence; see the function `encode`."""
+        return encode(self.prepare(segments), self.vocab, self.text_ids, self.text.bos_token_id,
+                      self.text.eos_token_id, self.vision.n_patches, self.config["attn"])
+
+    def embed(self, ids, images=None):
+        """ids (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches overwrite the IMAGE positions in order."""
+        x = self.llm.model.embed_tokens(ids.clamp(min=0))                                # (B,T,D)
+        if images is not None:
+            patches = self.projector(images.to(x))                                       # (n,P,D)
+            x = x.masked_scatter((ids == IMAGE)[..., None], patches.to(x.dtype))
+        return x
+
+    def hidden(self, x, mask, positions, cache=None):
+        """Embeddings (B,q,D), float mask (B,1,q,past+q), positions (B,q) -> last hidden states (B,q,D)."""
+        return self.llm.model(inputs_embeds=x, attention_mask=mask.to(x.dtype).clamp(min=torch.finfo(x.dtype).min),
+                              position_ids=positions, past_key_values=cache,
+                              use_cache=cache is not None).last_hidden_state
+
+    def forward(self, batch):
+        """A collated batch -> (loss, logs). Cross-entropy summed over labelled positions / how many there are.
+
+        `lm_head` runs on labelled positions only. Every target pose's `</p>` counts in the denominator though nothing
+        predicts it, as in the official loss (facts §5.2); logs are python-float-able tensors.
+        """
+        batch = {k: v if v is None else v.to(self.device) for k, v in batch.items()}
+        positions = (batch["valid"].cumsum(1) - 1).clamp(min=0)                          # (B,T)
+        x = self.embed(batch["ids"], batch["images"])                                    # (B,T,D)
+        h = self.hidden(x, mixed_mask(batch["block"], batch["valid"]), positions)        # (B,T,D)
+        said = batch["labels"] != NONE
+        labels = batch["labels"][said]                                                   # (n,)
+        logits = self.llm.lm_head(h[said]).float()                                       # (n,vocabulary)
+        terms = len(labels) + (labels == self.vocab.p_open).sum()
+        loss = F.cross_entropy(logits, labels, reduction="sum") / terms
+        right = logits.detach().argmax(-1) == labels
+        pose = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)
+        logs = {"pose_acc": right[pose].float().mean(), "text_acc": right[~pose].float().mean(), "terms": terms}
+        return loss, logs
+
+
+# ---- 7. Checkpoints ----------------------------------------------------------------------------------------------
+
+RULER = "retrieval."  # keys of the evaluation's ruler, which travels in the same file (eval.py)
+
+
+def provenance():
+    """What made this file: command, git hash where there is one, package versions."""
+    import safetensors
+    import transformers
+    here = pathlib.Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return {"command": " ".join(["python", pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "git": git.stdout.strip() or "none", "torch": torch.__version__, "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__, "python": sys.version.split()[0]}
+
+
+def save(model, folder, half=False, extra=None, **notes):
+    """Write config.json, model.safetensors and tokenizer.json to `folder`, each under a temporary name first.
+
+    half: float16. extra: more tensors by name (the ruler's). notes: anything for config.json (stage, step, seed, …).
+    Raises Mistake when the disk is full or the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {**model.state_dict(), **(extra or {})}
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    with saving(folder / "model.safetensors") as path:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
+    with saving(folder / "tokenizer.json") as path:
+        model.text.backend_tokenizer.save(str(path))
+    config = {**model.config, "float16": half, **provenance(), **notes}
+    with saving(folder / "config.json") as path:
+        pathlib.Path(path).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read_config(folder):
+    """config.json of a weights folder as a dict; Mistake when the folder or the file is not there or not readable."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise Mistake(f"there is no weights folder at {folder}; give --weights, or run `python train.py --stage all`")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise Mistake(f"the weights folder {folder} has no {name}; it is not a finished checkpoint of train.py")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise Mistake(f"{folder / 'config.json'} cannot be read as JSON ({error}); copy the folder again") from None
+    missing = [key for key in model_config("nano") if key not in config]
+    if missing:
+        raise Mistake(f"{folder / 'config.json'} lacks {', '.join(missing)}; it does not describe a UniPose model")
+    return config
+
+
+def read_tensors(path):
+    """Every tensor of a safetensors file, float16 turned to float32; Mistake when it is truncated or something else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise Mistake(f"{path} is not a complete safetensors file ({error}); copy or train it again") from None
+
+
+def load(folder, device="cpu"):
+    """A weights folder -> UniPose in eval mode, float32. Strict: raises Mistake with the difference where names or
+    shapes do not fit. Tensors of the ruler (`retrieval.`) are left to eval.py."""
+    config, folder = read_config(folder), pathlib.Path(folder)
+    text = fast_tokenizer(tokenizer_file=str(folder / "tokenizer.json"))
+    with torch.random.fork_rng():  # building draws random numbers; loading must not disturb the caller's
+        model = UniPose({key: config[key] for key in model_config("nano")}, text)
+    state = {k: v for k, v in read_tensors(folder / "model.safetensors").items() if not k.startswith(RULER)}
+    load_strictly(model, state, folder / "model.safetensors")
+    return model.to(device).eval()
+
+
+def load_strictly(model, state, where):
+    """`load_state_dict` that says what differs, in one sentence (Mistake)."""
+    want, have = model.state_dict(), state
+    wrong = [f"{k} is {tuple(have[k].shape)}, expected {tuple(v.shape)}"
+             for k, v in want.items() if k in have and have[k].shape != v.shape]
+    wrong += [f"{k} is missing" for k in want if k not in have] + [f"{k} is unknown" for k in have if k not in want]
+    if wrong:
+        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
+        raise Mistake(f"{where} does not fit its config.json: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(state)
+
+
+# ---- 8. Look at it -----------------------------------------------------------------------------------------------
+
+def parameter_table(model):
+    """Rows (part, parameters, of them in LoRA) of the model's top-level parts, largest last row the sum."""
+    rows = []
+    parts = {"pose tokenizer": model.tokenizer, "CLIP": model.vision.clip, "pose ViT": model.vision.pose_vit,
+             "projector": model.projector, "embeddings": model.llm.model.embed_tokens,
+             "LLM layers": model.llm.model.layers, "LM head": model.llm.lm_head}
+    for name, part in parts.items():
+        lora = sum(p.numel() for n, p in part.named_parameters() if n.endswith((".A", ".B")))
+        rows.append((name, sum(p.numel() for p in part.parameters()), lora))
+    return rows + [("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]
+
+
+@dataclass
+class Config:
+    """Draw the mask of a small sequence and count the parameters of a model; or copy a checkpoint in float16."""
+    weights: str = "weights/tiny"  # a trained folder to count, or to copy with --half
+    size: str = ""  # nano | tiny | paper: count this size instead, without weights and with 32,000 text pieces
+    half: str = ""  # write the folder --weights here in float16, LoRA merged
+
+
+def copy_half(source, target):
+    """Copy a checkpoint: LoRA merged, float16, the ruler and the notes of config.json kept."""
+    config, model = read_config(source), load(source)
+    merge_lora(model.llm.model.layers)
+    model.config["lora"] = False
+    extra = {k: v for k, v in read_tensors(pathlib.Path(source) / "model.safetensors").items() if k.startswith(RULER)}
+    notes = {k: v for k, v in config.items() if k not in {*model.config, "float16"}}
+    save(model, target, half=True, extra=extra, **notes)
+    print(f"wrote {target}: {sum(f.stat().st_size for f in pathlib.Path(target).iterdir()) / 1e6:.1f} MB")
+
+
+def main():
+    config = cli(Config)
+    if config.half:
+        return copy_half(config.weights, config.half)
+    if config.size and config.size not in SIZES:
+        raise Mistake(f"--size {config.size} is not one of {', '.join(SIZES)}")
+    print("text, <p>, four queries, </p>, text: who (row) may look at whom (column)\n")
+    print(show_mask([-1, -1, -1, 0, 0, 0, 0, -1, -1]))
+    if config.size:
+        with torch.device("meta"):
+            model = UniPose(model_config(config.size))
+            model.grow_lora()
+    else:
+        model = load(config.weights)
+    v = model.vocab
+    print(f"\nvocabulary  text 0..{v.n_text - 1} | pose {v.pose0}..{v.p_open - 1} | <p> {v.p_open} </p> {v.p_close} | "
+          f"<img> {v.img_open} </img> {v.img_close} | queries {v.query0}..{v.size - 1}\n")
+    print(f"{'part':<16}{'parameters':>16}{'of them LoRA':>16}")
+    for name, n, lora in parameter_table(model):
+        print(f"{name:<16}{n:>16,}{lora:>16,}")
+
+
+if __name__ == "__main__":
+    script(main)
