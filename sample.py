@@ -1,0 +1,393 @@
+"""Ask it something.
+
+A text is read off token by token. A pose is made in ONE step: the moment a row says <p>, that mark, the N queries and
+</p> go through the model together, and query i names code i:
+
+    step 1   prompt …………………………………  -> "<p>"                         a text row would go on:  -> "the"
+    step 2   <p> q q q q … q </p>       -> N codes at once, then "</s>"    step 2   the -> "left"   …
+
+Rows of a batch may differ in task, in length and in what they make: prompts are padded on the left, and a row that has
+nothing to say in some column leaves a hole there that nobody reads. Every row gets the answer that it gets alone.
+
+Letters: B rows, q columns read in one step, N pose tokens, K codes, D LLM width.
+
+    python sample.py                                              # the tour: seven tasks on test examples, one sheet
+    python sample.py --text "The left knee is bent. Both hands are above the head."
+    python sample.py --image photo.jpg --task image2pose --out out/
+"""
+import pathlib
+import sys
+import textwrap
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from data import TASKS, World, check, fill, templates
+from tokenizer import Mistake, body_colors, cli, load_body, read_pose, render, saving, script, write_pose
+from unipose import NONE, collate, float_mask, load, mixed_mask, tidy
+
+# ---- 1. Decoding -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What one row said: tidy text ("" if none), pose rotmat (22,3,3) or None, its codes (N,) and all ids in order."""
+    text: str = ""
+    pose: torch.Tensor | None = None
+    codes: list = field(default_factory=list)
+    ids: list = field(default_factory=list)
+    finished: bool = False  # the row ended by itself, not at the length limit
+
+
+class Reader:
+    """Rows read so far: the KV cache, which of its columns hold a token of the row, and so each row's next place."""
+
+    def __init__(self, model, n_rows):
+        from transformers import DynamicCache
+        self.model, self.cache = model, DynamicCache(config=model.llm.config)
+        self.valid = torch.zeros(n_rows, 0, dtype=torch.bool, device=model.device)
+
+    def read(self, x, block, valid):
+        """x (B,q,D), block (B,q), valid (B,q) -> hidden states (B,q,D). Columns that are not valid leave holes."""
+        positions = (self.valid.sum(1, keepdim=True) + valid.cumsum(1) - 1).clamp(min=0)   # (B,q)
+        past = float_mask(self.valid)[:, None, None].expand(-1, 1, x.size(1), -1)          # (B,1,q,past)
+        mask = torch.cat([past, mixed_mask(block, valid)], -1)                             # (B,1,q,past+q)
+        self.valid = torch.cat([self.valid, valid], 1)
+        return self.model.hidden(x, mask, positions, self.cache)                           # (B,q,D)
+
+    def read_ids(self, ids, block, valid, images=None):
+        """The same from token ids (B,q) and image features (n,P,Dv)."""
+        return self.read(self.model.embed(ids, images), block, valid)
+
+
+def pick(logits, temperature=0.0, generator=None):
+    """Logits (…,n) -> index (…): the greatest, or a draw at the given temperature."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probs.view(-1, probs.size(-1)), 1, generator=generator).view(probs.shape[:-1])
+
+
+def allowed_next(model, answer, want, stepwise):
+    """Token ids (slice or list) that this row may say next.
+
+    Text may stop or open one pose; `want` = "pose" opens it at once, "text" never. Inside a pose that is read off code
+    by code only codes may come, and after N of them only </p>, whose place is known.
+    """
+    v = model.vocab
+    if stepwise and v.p_open in answer.ids and v.p_close not in answer.ids:
+        return [v.p_close] if len(answer.codes) == model.tokenizer.n_tokens else range(v.pose0, v.p_open)
+    if want == "pose" and not answer.ids:
+        return [v.p_open]
+    texts = range(v.n_text)
+    return texts if want == "text" or v.p_open in answer.ids else [*texts, v.p_open]
+
+
+@torch.no_grad()
+def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None, max_new=160):
+    """Answer a batch of prompts (segments without targets), each row as it would be answered alone.
+
+    wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
+    "soft" the codebook averaged under each query's distribution, "ar" code by code. A model trained with --attn causal
+    has no queries and always answers code by code; "ar" on any other is a clock, since it never saw its own codes.
+    temperature 0 is greedy. Returns a list of Answer; at most max_new steps a row.
+    """
+    model.eval()
+    stepwise = decode == "ar" or model.config["attn"] == "causal"
+    rows = collate([model.encode(prompt) for prompt in prompts], side="left")
+    rows = {k: v if v is None else v.to(model.device) for k, v in rows.items()}
+    wants = wants or [None] * len(prompts)
+    answers, reader = [Answer() for _ in prompts], Reader(model, len(prompts))
+    h = reader.read_ids(rows["ids"], rows["block"], rows["valid"], rows["images"])[:, -1]  # (B,D)
+    for _ in range(max_new):
+        say_next(model, answers, h, wants, stepwise, temperature, generator)
+        if all(a.finished for a in answers):
+            break
+        ids, block, valid = next_columns(model, answers, stepwise)                         # (B,q)
+        hidden = reader.read_ids(ids, block, valid)                                        # (B,q,D)
+        if ids.size(1) > 1:
+            read_poses(model, answers, hidden, decode, temperature, generator)
+        last = (valid.sum(1) - 1).clamp(min=0)
+        h = hidden[torch.arange(len(answers), device=h.device), last]                      # (B,D)
+    for answer in answers:
+        finish(model, answer)
+    return answers
+
+
+def say_next(model, answers, h, wants, stepwise, temperature, generator):
+    """Each unfinished row says one more token, written into its Answer. h (B,D): the last hidden state of each row."""
+    logits, v = model.llm.lm_head(h), model.vocab                                          # (B,vocabulary)
+    for answer, row, want in zip(answers, logits, wants):
+        if answer.finished:
+            continue
+        choice = torch.as_tensor(allowed_next(model, answer, want, stepwise), device=h.device)
+        token = int(choice[pick(row[choice], temperature, generator)])
+        answer.finished = token == model.text.eos_token_id
+        answer.ids.append(token)
+        if v.pose0 <= token < v.p_open:
+            answer.codes.append(token - v.pose0)
+
+
+def next_columns(model, answers, stepwise):
+    """ids, block, valid (B,q) of what is read next: one token a row, or <p>, N queries and </p> where a pose begins.
+
+    q is 1, or N+2 as soon as one row begins a pose; the other rows then fill one column and leave holes."""
+    v, n = model.vocab, model.tokenizer.n_tokens
+    begins = [not stepwise and a.ids[-1] == v.p_open for a in answers]
+    q = n + 2 if any(begins) else 1
+    ids, block = torch.zeros(len(answers), q, dtype=torch.long), torch.full((len(answers), q), -1)
+    valid = torch.zeros(len(answers), q, dtype=torch.bool)
+    for i, answer in enumerate(answers):
+        ids[i, 0], valid[i, 0] = answer.ids[-1], not answer.finished
+        if begins[i]:
+            ids[i, 1:] = torch.tensor([*range(v.query0, v.query0 + n), v.p_close])
+            block[i, 1:-1], valid[i] = 0, True
+            answer.ids += [NONE] * n + [v.p_close]  # the codes take these places in read_poses
+    return (t.to(model.device) for t in (ids, block, valid))
+
+
+def read_poses(model, answers, hidden, decode, temperature, generator):
+    """The N codes of every row that has just opened a pose, from its query columns. hidden (B,N+2,D)."""
+    v, n = model.vocab, model.tokenizer.n_tokens
+    for i, answer in enumerate(answers):
+        if NONE not in answer.ids:
+            continue
+        logits = hidden[i, 1:-1] @ model.llm.lm_head.weight[v.pose0:v.p_open].T            # (N,K)
+        answer.codes = pick(logits, temperature, generator).tolist()
+        answer.ids[-n - 1:-1] = [v.pose0 + code for code in answer.codes]
+        if decode == "soft":
+            answer.pose = model.tokenizer.decode_soft(logits.softmax(-1)[None])[0].cpu()   # (22,3,3)
+
+
+def finish(model, answer):
+    """Codes -> rotations, ids -> tidy text."""
+    if len(answer.codes) == model.tokenizer.n_tokens and answer.pose is None:
+        codes = torch.tensor([answer.codes], device=model.device)
+        answer.pose = model.tokenizer.decode(codes)[0].cpu()                               # (22,3,3)
+    words = [i for i in answer.ids if i < model.vocab.n_text and i != model.text.eos_token_id]
+    answer.text = tidy(model.text.decode(words))
+
+
+# ---- 2. Questions ------------------------------------------------------------------------------------------------
+
+SIDES = (16, 8192)  # the shortest and the longest side of a picture that is worth looking at, in pixels
+
+
+def read_image(path):
+    """A picture file -> PIL RGB image, turned as its EXIF says, once, for both eyes. Raises Mistake."""
+    try:
+        with Image.open(path) as picture:
+            if min(picture.size) < SIDES[0] or max(picture.size) > SIDES[1]:  # known before a pixel is decoded
+                raise Mistake(f"{path} is {picture.width}x{picture.height} pixels; a picture has sides of "
+                              f"{SIDES[0]} to {SIDES[1]} pixels, so crop or resize it")
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise Mistake(f"there is no image file {path}; check the path") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise Mistake(f"{path} is not a picture that Pillow can read, or one too large; give a PNG or JPEG") from None
+    except (OSError, SyntaxError) as error:
+        raise Mistake(f"{path} cannot be decoded as a picture ({error}); save it again as PNG or JPEG") from None
+
+
+def infer_task(given, task=""):
+    """The task that takes exactly these inputs ({kind: how many}); asks, by a Mistake, where there are two or none."""
+    def told(kinds):
+        return " and ".join(f"{n} {kind}" + "s" * (n > 1) for kind, n in sorted(kinds.items())) or "nothing"
+    if task and task not in TASKS:
+        raise Mistake(f"--task {task} is not one of {', '.join(TASKS)}")
+    fitting = [name for name, row in TASKS.items() if Counter(row.inputs) == given]
+    if task:
+        if task not in fitting:
+            raise Mistake(f"--task {task} takes {told(Counter(TASKS[task].inputs))}, but {told(given)} was given")
+        return task
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise Mistake(f"{told(given)} can be read in two ways: add --task {' or --task '.join(fitting)}")
+    takes = "; ".join(f"{name} {told(Counter(row.inputs))}" for name, row in TASKS.items())
+    raise Mistake(f"no task takes {told(given)}; there are: {takes}")
+
+
+def question(task, inputs):
+    """Inputs of a task in order -> the prompt, in the plain wording."""
+    return fill(task, [*inputs, None], templates(task)[0])[:-1]
+
+
+def read_inputs(config, model):
+    """The command line -> (task, inputs in the task's order). Raises Mistake."""
+    for kind in ("image", "pose"):
+        if len(getattr(config, kind)) > 2:
+            raise Mistake(f"--{kind} was given {len(getattr(config, kind))} times; a task takes at most two")
+    text = " ".join(config.text.split())
+    if config.text and not text:
+        raise Mistake("--text is empty; describe a pose, for example --text 'The left knee is bent.'")
+    given = Counter({kind: n for kind, n in (("text", bool(text)), ("image", len(config.image)),
+                                             ("pose", len(config.pose))) if n})
+    task = infer_task(given, config.task)
+    values = {"text": iter([text]), "image": map(read_image, config.image), "pose": map(read_pose, config.pose)}
+    inputs = [next(values[kind]) for kind in TASKS[task].inputs]
+    ids, room = model.text_ids(text), model.llm.config.max_position_embeddings
+    if len(ids) + 2 * model.vision.n_patches + 4 * model.tokenizer.n_tokens > room:
+        raise Mistake(f"--text has {len(ids)} words and marks; this model reads {room} tokens in all, so shorten it")
+    strange = {word for word, i in zip(text.split(), model.text_ids(text)) if i == model.text.unk_token_id}
+    if strange and task:
+        print(f"note: the model does not know {len(strange)} of the words, among them: "
+              f"{', '.join(sorted(w.strip('.,?') for w in strange)[:8])}", file=sys.stderr)
+    return task, inputs
+
+
+# ---- 3. Pictures -------------------------------------------------------------------------------------------------
+
+CELL, TURN = 256, -0.5  # pixels; poses of the text tasks are drawn half turned, so that depth shows
+
+
+class Sheet:
+    """A grid of cells, one row a question: name and figures on the left, then inputs, answer and truth."""
+
+    def __init__(self, body):
+        self.body, self.colors, self.rows = body, body_colors(body), []
+        self.font, self.bold = ImageFont.load_default(14), ImageFont.load_default(18)
+
+    def add(self, title, note, cells):
+        """cells: list of (heading, value), value a text, a pose (22,3,3) or a picture."""
+        turn = 0.0 if "image" in title else TURN  # beside a photograph a pose is drawn from the camera's side
+        self.rows.append((title, note, [(name, self.picture(value, turn)) for name, value in cells]))
+
+    def picture(self, value, turn):
+        """A text, a pose or a picture -> PIL image of one cell."""
+        if isinstance(value, str):
+            cell = Image.new("RGB", (CELL, CELL), "white")
+            lines = textwrap.wrap(value or "(no text)", 38)
+            shown = lines if len(lines) <= 15 else [*lines[:14], "…"]
+            ImageDraw.Draw(cell).multiline_text((8, 8), "\n".join(shown), fill=(30, 30, 30), font=self.font, spacing=2)
+            return cell
+        if torch.is_tensor(value):
+            with torch.no_grad():
+                vertices = self.body(value[None])[1][0]
+            value = render(vertices.numpy(), self.body.faces, self.colors, CELL, turn)
+        return ImageOps.fit(Image.fromarray(value) if isinstance(value, np.ndarray) else value, (CELL, CELL))
+
+    def save(self, path):
+        """Write the grid as PNG. Raises Mistake where the disk is full."""
+        wide, high, left = max(len(cells) for _, _, cells in self.rows), CELL + 26, 170
+        sheet = Image.new("RGB", (left + wide * (CELL + 6), high * len(self.rows)), (246, 246, 246))
+        draw = ImageDraw.Draw(sheet)
+        for y, (title, note, cells) in enumerate(self.rows):
+            draw.text((10, y * high + 30), title, fill="black", font=self.bold)
+            draw.multiline_text((10, y * high + 58), note, fill=(90, 90, 90), font=self.font)
+            for x, (name, cell) in enumerate(cells):
+                draw.text((left + x * (CELL + 6), y * high + 6), name, fill=(90, 90, 90), font=self.font)
+                sheet.paste(cell, (left + x * (CELL + 6), y * high + 24))
+        with saving(path) as new:
+            sheet.save(new, format="PNG")
+
+
+# ---- 4. The tour -------------------------------------------------------------------------------------------------
+
+def tour(model, body, config):
+    """All seven tasks on test people: the k-th task asks about the k-th pair of the test split, whoever that is."""
+    world, sheet, out = World("test", 2 * len(TASKS), model.vision.clip_size), Sheet(body), pathlib.Path(config.out)
+    exams = {task: exam(world, task, 2 * k) for k, task in enumerate(TASKS)}
+    begun = time.perf_counter()
+    answers = generate(model, [question(task, inputs) for task, (inputs, _, _) in exams.items()],
+                       [TASKS[task].target for task in exams], config.decode)
+    spent = time.perf_counter() - begun
+    for answer, (task, (inputs, truth, poses)) in zip(answers, exams.items()):
+        note = marks(task, answer, inputs, truth, poses, body)
+        names = ["A", "B"] if len(inputs) == 2 and TASKS[task].target == "text" else ["given", "and told"]
+        said = answer.text if TASKS[task].target == "text" else answer.pose
+        sheet.add(task, note, [*zip(names, inputs), ("answer", said), ("truth", truth)])
+        print(f"\n{task}   {note.replace(chr(10), ', ')}")
+        for value in [*filter(lambda v: isinstance(v, str), inputs), answer.text]:
+            print(textwrap.fill(value, 110, initial_indent="    ", subsequent_indent="    "))
+        if answer.pose is not None:
+            write_pose(out / f"{task}.npz", answer.pose)
+    sheet.save(out / "tour.png")
+    print(f"\nseven answers in {spent:.1f} s, read as one batch; look at {out / 'tour.png'}")
+
+
+def exam(world, task, i):
+    """Test person i (even; i+1 is its edit) -> (inputs, truth, the poses that texts speak of)."""
+    rng, pair = np.random.default_rng((0, i)), "diff" in task
+    poses = [world.poses[i], world.poses[i + 1]] if pair or task == "edit" else [world.poses[i]]
+    told = world.difference(i, i + 1, rng) if len(poses) == 2 else world.caption(i, rng)
+    inputs = {"pose": iter(poses), "image": (world.image(k) for k in (i, i + 1)), "text": iter([told])}
+    given = [next(inputs[kind]) for kind in TASKS[task].inputs]
+    if TASKS[task].target == "text":
+        return given, told, poses
+    return given, world.seen[i] if task == "image2pose" else poses[-1], poses
+
+
+def marks(task, answer, inputs, truth, poses, body):
+    """How good one answer is, in a few words: joint error of a pose, true statements of a text."""
+    if TASKS[task].target == "pose":
+        if answer.pose is None:
+            return "no pose"
+        error = 1000 * (body.joints(answer.pose) - body.joints(truth)).norm(dim=-1).mean()
+        return f"MPJPE {error:.0f} mm"
+    held = check(answer.text, poses[-1], poses[0] if len(poses) == 2 else None)
+    return f"{sum(near for near, _ in held)} of {len(held)}\nstatements true"
+
+
+# ---- 5. The command line -----------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """Ask UniPose; without a question, take the tour of all seven tasks."""
+    text: str = ""  # a description, or with --pose an instruction
+    image: list[str] = field(default_factory=list)  # a picture of a person; twice for two
+    pose: list[str] = field(default_factory=list)  # a pose file, .npz (AMASS keys) or .npy; twice for two
+    task: str = ""  # which task, where the inputs fit two: image2text or image2pose
+    weights: str = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # a trained folder
+    body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
+    decode: str = "argmax"  # argmax (paper) | soft | ar
+    n: int = 1  # how many answers; more than one are drawn at --temperature
+    temperature: float = 0.0  # 0 is greedy; with --n above 1 and 0 here: 0.7
+    seed: int = 0  # of the drawing
+    out: str = "out"  # folder for poses and pictures
+    device: str = "cpu"  # cpu | cuda
+
+
+def answer_question(model, body, config):
+    """One question from the command line, --n answers: text to the terminal, poses and a picture to --out."""
+    task, inputs = read_inputs(config, model)
+    temperature = config.temperature or 0.7 * (config.n > 1)
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    prompts = [question(task, inputs)] * config.n
+    answers = generate(model, prompts, [TASKS[task].target] * config.n, config.decode, temperature, generator)
+    sheet, out = Sheet(body), pathlib.Path(config.out)
+    cells = list(zip(("given", "and") if len(inputs) == 2 else ("given",), inputs))
+    for k, answer in enumerate(answers):
+        name = task if config.n == 1 else f"{task}_{k + 1}"
+        if answer.pose is not None:
+            write_pose(out / f"{name}.npz", answer.pose)
+            print(f"{name}: wrote {out / (name + '.npz')}")
+        else:
+            print(answer.text)
+        cells.append(("answer" if config.n == 1 else f"answer {k + 1}",
+                      answer.text if answer.pose is None else answer.pose))
+    sheet.add(task, "", cells)
+    sheet.save(out / f"{task}.png")
+    print(f"picture: {out / (task + '.png')}")
+
+
+def main(argv=None):
+    config = cli(Config, argv)
+    if config.decode not in ("argmax", "soft", "ar"):
+        raise Mistake(f"--decode {config.decode} is not one of argmax, soft, ar")
+    if not 1 <= config.n <= 64 or config.temperature < 0:
+        raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} not negative")
+    body, model = load_body(config.body), load(config.weights, config.device)
+    if config.decode == "ar" and model.config["attn"] != "causal":
+        print("note: this model was not trained with --attn causal and never saw its own codes; "
+              "--decode ar is a clock here, not an answer", file=sys.stderr)
+    asked = config.text or config.image or config.pose or config.task
+    (answer_question if asked else tour)(model, body, config)
+
+
+if __name__ == "__main__":
+    script(main)
