@@ -1,0 +1,623 @@
+"""How good, how fast: every number of this project comes from here.
+
+A task is an exam. The model sees the question, and its answer is marked against the truth with plain rulers:
+
+    made pose   MPJPE, PA-MPJPE        how far the joints are off                                   (mm)
+                statements             how much of what the caption says is true of the made pose   (share)
+    made text   precision              how much of what it says is true of the pose                 (share)
+                recall                 how much of what the reference says it says too              (share)
+                BLEU-4, ROUGE-L        how much it sounds like the reference                        (share)
+    both        R-precision, FID       what a separately trained retrieval model thinks of it
+
+A caption here is a list of statements that can be checked, so "is it true" needs no judge: `data.check` looks at the
+joints. Beside each number stand a baseline (what must be beaten) and a ceiling (what cannot be):
+
+    text2pose    mean pose . nearest caption . [ model ] . the tokenizer's own round trip . the truth itself
+
+Letters: B batch, T words, J=22 joints, N pose tokens, d width of an embedding, n questions of an exam.
+
+    python eval.py                                   # the shipped weights on the test split
+    python eval.py --tasks text2pose --n 64 --decode argmax,soft --json out/eval.json
+    python eval.py --speed                           # all N codes of a pose in one step, against one by one
+"""
+import copy
+import functools
+import json
+import math
+import pathlib
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import TASKS, World, caption, difference, fill, paircodes, posecodes, statements, templates, verdicts, words
+from sample import Reader, generate
+from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
+from unipose import RULER, SIZES, UniPose, load, load_strictly, model_config, read_config, read_tensors, word_tokenizer
+
+# ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
+
+def mpjpe(made, truth):
+    """Mean distance of the joints with both pelvises put at the origin, no rotation taken out.
+
+    made, truth: (B,J,3) metres. Returns (B,) mm. The paper's text2pose figures average 52 joints, 30 of them rigid
+    fingers, so they are not comparable joint for joint.
+    """
+    made, truth = made - made[:, :1], truth - truth[:, :1]
+    return 1000 * (made - truth).norm(dim=-1).mean(-1)
+
+
+def project_rotation(matrix):
+    """The rotation nearest to any (...,3,3) matrix; of an average of rotations, their chordal mean."""
+    u, _, vt = torch.linalg.svd(matrix)
+    sign = torch.ones_like(matrix[..., 0])
+    sign[..., 2] = torch.linalg.det(u @ vt).sign()         # a mirror image is not a turn: the weakest axis gives way
+    return u @ (sign[..., None] * vt)
+
+
+def similarity_align(made, truth):
+    """The copy of `made` (B,J,3) that is turned, scaled and moved to lie closest to `truth` (Umeyama 1991). Float64."""
+    made, truth = made.double(), truth.double()
+    a, b = made - made.mean(1, keepdim=True), truth - truth.mean(1, keepdim=True)
+    turned = a @ project_rotation(a.mT @ b)                                              # (B,J,3)
+    scale = (turned * b).sum((1, 2)) / a.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
+    return scale[:, None, None] * turned + truth.mean(1, keepdim=True)
+
+
+def pa_mpjpe(made, truth):
+    """MPJPE after the best similarity per sample: the error of the pose alone. (B,J,3) metres -> (B,) mm."""
+    return 1000 * (similarity_align(made, truth) - truth).norm(dim=-1).mean(-1)
+
+
+# ---- 2. Texts: how much it sounds like the reference ---------------------------------------------------------------
+
+PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\d)-|[!-&(-+/:-@\[-`{-~]")     # "1.5", "half-bent" stay whole
+
+
+def bleu_words(text):
+    """The WMT `13a` tokenisation for plain ASCII: punctuation stands alone, case is kept."""
+    return PUNCTUATION.sub(r" \g<0> ", text).split()
+
+
+def bleu4(made, truth):
+    """Corpus BLEU with 1- to 4-grams, one reference each, no smoothing (Papineni 2002). Two lists of str -> 0..1."""
+    hits, total, longer = np.zeros(4), np.zeros(4), np.zeros(2)
+    for a, b in zip(made, truth):
+        a, b = bleu_words(a), bleu_words(b)
+        longer += len(a), len(b)
+        for n in range(4):
+            grams_a, grams_b = (Counter(zip(*(words[k:] for k in range(n + 1)))) for words in (a, b))
+            hits[n] += (grams_a & grams_b).total()
+            total[n] += grams_a.total()
+    if not hits.all():                                     # one order without a single hit: the geometric mean is 0
+        return 0.0
+    brevity = min(0.0, 1 - longer[1] / longer[0])          # being short is the only way to cheat precision
+    return math.exp(brevity + np.log(hits / total).mean())
+
+
+def common_subsequence(a, b):
+    """Length of the longest common subsequence of two word lists, one bit per word of `a` (Hyyro 2004).
+
+    A zero bit marks where the best match so far grew; the addition carries each growth to the next free word.
+    """
+    where = {}
+    for k, word in enumerate(a):
+        where[word] = where.get(word, 0) | 1 << k
+    full = state = (1 << len(a)) - 1
+    for word in b:
+        hit = state & where.get(word, 0)
+        state = ((state + hit) | (state - hit)) & full
+    return len(a) - state.bit_count()
+
+
+def rouge_l(made, truth):
+    """Mean ROUGE-L F1 (Lin 2004): lower case, letters and digits only, no stemming. Two lists of str -> 0..1."""
+    scores = []
+    for a, b in zip(made, truth):
+        a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (a, b))
+        scores.append(2 * common_subsequence(a, b) / max(len(a) + len(b), 1))
+    return float(np.mean(scores))
+
+
+# ---- 3. Statements: is it true? ------------------------------------------------------------------------------------
+
+def measured(poses, sources=None):
+    """The codes of poses (n,22,3,3) that face +z, or of the ways there from sources (n,22,3,3)."""
+    return posecodes(poses) if sources is None else paircodes(sources, poses)
+
+
+def tell(poses, sources, seed):
+    """True texts of the embedded world: captions of poses (n,22,3,3), or how to get there from sources (n,22,3,3)."""
+    codes, say = measured(poses, sources), caption if sources is None else difference
+    return [say(codes, k, np.random.default_rng((seed, k))) for k in range(len(poses))]
+
+
+def shares(marks):
+    """Marks [(within tolerance, exactly), …] -> both shares of True. Saying nothing scores 0."""
+    return [sum(column) / len(marks) for column in zip(*marks)] if marks else [0.0, 0.0]
+
+
+def pose_truth(texts, poses, sources=None):
+    """Made poses (n,22,3,3), facing +z, against their captions, or against differences from sources (n,22,3,3).
+
+    Returns the share of all statements that hold: statement_accuracy within the tolerance of the captioning pipeline
+    (a category that its noise could have reached), statement_accuracy_exact without it.
+    """
+    codes = measured(poses, sources)
+    within, exact = shares([mark for k, text in enumerate(texts) for mark in verdicts(text, codes, k)])
+    return {"statement_accuracy": within, "statement_accuracy_exact": exact}
+
+
+def text_truth(made, truth, poses, sources=None):
+    """Made texts against the poses they speak of, and against what the references say.
+
+    precision, precision_exact: share of the statements made that hold; a sentence outside the grammar never holds, and
+    one said twice in a text counts once. recall: share of the references' statements that were made. f1: of both.
+    """
+    codes, marks, recalled = measured(poses, sources), [], []
+    for k, (text, reference) in enumerate(zip(made, truth)):
+        once = dict.fromkeys(line.strip() for line in text.lower().split("."))
+        marks += verdicts(". ".join(once), codes, k)
+        said = set(statements(text))
+        recalled += [statement in said for statement in set(statements(reference))]
+    (precision, exact), recall = shares(marks), sum(recalled) / max(len(recalled), 1)
+    return {"precision": precision, "precision_exact": exact, "recall": recall,
+            "f1": 2 * precision * recall / max(precision + recall, 1e-9)}
+
+
+# ---- 4. Embeddings: what a ruler that has seen many poses and texts thinks -----------------------------------------
+
+def ranks(similarity):
+    """(n,n) -> (n,) how many columns beat each row's own. A tie counts half: equal answers must not all win."""
+    own = similarity.diagonal()[:, None]
+    return (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
+
+
+def r_precision(query, answer, top=3, group=32):
+    """Share of queries whose own answer is among the best k of its group, k = 1..top. (n,d) unit vectors -> list.
+
+    Groups are consecutive rows, so shuffle first if the order means anything; the incomplete last one is dropped.
+    """
+    whole = len(query) // group * group
+    similarity = query[:whole].view(-1, group, query.size(1)) @ answer[:whole].view(-1, group, answer.size(1)).mT
+    rank = torch.cat([ranks(block) for block in similarity]) if whole else torch.empty(0)
+    return [(rank < k).float().mean().item() for k in range(1, top + 1)] if whole else []
+
+
+def recall_at(query, answer, tops=(1, 5, 10, 20)):
+    """Share of queries whose own answer is among the best k of the whole set. (n,d) unit vectors -> list."""
+    rank = ranks(query @ answer.mT)
+    return [(rank < k).float().mean().item() for k in tops]
+
+
+def frechet(a, b):
+    """FID (Heusel 2017): distance of two clouds (n,d) as if both were Gaussian, float64.
+
+    tr (A B)^1/2 is the sum of the roots of the eigenvalues of A^1/2 B A^1/2, which is symmetric even where A and B are
+    singular (fewer samples than dimensions): no matrix root of a product, no complex numbers.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                                       # (d,d) each
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                             # (d,d)
+    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
+    return max(0.0, distance.item())                        # rounding can leave -1e-16
+
+
+# ---- 5. The retrieval model: a ruler, not a part of UniPose --------------------------------------------------------
+
+class Retrieval(nn.Module):
+    """Poses and captions, or pose pairs and differences, in one space of unit vectors (UniPose appendix B.2).
+
+    pose   the tokenizer's encoder -> 40 places of d channels; the pair version joins A and B place by place;
+           a convolution that takes the places as channels leaves one vector
+    text   word embeddings -> biGRU with a learned start -> one vector
+    One module carries both rulers: encoder, text side and scale are shared (the official code trains two networks).
+    words: size of the text vocabulary (official: frozen DistilBERT embeddings; here learned); d: 512 in the paper.
+    """
+
+    def __init__(self, words, d=128):
+        super().__init__()
+        self.config = {"words": words, "d": d}
+        shape = TokenizerConfig(code_dim=d, hidden=d, upsample_step=1)
+        self.encoder = Encoder(shape)
+        self.pair = nn.Sequential(nn.Conv1d(2 * d, 2 * d, 3, padding=1), nn.ReLU(), nn.Conv1d(2 * d, d, 3, padding=1),
+                                  nn.ReLU(), nn.Conv1d(d, d, 3, padding=1))
+        self.pool = nn.Conv1d(shape.n_tokens, 1, 3, padding=1)
+        self.words = nn.Embedding(words, d)
+        self.read = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.Linear(d, d))
+        self.gru = nn.GRU(d, d, batch_first=True, bidirectional=True)
+        self.start = nn.Parameter(torch.randn(2, 1, d))
+        self.tell = nn.Sequential(nn.Linear(2 * d, d), nn.LayerNorm(d), nn.LeakyReLU(0.2), nn.Linear(d, d))
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def embed_pose(self, pose):
+        """pose (B,22,3,3) -> (B,d), length 1."""
+        return F.normalize(self.pool(self.places(pose).mT).squeeze(1), dim=-1)           # (B,d)
+
+    def embed_pair(self, pair):
+        """pair (B,2,22,3,3), A then B -> (B,d), length 1."""
+        both = torch.cat([self.places(pair[:, 0]), self.places(pair[:, 1])], 1)          # (B,2d,40)
+        return F.normalize(self.pool(self.pair(both).mT).squeeze(1), dim=-1)             # (B,d)
+
+    def places(self, pose):
+        return self.encoder(matrix_to_sixd(pose))                                        # (B,d,40)
+
+    def embed_text(self, ids, mask):
+        """ids (B,T) long, mask (B,T) True on words, padding on the right -> (B,d), length 1."""
+        length = mask.sum(1).clamp(min=1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(self.read(self.words(ids)), length, True, enforce_sorted=False)
+        _, last = self.gru(packed, self.start.expand(-1, len(ids), -1).contiguous())     # (2,B,d) one per direction
+        return F.normalize(self.tell(torch.cat([last[0], last[1]], -1)), dim=-1)         # (B,d)
+
+    def forward(self, pose, ids, mask):
+        """pose (B,22,3,3) or pairs (B,2,22,3,3) with their texts -> loss, {"top1", "scale"}.
+
+        Cross-entropy over the batch on scaled cosines, both directions: the own text must win among B, and back.
+        """
+        bodies = self.embed_pair(pose) if pose.dim() == 5 else self.embed_pose(pose)     # (B,d)
+        similarity = self.scale * bodies @ self.embed_text(ids, mask).T                  # (B,B)
+        own = torch.arange(len(pose), device=pose.device)
+        loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+        return loss, {"top1": (similarity.argmax(1) == own).float().mean(), "scale": self.scale.detach()}
+
+
+def read_texts(text, captions, limit=196):
+    """Captions -> ids (B,T), mask (B,T) for `Retrieval.embed_text`. text: the Hugging Face tokenizer of the model."""
+    rows = [text(caption, add_special_tokens=False).input_ids[:limit] for caption in captions]
+    longest = max(1, *map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def load_ruler(folder, device="cpu"):
+    """The retrieval model that travels in a weights folder, or None where none was trained. Raises Mistake."""
+    config = read_config(folder).get("retrieval")
+    if not config:
+        return None
+    path = pathlib.Path(folder) / "model.safetensors"
+    with torch.random.fork_rng():
+        ruler = Retrieval(**config)
+    load_strictly(ruler, {k.removeprefix(RULER): v for k, v in read_tensors(path).items() if k.startswith(RULER)}, path)
+    return ruler.to(device).eval()
+
+
+# ---- 6. Exams: what is asked, and what is true ---------------------------------------------------------------------
+
+PAIRS = ("posediff", "imagediff", "edit")                  # tasks about two poses, the second an edit of the first
+
+
+class Exam:
+    """n questions of one task over the first 2n people of a world, where every two make a pair.
+
+    poses (n,22,3,3): the pose to be made or told of, as the answer should show it; sources (n,22,3,3): pose A of the
+    pair tasks, else None; texts: n true texts; target: "pose" | "text".
+    """
+
+    def __init__(self, world, task, n, seed=0):
+        self.world, self.task, self.target = world, task, TASKS[task].target
+        self.rows = 2 * torch.arange(n) + (task in PAIRS)
+        self.poses = world.poses[self.rows]
+        self.sources = world.poses[self.rows - 1] if task in PAIRS else None
+        self.texts = tell(self.poses, self.sources, seed)
+        self.turns = torch.eye(3).expand(n, 3, 3)          # from the body's frame to the answer's
+        if task == "image2pose":                           # the answer is in the camera's frame
+            self.poses = world.seen[self.rows]
+            self.turns = self.poses[:, 0] @ world.poses[self.rows, 0].mT
+
+    def question(self, k):
+        """The k-th prompt: the task's plain template, filled in, without its answer."""
+        row = int(self.rows[k])
+        people = (row - 1, row) if self.task in PAIRS else (row,)
+        values = [self.texts[k] if kind == "text" else self.world.poses[i] if kind == "pose" else self.world.image(i)
+                  for kind, i in zip(TASKS[self.task].inputs, people)]
+        return fill(self.task, [*values, None], templates(self.task)[0])[:-1]
+
+    def facing(self, poses):
+        """Poses in the answer's frame, turned back to face +z, which is where statements are made."""
+        return torch.cat([(self.turns.mT @ poses[:, 0])[:, None], poses[:, 1:]], 1)      # (n,22,3,3)
+
+
+class Judge(NamedTuple):
+    """Marks answers. body: whose joints are measured; ruler: a Retrieval or None; text: the model's HF tokenizer."""
+    body: object
+    ruler: object
+    text: object
+
+    def mark(self, exam, made):
+        """made: n poses (n,22,3,3) or n texts, as the exam asks -> {name of a figure: value}."""
+        if exam.target == "text":
+            marks = {"bleu4": bleu4(made, exam.texts), "rouge_l": rouge_l(made, exam.texts)}
+            marks |= text_truth(made, exam.texts, exam.poses, exam.sources)
+            return marks | self.opinion(exam, exam.poses, made)
+        joints, truth = self.body.joints(made), self.body.joints(exam.poses)             # (n,22,3) each
+        marks = {"mpjpe": mpjpe(joints, truth).mean().item(), "pa_mpjpe": pa_mpjpe(joints, truth).mean().item()}
+        marks |= pose_truth(exam.texts, exam.facing(made), exam.sources)
+        return marks | self.opinion(exam, made, exam.texts)
+
+    @torch.no_grad()
+    def opinion(self, exam, poses, texts):
+        """What the ruler thinks of made poses with true texts, or the reverse; nothing without a ruler.
+
+        r_precision: own answer among the best 1, 2, 3 of 32; recall_at: among the best 1, 5, 10, 20 of all n; matching:
+        mean cosine; fid: between the clouds of made and true poses.
+        """
+        if self.ruler is None:
+            return {}
+
+        def embed(poses):
+            poses = exam.facing(poses)
+            if exam.sources is None:
+                return self.ruler.embed_pose(poses)
+            return self.ruler.embed_pair(torch.stack([exam.sources, poses], 1))
+        told, shown = self.ruler.embed_text(*read_texts(self.text, texts)), embed(poses)  # (n,d) each
+        asked, made = (told, shown) if exam.target == "pose" else (shown, told)
+        marks = {"r_precision": r_precision(asked, made), "recall_at": recall_at(asked, made),
+                 "matching": (told * shown).sum(-1).mean().item()}
+        return marks | ({"fid": frechet(shown, embed(exam.poses))} if exam.target == "pose" else {})
+
+
+# ---- 7. What must be beaten, what cannot be ------------------------------------------------------------------------
+
+def nearest_by_statements(asked, known):
+    """For each asked caption the index of the known one that says most nearly the same: cosine of statement sets."""
+    said = [set(statements(text)) for text in [*known, *asked]]
+    column = {statement: i for i, statement in enumerate(dict.fromkeys(s for one in said for s in one))}
+    bags = torch.zeros(len(said), len(column))
+    for row, one in zip(bags, said):
+        row[[column[s] for s in one]] = 1
+    bags = F.normalize(bags)                               # (known+asked,statements)
+    return (bags[len(known):] @ bags[:len(known)].T).argmax(1)
+
+
+@torch.no_grad()
+def nearest_by_features(asked, known, vision):
+    """For each picture of exam `asked` the index of the picture of exam `known` most alike to the frozen eyes."""
+    def look(exam):
+        rows = exam.rows.tolist()
+        return torch.cat([vision([exam.world.image(i) for i in rows[k:k + 32]]).mean(1).cpu()   # (32,Dv) over patches
+                          for k in tqdm(range(0, len(rows), 32), desc=f"{exam.task}: frozen features", leave=False)])
+    theirs, ours = look(known), look(asked)
+    middle, spread = theirs.mean(0), theirs.std(0) + 1e-6  # what all pictures share tells nobody apart
+    theirs, ours = (F.normalize((features - middle) / spread, dim=1) for features in (theirs, ours))
+    return (ours @ theirs.T).argmax(1)
+
+
+def baselines(exam, known, model, seed):
+    """name -> answers made without a language model, out of the training people of the exam `known`."""
+    chosen = {}                                            # name -> which training person's answer is copied
+    if exam.target == "text":
+        chosen["random_caption"] = np.random.default_rng(seed).integers(len(known.texts), size=len(exam.texts))
+    if exam.task == "text2pose":
+        chosen["nearest_caption"] = nearest_by_statements(exam.texts, known.texts)
+    if exam.task in ("image2pose", "image2text"):
+        chosen["nearest_feature"] = nearest_by_features(exam, known, model.vision)
+    if exam.target == "text":
+        return {who: [known.texts[k] for k in rows] for who, rows in chosen.items()}
+    answers = {"mean_pose": project_rotation(known.poses.mean(0)).expand_as(exam.poses)}
+    answers |= {who: known.poses[rows] for who, rows in chosen.items()}
+    return answers | ({"input_pose": exam.sources} if exam.task == "edit" else {})
+
+
+@torch.no_grad()
+def round_trip(model, poses):
+    """Poses (n,22,3,3) -> codes (n,N) and what the tokenizer makes of them (n,22,3,3)."""
+    codes = model.tokenizer.encode(poses.to(model.device))
+    return codes.cpu(), model.tokenizer.decode(codes).cpu()
+
+
+def ceilings(exam, model, seed):
+    """name -> answers that no speaker of code words can beat: the truth, and the truth seen through the tokenizer.
+
+    A true text is told a second time with other dice, which is the BLEU and the recall of a perfect speaker.
+    """
+    truth = {"tokenizer": round_trip(model, exam.poses)[1], "ground_truth": exam.poses}
+    return truth if exam.target == "pose" else {who: tell(p, exam.sources, seed + 1) for who, p in truth.items()}
+
+
+# ---- 8. The whole report -------------------------------------------------------------------------------------------
+
+def answer(model, exam, decode, batch):
+    """The model's answers to an exam: poses (n,22,3,3) or a list of n texts."""
+    made, n = [], len(exam.texts)
+    for k in tqdm(range(0, n, batch), desc=f"{exam.task}: {decode}", leave=False):
+        questions = [exam.question(i) for i in range(k, min(k + batch, n))]
+        made += generate(model, questions, [exam.target] * len(questions), decode=decode)
+    return torch.stack([a.pose for a in made]) if exam.target == "pose" else [a.text for a in made]
+
+
+def examine(model, judge, exam, known, decodes, batch, seed):
+    """One task -> its figures by the first way of decoding; other ways of making a pose stand under "decoding"."""
+    first, *others = decodes if exam.target == "pose" else decodes[:1]
+    report = judge.mark(exam, answer(model, exam, first, batch))
+    if others:
+        report["decoding"] = {way: judge.mark(exam, answer(model, exam, way, batch)) for way in others}
+    report["baselines"] = {who: judge.mark(exam, made) for who, made in baselines(exam, known, model, seed).items()}
+    report["ceilings"] = {who: judge.mark(exam, made) for who, made in ceilings(exam, model, seed).items()}
+    return report
+
+
+def examine_tokenizer(model, judge, exam):
+    """The tokenizer alone: its error, and which shares of the statements and of the code words are alive."""
+    codes, made = round_trip(model, exam.poses)
+    marks = judge.mark(exam, made)
+    use = torch.bincount(codes.flatten(), minlength=model.tokenizer.config.codes).double() / codes.numel()
+    return {"mpjpe": marks["mpjpe"], "pa_mpjpe": marks["pa_mpjpe"], "active": (use > 0).double().mean().item(),
+            "perplexity": torch.special.entr(use).sum().exp().item(),
+            "statements_kept": marks["statement_accuracy"], "statements_kept_exact": marks["statement_accuracy_exact"]}
+
+
+def evaluate(model, judge, tasks=tuple(TASKS), split="test", n=512, decode="argmax", batch=32, pool=1024, seed=0):
+    """Every figure of a model as a JSON-able dict: millimetres and fractions.
+
+    n questions a task from the first 2n people of `split`; the baselines may look at `pool` people of the train split.
+    decode: one way, or several with commas between; the first gives a task's own figures.
+    """
+    size = model.vision.clip_size
+    world, train = World(split, 2 * n, size), World("train", 2 * pool, size)
+    report = {"size": model.config["size"], "seed": seed, "split": split, "n": n, "body": judge.body.name,
+              "decode": decode, "tokenizer": examine_tokenizer(model, judge, Exam(world, "text2pose", n, seed)),
+              "tasks": {}}
+    for task in tasks:
+        exam, known = Exam(world, task, n, seed), Exam(train, task, pool, seed)
+        report["tasks"][task] = examine(model, judge, exam, known, decode.split(","), batch, seed)
+    return report
+
+
+PROTOCOL = """{weights} ({size}): {split} split, {n} questions a task, body {body}, seed {seed}, plain templates
+MPJPE in mm: 22 joints, pelvis at the origin, nothing rotated; PA: after the best similarity. True: share of statements
+within the tolerance of the captions; exactly: without it; recall and F1: of statements. - to be beaten, + not to be
+"""
+COLUMNS = {"MPJPE": ("mpjpe",), "PA": ("pa_mpjpe",), "true": ("statement_accuracy", "precision", "statements_kept"),
+           "exactly": ("statement_accuracy_exact", "precision_exact", "statements_kept_exact"), "recall": ("recall",),
+           "F1": ("f1",), "BLEU-4": ("bleu4",), "ROUGE-L": ("rouge_l",), "R@1/32": ("r_precision",), "FID": ("fid",)}
+
+
+def table(report):
+    """The report as aligned lines: one row for each task and whoever answered it."""
+    first = report["decode"].split(",")[0]
+    rows = [("tokenizer", f"{report['tokenizer']['active']:.0%} codes active", report["tokenizer"])]
+    for task, figures in report["tasks"].items():
+        rows.append((task, "UniPose " + first * ("mpjpe" in figures), figures))
+        for group, mark in (("decoding", "UniPose"), ("baselines", "-"), ("ceilings", "+")):
+            rows += [("", f"{mark} {who}", marks) for who, marks in figures.get(group, {}).items()]
+
+    def cell(column, marks):
+        value = next((marks[key] for key in COLUMNS[column] if key in marks), None)
+        value = next(iter(value), None) if isinstance(value, list) else value
+        return f"{'' if value is None else format(value, '.1f' if column in ('MPJPE', 'PA') else '.3f'):>8}"
+    return [f"{'':<34}" + "".join(f"{column:>8}" for column in COLUMNS),
+            *(f"{task:<12}{who:<22}" + "".join(cell(c, marks) for c in COLUMNS) for task, who, marks in rows)]
+
+
+# ---- 9. How fast ---------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def pose_seconds(model, reader, stepwise):
+    """Seconds from a prompt that is read already to the N codes of a pose; the reader is left as it was.
+
+    Parallel: <p>, N queries and </p> go through in one step. Stepwise: <p>, then each code before the next is said.
+    """
+    v, n, fork = model.vocab, model.tokenizer.n_tokens, copy.copy(reader)
+    fork.cache = copy.deepcopy(reader.cache)
+    codes = model.llm.lm_head.weight[v.pose0:v.p_open]                                   # (K,D)
+
+    def read(ids, block):
+        ids, block = (torch.tensor([row], device=model.device) for row in (ids, block))
+        hidden = fork.read_ids(ids, block, torch.ones_like(ids, dtype=torch.bool))       # (1,q,D)
+        return (hidden[0] @ codes.T).argmax(-1).tolist()                                 # q codes
+
+    begun, last = time.perf_counter(), v.p_open
+    if stepwise:
+        for _ in range(n):
+            last = v.pose0 + read([last], [-1])[0]
+    else:
+        read([v.p_open, *range(v.query0, v.query0 + n), v.p_close], [-1, *[0] * n, -1])
+    return time.perf_counter() - begun
+
+
+def medians(repeats, **runs):
+    """name -> median milliseconds of a run that returns its seconds. The runs take turns, so noise hits all alike."""
+    rounds = [[run() for run in runs.values()] for _ in range(repeats + 1)][1:]          # the first round warms up
+    return dict(zip(runs, (1000 * np.median(rounds, axis=0)).tolist()))
+
+
+def speed(model, seed=0, repeats=7):
+    """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every task's latency."""
+    exams = {task: Exam(World("test", 2, model.vision.clip_size), task, 1, seed) for task in TASKS}
+    row, reader = model.encode(exams["text2pose"].question(0)), Reader(model, 1)
+    prompt = torch.tensor([row.ids], device=model.device)                                # (1,T)
+    with torch.no_grad():
+        reader.read_ids(prompt, torch.full_like(prompt, -1), torch.ones_like(prompt, dtype=torch.bool))
+
+    def whole(task, decode="argmax"):
+        # an untrained model does not know when to stop: a pose answer gets no more steps than it needs
+        steps = 160 if exams[task].target == "text" else model.tokenizer.n_tokens + 3 if decode == "ar" else 2
+        question, begun = exams[task].question(0), time.perf_counter()
+        generate(model, [question], [exams[task].target], decode=decode, max_new=steps)
+        return time.perf_counter() - begun
+
+    pose = medians(repeats, parallel=lambda: pose_seconds(model, reader, False),
+                   one_by_one=lambda: pose_seconds(model, reader, True))
+    full = medians(repeats, parallel=lambda: whole("text2pose"), one_by_one=lambda: whole("text2pose", "ar"))
+    latency = medians(repeats, **{task: functools.partial(whole, task) for task in TASKS})
+    return {"prompt_tokens": len(row.ids), "pose_tokens": model.tokenizer.n_tokens, "latency_ms": latency,
+            "pose_ms": pose, "pose_ratio": pose["one_by_one"] / pose["parallel"],
+            "answer_ms": full, "answer_ratio": full["one_by_one"] / full["parallel"]}
+
+
+def show_speed(figures):
+    """The speed report as lines."""
+    lines = ["{pose_tokens} code words a pose, {prompt_tokens} tokens before it, median ms".format(**figures),
+             f"{'':<36}{'parallel':>10}{'one by one':>12}{'ratio':>8}"]
+    for key, what in (("pose", "the pose, from the cached prompt"), ("answer", "the whole answer, prompt included")):
+        times, ratio = figures[f"{key}_ms"], figures[f"{key}_ratio"]
+        lines.append(f"{what:<36}{times['parallel']:>10.1f}{times['one_by_one']:>12.1f}{ratio:>7.1f}x")
+    return [*lines, "latency of one answer: " + ", ".join(f"{t} {ms:.0f}" for t, ms in figures["latency_ms"].items())]
+
+
+# ---- 10. The command line ------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """Measure a model on its embedded test split."""
+    weights: str = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # the folder of the model
+    size: str = ""  # nano | tiny | paper: random weights of this size instead, for --speed
+    split: str = "test"  # test | val | train
+    n: int = 512  # questions a task
+    tasks: list[str] = field(default_factory=list)  # only these tasks
+    decode: str = "argmax"  # argmax | soft | ar, several with commas between
+    batch: int = 32  # questions answered side by side
+    pool: int = 1024  # training people that the baselines may look at
+    seed: int = 0  # of the captions
+    body: str = ""  # an SMPL file whose joints are measured; empty: the free body
+    json: str = ""  # write all figures here
+    speed: bool = False  # measure time instead of quality
+
+
+def refuse(config):
+    """Settings that cannot work. Raises Mistake."""
+    for flag, given, choices in (("tasks", config.tasks, TASKS), ("size", [config.size], ["", *SIZES]),
+                                 ("split", [config.split], ["test", "val", "train"]),
+                                 ("decode", config.decode.split(","), ["argmax", "soft", "ar"])):
+        for one in given:
+            if one not in choices:
+                raise Mistake(f"--{flag} {one} is not one of {', '.join(filter(None, choices))}")
+    if min(config.n, config.batch, config.pool) < 2:
+        raise Mistake("--n, --batch and --pool must be at least 2")
+
+
+def main(argv=None):
+    config = cli(Config, argv)
+    refuse(config)
+    device, ruler = "cuda" if torch.cuda.is_available() else "cpu", None
+    if config.size:
+        torch.manual_seed(config.seed)
+        model = UniPose(model_config(config.size), word_tokenizer(words())).to(device).eval()
+    else:
+        model, ruler = load(config.weights, device), load_ruler(config.weights)
+    if config.speed:
+        report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
+        lines = show_speed(report["speed"])
+    else:
+        judge = Judge(load_body(config.body), ruler, model.text)
+        report = evaluate(model, judge, config.tasks or tuple(TASKS), config.split, config.n, config.decode,
+                          config.batch, config.pool, config.seed)
+        name = f"random weights, seed {config.seed}" if config.size else config.weights
+        lines = [PROTOCOL.format(weights=name, **report), *table(report)]
+    print("\n".join(lines))
+    if config.json:
+        with saving(config.json) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    script(main)
