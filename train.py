@@ -1,0 +1,598 @@
+"""Six stages, one loop.
+
+UniPose is trained in a fixed order, each stage on top of what the ones before have frozen (paper §3.3):
+
+    backbones   small LLM, CLIP and pose ViT   stand-ins for the three downloads, embedded sizes only
+    tokenizer   VQ-VAE                         a pose becomes N code words                               (paper §3.1)
+    retrieval   the ruler of eval.py           not a part of UniPose                                     (appendix B.2)
+    align       LLM                            poses and text share one vocabulary
+    project     projector                      what the eyes see becomes words too
+    instruct    projector and LLM by LoRA      seven tasks, 200 phrasings each
+
+A stage is a row of STAGES plus a function that returns its modules and its loss. The loop below knows nothing else:
+sample numbers are a function of (seed, step), so a run that was cut off goes on bit by bit as if it had not been.
+A step's gradient is the sum over its samples divided by their labels, however the batch is cut: into --accumulate
+parts, or over the processes of torchrun.
+
+    python train.py --stage all --size nano                     # everything, in about a minute: does it run?
+    python train.py --stage all --size tiny --out out/tiny      # the model that ships as weights/tiny
+    python train.py --stage align --out out/tiny --resume       # go on after a cut
+    python train.py --stage instruct --init out/tiny --out out/causal --attn causal            # an ablation
+    torchrun --nproc_per_node=4 train.py --stage align --out out/tiny                          # four GPUs
+"""
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+from data import TASKS, Mixture, World, words
+from eval import Retrieval, load_ruler, read_texts
+from tokenizer import (
+    Mistake,
+    cli,
+    load_body,
+    matrix_to_sixd,
+    mirror,
+    noisy,
+    saving,
+    script,
+    some_vertices,
+    tokenizer_loss,
+)
+from unipose import RULER, SIZES, UniPose, collate, load, model_config, read_config, read_tensors, save, word_tokenizer
+
+# ---- 1. The stages -----------------------------------------------------------------------------------------------
+
+POSE_TASKS = ("pose2text", "posediff", "text2pose", "edit")
+IMAGE_TASKS = ("image2text", "imagediff", "image2pose")
+LLM, LORA = r"llm\.", r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # all weights; LoRA, embeddings and head
+
+
+class Stage(NamedTuple):
+    """One row: `trains` a pattern of parameter names per size, `needs` the stages before it, `whole` = learns from
+    comparing the samples of a batch, which therefore cannot be cut; `schedule` size -> (steps, batch, peak lr)."""
+    trains: dict
+    tasks: tuple
+    needs: tuple
+    templates: int
+    whole: bool
+    schedule: dict
+
+
+# paper: 6, 2 and 2 epochs over 70k+93k, 50k+50k+100k and 30k samples, batches of 96, 32 and 32 (Table 3, facts §7.3);
+# the tokenizer's 240 epochs of AMASS are about 200k steps. Backbones are downloads there.
+STAGES = {
+    "backbones": Stage(dict(nano=r"llm\.|vision\.", tiny=r"llm\.|vision\."), (), (), 1, True,
+                       dict(nano=(20, 8, 1e-3), tiny=(3000, 64, 1e-3))),
+    "tokenizer": Stage(dict.fromkeys(SIZES, r"tokenizer\."), (), (), 1, True,
+                       dict(nano=(30, 32, 1e-3), tiny=(6000, 128, 1e-3), paper=(200_000, 256, 2e-4))),
+    "retrieval": Stage(dict.fromkeys(SIZES, RULER), (), (), 1, True,
+                       dict(nano=(20, 16, 1e-3), tiny=(1000, 64, 1e-3), paper=(25_000, 512, 2e-4))),
+    "align": Stage(dict(nano=LLM, tiny=LLM, paper=LORA), POSE_TASKS, ("backbones", "tokenizer"), 1, False,
+                   dict(nano=(30, 8, 2e-3), tiny=(5000, 16, 2e-3), paper=(10_200, 96, 1.5e-4))),
+    "project": Stage(dict.fromkeys(SIZES, r"projector\."), IMAGE_TASKS, ("align",), 1, False,
+                     dict(nano=(20, 8, 2e-3), tiny=(500, 16, 2e-3), paper=(12_500, 32, 5e-5))),
+    "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), tuple(TASKS), ("project",), 200, False,
+                      dict(nano=(30, 8, 1e-3), tiny=(3000, 16, 1e-3), paper=(1_900, 32, 5e-5))),
+}
+PEOPLE = dict(nano=(256, 64), tiny=(40_000, 12_000))  # synthetic people, and how many are photographed
+
+
+@dataclass
+class Config:
+    """Train UniPose, one stage or all of them."""
+    stage: str = "all"  # backbones | tokenizer | retrieval | align | project | instruct | all
+    size: str = "tiny"  # nano | tiny | paper
+    out: str = ""  # folder of the checkpoint; empty: out/<size>
+    init: str = ""  # start from this folder instead of --out
+    resume: bool = False  # go on from train_state.safetensors in --out; with --stage all, skip what is finished
+    seed: int = 0  # every random number of the run follows from it
+    steps: int = 0  # steps of the stage; 0: as in STAGES
+    batch: int = 0  # samples a step; 0: as in STAGES
+    lr: float = 0.0  # peak learning rate; 0: as in STAGES
+    accumulate: int = 1  # cut each batch into this many parts to save memory; the gradient stays the same
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    save_every: int = 500  # steps between two states to resume from
+    device: str = ""  # cpu | cuda | …; empty: the GPU where there is one
+    people: int = 0  # synthetic people; 0: as in PEOPLE
+    photos: int = 0  # how many of them are photographed; 0: as in PEOPLE
+    attn: str = "mixed"  # mixed (paper) | mixed_all | causal, when starting afresh
+    vision: str = "both"  # both (paper) | clip | pose, when starting afresh
+    projector: str = "mlp"  # mlp (release) | linear (paper's formula), when starting afresh
+    lora_r: int = -1  # rank of LoRA in instruct; 0: all LLM weights train; -1: as the size says
+    root_noise: bool = True  # tokenizer: turn poses at random, input and target together
+    part_noise: bool = False  # tokenizer: disturb body parts of the input, the target stays clean
+
+
+# ---- 2. What is frozen is computed once --------------------------------------------------------------------------
+
+class Frozen:
+    """Codes and image features of all people, computed on first use by the frozen parts of the model.
+
+    One object serves a whole run: no stage asks for codes or features before the stages that train those parts."""
+
+    def __init__(self, model, world, photos):
+        self.model, self.world, self.n_photos = model, world, photos
+
+    @cached_property
+    def codes(self):
+        """(n,N) codes of the heading-free poses."""
+        return self._through(self.model.tokenizer.encode, self.world.poses, "pose codes")
+
+    @cached_property
+    def seen_codes(self):
+        """(photos,N) codes of the poses in the camera's frame."""
+        return self._through(self.model.tokenizer.encode, self.world.seen[:self.n_photos], "codes of seen poses")
+
+    @cached_property
+    def features(self):
+        """(photos,P,Dv) float16 features of the photographs."""
+        return self._through(lambda pictures: self.model.vision(pictures).half(), self.photographs, "image features")
+
+    @cached_property
+    def photographs(self):
+        """(photos,S,S,3) uint8."""
+        return np.stack([self.world.image(i) for i in watch(range(self.n_photos), "photographs")])
+
+    @torch.no_grad()
+    def _through(self, part, rows, what, size=128):
+        """All rows through a frozen part of the model, in eval mode, on its device; the result stays on the CPU."""
+        self.model.eval()
+        done = []
+        for start in watch(range(0, len(rows), size), what):
+            some = rows[start:start + size]
+            done.append(part(some.to(self.model.device) if torch.is_tensor(some) else some).cpu())
+        return torch.cat(done)
+
+
+def watch(rows, what):
+    """A progress bar on standard error."""
+    from tqdm import tqdm
+    return tqdm(rows, desc=what, leave=False, dynamic_ncols=True)
+
+
+# ---- 3. One function a stage: its modules, its loss --------------------------------------------------------------
+
+class Job(NamedTuple):
+    """modules: name -> what trains or changes; loss(rows, step) -> (loss, logs) for sample numbers `rows`, where
+    logs["terms"] says how many terms the loss is the mean of."""
+    modules: dict
+    loss: object
+
+
+def spread(n, k, seed):
+    """Sample number k -> one of n people, each epoch in a new order; a function of (seed, k)."""
+    order = np.random.default_rng((seed, k // n)).permutation(n)
+    return int(order[k % n])
+
+
+class BackboneHeads(nn.Module):
+    """What teaches the stand-ins, thrown away afterwards. The pose ViT must tell joints and rotations of the person
+    from the mean of its patches, which is what an LLM can read by attending evenly; CLIP must match captions."""
+
+    def __init__(self, model):
+        super().__init__()
+        pose, clip = model.config["pose_vit"]["hidden_size"], model.config["clip"]["hidden_size"]
+        self.body = nn.Sequential(nn.Linear(pose, 4 * pose), nn.GELU(), nn.Linear(4 * pose, 22 * 9))
+        self.picture, self.words = nn.Linear(clip, 64), nn.Embedding(len(model.text), 64)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+
+def backbones(model, ruler, frozen, config):
+    """Three stand-ins for three downloads, trained side by side: CLIP matches photographs and captions, the pose ViT
+    tells joints (m) and 6D rotations, the LLM reads captions."""
+    heads, world, body = BackboneHeads(model).to(model.device), frozen.world, load_body()
+    n = frozen.n_photos
+
+    def body_loss(pictures, rows):
+        pixels, truth, half = model.vision.pose_pixels(pictures), world.seen[rows], len(rows) // 2
+        pixels = torch.cat([pixels[:half].flip(-1), pixels[half:]])  # half of them in a mirror: twice as many people
+        truth = torch.cat([mirror(truth[:half]), truth[half:]])
+        seen = model.vision.pose_map(pixels.to(model.device))                               # (B,C,h,w)
+        joints, sixd = heads.body(seen.mean((2, 3))).split([22 * 3, 22 * 6], -1)            # (B,66) (B,132)
+        far = F.l1_loss(joints.view(-1, 22, 3), body.joints(truth).to(joints))
+        return 10 * far + F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(truth).to(sixd)), 1000 * far.detach()
+
+    def match_loss(pictures, ids, mask):
+        states = model.vision.clip(model.vision.clip_pixels(pictures).to(model.device), output_hidden_states=True)
+        seen = F.normalize(heads.picture(states.hidden_states[-2][:, 1:].mean(1)), dim=-1)  # (B,64)
+        told = (heads.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)      # (B,64) a bag of words
+        told = F.normalize(told, dim=-1)
+        similarity, own = heads.scale * seen @ told.T, torch.arange(len(seen), device=seen.device)
+        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+    def loss(rows, step):
+        people = [spread(n, k, config.seed) for k in rows]
+        pictures = frozen.photographs[people]
+        captions = [world.caption(i, np.random.default_rng((config.seed, k))) for i, k in zip(people, rows)]
+        ids, mask = (t.to(model.device) for t in read_texts(model.text, captions))
+        body_part, millimetres = body_loss(pictures, people)
+        match = match_loss(pictures, ids, mask)
+        told = [model.encode([("text", caption, True)]) for caption in captions[:8]]        # the LLM needs fewer
+        language, _ = model(collate(told))
+        return body_part + match + language, {"joints_mm": millimetres, "match": match.detach(),
+                                              "language": language.detach(), "terms": len(rows)}
+
+    return Job({"model": model, "heads": heads}, loss)
+
+
+def tokenizer(model, ruler, frozen, config):
+    """Reconstruction through the codebook on the posed body (paper eq. 7), half of the people turned as a camera sees
+    them. Embedded sizes pose an area-weighted subset of the vertices, `paper` all of them."""
+    world, body = frozen.world, load_body().to(model.device)
+    poses, total = torch.cat([world.poses, world.seen]), schedule(config)[0]
+    chosen = None if config.size == "paper" else some_vertices(body)
+
+    def loss(rows, step):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        target = poses[[spread(len(poses), k, config.seed) for k in rows]].to(model.device)
+        given, target = noisy(target, generator, config.root_noise, config.part_noise, step / total)
+        loss, logs = tokenizer_loss(model.tokenizer, target, body, chosen, given, generator)
+        return loss, {**logs, "terms": len(rows)}
+
+    return Job({"model": model}, loss)
+
+
+def retrieval(model, ruler, frozen, config):
+    """Contrast of poses with captions and of pairs with differences, half the batch each."""
+    world = frozen.world
+
+    def loss(rows, step):
+        people = [spread(len(world.poses), k, config.seed) for k in rows]
+        partners, rngs = [i ^ 1 for i in people], [np.random.default_rng((config.seed, k)) for k in rows]
+        ids, mask = read_texts(model.text, [world.caption(i, rng) for i, rng in zip(people, rngs)])
+        one, logs = ruler(world.poses[people].to(model.device), ids.to(model.device), mask.to(model.device))
+        ids, mask = read_texts(model.text, [world.difference(*pair) for pair in zip(people, partners, rngs)])
+        both = torch.stack([world.poses[people], world.poses[partners]], 1).to(model.device)    # (B,2,22,3,3)
+        two, pair_logs = ruler(both, ids.to(model.device), mask.to(model.device))
+        return one + two, {"top1": logs["top1"], "pair_top1": pair_logs["top1"], "terms": len(rows)}
+
+    return Job({RULER.rstrip("."): ruler}, loss)
+
+
+def language(model, ruler, frozen, config):
+    """align, project, instruct: the next word and the codes of asked-for poses, over a mixture of tasks."""
+    stage = STAGES[config.stage]
+    lookups = {"pose": frozen.codes}
+    if set(stage.tasks) & set(IMAGE_TASKS):
+        lookups |= {"seen": frozen.seen_codes, "image": frozen.features}
+    mixture = Mixture(stage.tasks, config.seed, frozen.world, templates=stage.templates, photos=frozen.n_photos,
+                      **lookups)
+
+    def loss(rows, step):
+        return model(collate([model.encode(mixture[k][1]) for k in rows]))
+
+    return Job({"model": model}, loss)
+
+
+JOBS = {"backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
+        "align": language, "project": language, "instruct": language}
+
+
+# ---- 4. The loop -------------------------------------------------------------------------------------------------
+
+def schedule(config):
+    """(steps, batch, peak lr) of the stage at this size, flags first."""
+    steps, batch, lr = STAGES[config.stage].schedule[config.size]
+    return config.steps or steps, config.batch or batch, config.lr or lr
+
+
+def lr_at(step, steps, peak):
+    """Linear warm-up over 3 % of the run, then a cosine down to zero (paper Table 3)."""
+    warm = max(1, round(0.03 * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def freeze(config, modules):
+    """Let exactly the stage's parameters learn, by name; returns name -> parameter."""
+    pattern = STAGES[config.stage].trains[config.size]
+    if config.lora_r == 0 and pattern.startswith(LORA):
+        pattern = LLM + pattern.removeprefix(LORA)
+    learning = {}
+    for name, module in modules.items():
+        prefix = "" if name == "model" else name + "."
+        for key, parameter in module.named_parameters():
+            parameter.requires_grad_(name == "heads" or re.match(pattern, prefix + key) is not None)
+            if parameter.requires_grad:
+                learning[prefix + key] = parameter
+    return learning
+
+
+def parts_of(step, batch, config):
+    """The sample numbers of a step, cut for this process and for accumulation: list of lists."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = range(step * batch + rank, (step + 1) * batch, world)
+    return [mine[part::config.accumulate] for part in range(config.accumulate)]
+
+
+def gradient(job, learning, step, batch, config):
+    """Fill .grad with that of the whole batch. Returns (loss, logs, terms) averaged the same way.
+
+    Every part is weighed by its number of terms and the sum divided once, so that cutting changes nothing."""
+    sums = {"loss": 0.0, "terms": 0.0}
+    for rows in parts_of(step, batch, config):
+        with bfloat16(config):
+            loss, logs = job.loss(rows, step)
+        terms = float(logs.pop("terms"))
+        (loss * terms).backward()
+        for key, value in {"loss": loss.detach(), **logs}.items():
+            sums[key] = sums.get(key, 0.0) + terms * float(value)
+        sums["terms"] += terms
+    if torch.distributed.is_initialized():
+        numbers = torch.tensor(list(sums.values()), dtype=torch.float64)
+        torch.distributed.all_reduce(numbers)
+        sums = dict(zip(sums, numbers.tolist()))
+        for parameter in learning.values():  # a part without images leaves the projector without a gradient
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.distributed.all_reduce(parameter.grad)
+    for parameter in learning.values():
+        if parameter.grad is not None:
+            parameter.grad /= sums["terms"]
+    terms = sums.pop("terms")
+    return {key: value / terms for key, value in sums.items()}, terms
+
+
+def bfloat16(config):
+    """bf16 arithmetic on a GPU, plain float32 on a CPU, which gains nothing by it."""
+    return torch.autocast("cuda", torch.bfloat16) if config.device.startswith("cuda") else contextlib.nullcontext()
+
+
+def fit(job, config, out):
+    """The one loop. Runs the stage to its end and returns the seconds it took, those before a resume included."""
+    steps, batch, peak = schedule(config)
+    learning = freeze(config, job.modules)
+    optimiser = torch.optim.AdamW(learning.values(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    start, before = restore(job, learning, optimiser, config, out) if config.resume else (0, 0.0)
+    print_learning(job, learning, config)
+    begun = time.perf_counter()
+    for step in range(start, steps):
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where there is any, is a function of the step
+        for group in optimiser.param_groups:
+            group["lr"] = lr_at(step, steps, peak)
+        logs, terms = gradient(job, learning, step, batch, config)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
+        if not math.isfinite(logs["loss"]):
+            raise Mistake(f"the loss of {config.stage} is {logs['loss']} at step {step}; "
+                          f"lower --lr (now {peak:g}) and start the stage again")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        spent = time.perf_counter() - begun
+        each = spent / (step - start + 1)
+        if (step + 1) % max(10, steps // 100) == 0 or step + 1 == steps:
+            report(out, {"stage": config.stage, "step": step + 1, "of": steps, **logs, "grad": float(norm),
+                         "lr": lr_at(step, steps, peak), "ms": 1000 * each, "terms_per_s": terms / each,
+                         "eta_s": each * (steps - step - 1)})
+        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            keep(job, learning, optimiser, config, out, step + 1, before + spent)
+    return before + time.perf_counter() - begun
+
+
+def print_learning(job, learning, config):
+    """Which parameters learn, by part: the one table that shows a wrong freeze."""
+    whole = {(n if n != "model" else ""): m for n, m in job.modules.items()}
+    parts = {}
+    for name, module in whole.items():
+        for key, parameter in module.named_parameters():
+            part = ".".join([*filter(None, [name]), *key.split(".")[:2]]) if name == "" else name
+            counts = parts.setdefault(part, [0, 0])
+            counts[0] += parameter.numel()
+            counts[1] += parameter.numel() * parameter.requires_grad
+    if is_first():
+        print(f"\n{config.stage}: {sum(p.numel() for p in learning.values()):,} parameters learn", flush=True)
+        for part, (total, training) in parts.items():
+            if training:
+                print(f"    {part:<28}{training:>12,} of {total:,}")
+
+
+def report(out, row):
+    """One line on the screen, the same numbers in log.jsonl, both only from the first process."""
+    if not is_first():
+        return
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = [f"{k} {v:.3g}" for k, v in row.items() if k not in ("stage", "step", "of", "ms", "terms_per_s", "eta_s")]
+    minutes, seconds = divmod(round(row["eta_s"]), 60)
+    print(f"{row['stage']:<9} {row['step']:>6}/{row['of']} | {' | '.join(shown)} | {row['ms']:.0f} ms | "
+          f"{row['terms_per_s']:.0f} terms/s | {minutes}:{seconds:02d} left", flush=True)
+
+
+def is_first():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+# ---- 5. States to resume from ------------------------------------------------------------------------------------
+
+# what a resumed run must not change
+FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "people", "photos")
+
+
+def moving(job, learning):
+    """name -> tensor of everything the stage changes: parameters that learn, and buffers such as the codebook's."""
+    buffers = {f"{name}.{key}": value for name, module in job.modules.items() for key, value in module.named_buffers()}
+    return {**learning, **{"buffer." + key: value for key, value in buffers.items()}}
+
+
+def keep(job, learning, optimiser, config, out, step, seconds):
+    """Write train_state.safetensors: weights, AdamW's memory, where the run stands. One file, renamed when whole."""
+    from safetensors.torch import save_file
+    if not is_first():
+        return
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in moving(job, learning).items()}
+    for name, parameter in learning.items():
+        for key, value in optimiser.state[parameter].items():
+            state[f"adamw.{key}.{name}"] = value.cpu().contiguous()
+    facts = {key: getattr(config, key) for key in FIXED} | {"step": step, "seconds": seconds}
+    with saving(out / "train_state.safetensors") as path:
+        save_file(state, path, metadata={"run": json.dumps(facts)})
+
+
+def restore(job, learning, optimiser, config, out):
+    """Put train_state.safetensors back. Returns (step, seconds so far); (0, 0) where this stage kept no state."""
+    from safetensors import safe_open
+    path = out / "train_state.safetensors"
+    if not path.exists():
+        return 0, 0.0
+    with safe_open(str(path), "pt") as file:
+        facts = json.loads(file.metadata()["run"])
+    if facts["stage"] != config.stage:
+        return 0, 0.0
+    changed = [f"--{key} {facts[key]} (now {now})" for key in FIXED if facts[key] != (now := getattr(config, key))]
+    if changed:
+        raise Mistake(f"{path} was made with {', '.join(changed)}; give the same flags, or leave --resume out")
+    state = read_tensors(path)
+    with torch.no_grad():
+        for name, value in moving(job, learning).items():
+            value.copy_(state[name])
+    for name, parameter in learning.items():
+        memory = {key: state[f"adamw.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                  if f"adamw.{key}.{name}" in state}
+        optimiser.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in memory.items()}
+    return facts["step"], facts["seconds"]
+
+
+# ---- 6. Runs -----------------------------------------------------------------------------------------------------
+
+def refuse(config):
+    """Every setting that cannot work is refused here, before anything is computed. Raises Mistake."""
+    def need(fine, sentence):
+        if not fine:
+            raise Mistake(sentence)
+    stages = [*STAGES, "all"]
+    need(config.stage in stages, f"--stage {config.stage} is not one of {', '.join(stages)}")
+    need(config.size in SIZES, f"--size {config.size} is not one of {', '.join(SIZES)}")
+    need(config.size in PEOPLE, "--size paper trains on downloaded weights and data sets, which this version does not "
+         "read yet; use --size tiny")
+    for name, choices in (("attn", ("mixed", "mixed_all", "causal")), ("vision", ("both", "clip", "pose")),
+                          ("projector", ("mlp", "linear"))):
+        need(getattr(config, name) in choices, f"--{name} {getattr(config, name)} is not one of {', '.join(choices)}")
+    for name in ("steps", "batch", "people", "photos", "lr"):
+        need(getattr(config, name) >= 0, f"--{name} {getattr(config, name)} must not be negative")
+    need(config.accumulate >= 1, f"--accumulate {config.accumulate} must be at least 1")
+    need(config.lora_r >= -1, f"--lora_r {config.lora_r} must be -1, 0 or a rank")
+    need(config.save_every >= 1, f"--save_every {config.save_every} must be at least 1")
+    need(not config.device.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no GPU is visible")
+    people, photos = config.people or PEOPLE[config.size][0], config.photos or PEOPLE[config.size][1]
+    need(people >= 2 and photos >= 2, "--people and --photos must be at least 2, a pose and its edit")
+    need(photos <= people, f"--photos {photos} is more than --people {people}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    for stage in STAGES if config.stage == "all" else [config.stage]:
+        batch = config.batch or STAGES[stage].schedule[config.size][1]
+        cuts = processes * config.accumulate
+        need(batch % cuts == 0, f"--batch {batch} of {stage} does not cut into {cuts} parts (--accumulate x processes)")
+        need(cuts == 1 or not STAGES[stage].whole, f"{stage} learns from comparing the samples of a whole batch; "
+             "run it with --accumulate 1 in one process")
+
+
+def start_from(config, out):
+    """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
+    folder = pathlib.Path(config.init or out)
+    needs = () if config.stage == "all" else STAGES[config.stage].needs
+    exists = (folder / "config.json").exists()
+    fresh = config.stage == "all" and not config.init and not (config.resume and exists)
+    if config.init or (exists and not fresh):
+        notes = read_config(folder)
+        missing = [stage for stage in needs if stage not in notes.get("stages", [])]
+        if missing:
+            raise Mistake(f"stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
+                          f"run `python train.py --stage {missing[0]} --out {out}` first")
+        if notes["size"] != config.size:
+            raise Mistake(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
+        model, ruler = load(folder), load_ruler(folder)
+        model.config["attn"] = config.attn
+        return model, ruler or fresh_ruler(model, config), notes
+    if needs:
+        raise Mistake(f"stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
+                      f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
+    torch.manual_seed(config.seed)
+    model = UniPose(model_config(config.size, config.projector, config.vision, config.attn), word_tokenizer(words()))
+    return model, fresh_ruler(model, config), {"stages": [], "seconds": {}}
+
+
+def fresh_ruler(model, config):
+    """An untrained retrieval model of the size's width, the same whatever was trained before it."""
+    torch.manual_seed(config.seed)
+    return Retrieval(len(model.text), d=dict(nano=32, tiny=64, paper=512)[config.size])
+
+
+def run_stage(config, model, ruler, frozen, notes, out):
+    """Train one stage and write the checkpoint with everything trained so far."""
+    if config.stage == "instruct" and config.lora_r != 0:
+        model.config["lora_r"] = config.lora_r if config.lora_r > 0 else model.config["lora_r"]
+        torch.manual_seed(config.seed)
+        model.grow_lora()
+    model.to(config.device)
+    ruler.to(config.device)
+    if config.checkpointing:
+        model.llm.gradient_checkpointing_enable()
+    torch.manual_seed(config.seed)
+    job = JOBS[config.stage](model, ruler, frozen, config)
+    for module in job.modules.values():
+        module.train()
+    seconds = fit(job, config, out)
+    if is_first():
+        notes["stages"] = [*[s for s in notes["stages"] if s != config.stage], config.stage]
+        notes["seconds"] = {**notes["seconds"], config.stage: round(seconds)}
+        extra = {RULER + k: v for k, v in ruler.state_dict().items()} if "retrieval" in notes["stages"] else {}
+        ruler_config = {"retrieval": ruler.config} if extra else {}
+        save(model, out, extra=extra, seed=config.seed, people=len(frozen.world.poses), photos=frozen.n_photos,
+             stages=notes["stages"], seconds=notes["seconds"], **ruler_config)
+        (out / "train_state.safetensors").unlink(missing_ok=True)
+        draw_curves(out)
+        print(f"{config.stage} done in {seconds / 60:.1f} minutes; wrote {out}", flush=True)
+
+
+def draw_curves(out, size=(360, 240)):
+    """log.jsonl -> loss.png: one panel a stage, log10 of the loss over steps, first and last value written on it."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    sheet = Image.new("RGB", (size[0] * min(3, len(stages)), size[1] * math.ceil(len(stages) / 3)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, stage in enumerate(stages):
+        left, top = size[0] * (k % 3), size[1] * (k // 3)
+        losses = [(row["step"] / row["of"], max(row["loss"], 1e-6)) for row in rows if row["stage"] == stage]
+        low, high = (math.log10(f(y for _, y in losses)) for f in (min, max))
+        scale = (size[1] - 65) / max(high - low, 1e-9)
+        spots = [(left + 20 + x * (size[0] - 40), top + 40 + (high - math.log10(y)) * scale) for x, y in losses]
+        draw.rectangle((left + 20, top + 40, left + size[0] - 20, top + size[1] - 25), outline=(200, 200, 200))
+        draw.line(spots, fill=(200, 60, 40), width=2)
+        told = f"{stage}: loss {losses[0][1]:.3g} to {losses[-1][1]:.3g}, log scale"
+        draw.text((left + 20, top + 18), told, fill="black")
+    with saving(out / "loss.png") as path:
+        sheet.save(path, format="PNG")
+
+
+def main(argv=None):
+    config = cli(Config, argv)
+    refuse(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    config.device = config.device or local
+    out = pathlib.Path(config.out or f"out/{config.size}")
+    model, ruler, notes = start_from(config, out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.resume and is_first() and config.stage == "all":
+        (out / "log.jsonl").unlink(missing_ok=True)
+    people, photos = config.people or PEOPLE[config.size][0], config.photos or PEOPLE[config.size][1]
+    frozen = Frozen(model, World("train", people, model.vision.clip_size), photos)
+    for stage in STAGES if config.stage == "all" else [config.stage]:
+        if not (config.stage == "all" and config.resume and stage in notes["stages"]):
+            run_stage(Config(**{**asdict(config), "stage": stage}), model, ruler, frozen, notes, out)
+
+
+if __name__ == "__main__":
+    script(main)
