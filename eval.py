@@ -40,7 +40,18 @@ from tqdm import tqdm
 from data import TASKS, World, caption, difference, fill, paircodes, posecodes, statements, templates, verdicts, words
 from sample import Reader, generate
 from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
-from unipose import RULER, SIZES, UniPose, load, load_strictly, model_config, read_config, read_tensors, word_tokenizer
+from unipose import (
+    RULER,
+    SIZES,
+    TINY,
+    UniPose,
+    load,
+    load_strictly,
+    model_config,
+    read_config,
+    read_tensors,
+    word_tokenizer,
+)
 
 # ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
 
@@ -569,7 +580,7 @@ def show_speed(figures):
 @dataclass
 class Config:
     """Measure a model on its embedded test split."""
-    weights: str = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # the folder of the model
+    weights: str = TINY  # the folder of the model
     size: str = ""  # nano | tiny | paper: random weights of this size instead, for --speed
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task

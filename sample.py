@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, fill, templates
+from data import TASKS, World, check, face_front, fill, templates
 from tokenizer import Mistake, body_colors, cli, load_body, read_pose, render, saving, script, write_pose
-from unipose import NONE, collate, float_mask, load, mixed_mask, tidy
+from unipose import NONE, TINY, collate, float_mask, load, mixed_mask, tidy
 
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------
 
@@ -73,18 +73,19 @@ def pick(logits, temperature=0.0, generator=None):
 
 
 def allowed_next(model, answer, want, stepwise):
-    """Token ids (slice or list) that this row may say next.
+    """Slices of the vocabulary in which this row's next token lies.
 
     Text may stop or open one pose; `want` = "pose" opens it at once, "text" never. Inside a pose that is read off code
     by code only codes may come, and after N of them only </p>, whose place is known.
     """
     v = model.vocab
+    texts, codes = slice(0, v.n_text), slice(v.pose0, v.p_open)
+    p_open, p_close = slice(v.p_open, v.p_open + 1), slice(v.p_close, v.p_close + 1)
     if stepwise and v.p_open in answer.ids and v.p_close not in answer.ids:
-        return [v.p_close] if len(answer.codes) == model.tokenizer.n_tokens else range(v.pose0, v.p_open)
+        return [p_close] if len(answer.codes) == model.tokenizer.n_tokens else [codes]
     if want == "pose" and not answer.ids:
-        return [v.p_open]
-    texts = range(v.n_text)
-    return texts if want == "text" or v.p_open in answer.ids else [*texts, v.p_open]
+        return [p_open]
+    return [texts] if want == "text" or v.p_open in answer.ids else [texts, p_open]
 
 
 @torch.no_grad()
@@ -124,8 +125,10 @@ def say_next(model, answers, h, wants, stepwise, temperature, generator):
     for answer, row, want in zip(answers, logits, wants):
         if answer.finished:
             continue
-        choice = torch.as_tensor(allowed_next(model, answer, want, stepwise), device=h.device)
-        token = int(choice[pick(row[choice], temperature, generator)])
+        open_ = torch.full_like(row, -torch.inf)
+        for part in allowed_next(model, answer, want, stepwise):
+            open_[part] = row[part]
+        token = int(pick(open_, temperature, generator))
         answer.finished = token == model.text.eos_token_id
         answer.ids.append(token)
         if v.pose0 <= token < v.p_open:
@@ -218,26 +221,31 @@ def question(task, inputs):
 
 
 def read_inputs(config, model):
-    """The command line -> (task, inputs in the task's order). Raises Mistake."""
-    for kind in ("image", "pose"):
-        if len(getattr(config, kind)) > 2:
-            raise Mistake(f"--{kind} was given {len(getattr(config, kind))} times; a task takes at most two")
-    text = " ".join(config.text.split())
-    if config.text and not text:
+    """The command line -> (task, inputs in the task's order). Poses are turned to face front. Raises Mistake."""
+    given = {kind: getattr(config, kind) for kind in ("text", "image", "pose")}
+    for kind, most in (("text", 1), ("image", 2), ("pose", 2)):
+        if len(given[kind]) > most:
+            raise Mistake(f"--{kind} was given {len(given[kind])} times; a task takes at most {most}")
+    if given["text"] and not given["text"][0].strip():
         raise Mistake("--text is empty; describe a pose, for example --text 'The left knee is bent.'")
-    given = Counter({kind: n for kind, n in (("text", bool(text)), ("image", len(config.image)),
-                                             ("pose", len(config.pose))) if n})
-    task = infer_task(given, config.task)
-    values = {"text": iter([text]), "image": map(read_image, config.image), "pose": map(read_pose, config.pose)}
-    inputs = [next(values[kind]) for kind in TASKS[task].inputs]
-    ids, room = model.text_ids(text), model.llm.config.max_position_embeddings
-    if len(ids) + 2 * model.vision.n_patches + 4 * model.tokenizer.n_tokens > room:
-        raise Mistake(f"--text has {len(ids)} words and marks; this model reads {room} tokens in all, so shorten it")
-    strange = {word for word, i in zip(text.split(), model.text_ids(text)) if i == model.text.unk_token_id}
-    if strange and task:
-        print(f"note: the model does not know {len(strange)} of the words, among them: "
-              f"{', '.join(sorted(w.strip('.,?') for w in strange)[:8])}", file=sys.stderr)
-    return task, inputs
+    task = infer_task(Counter({kind: len(values) for kind, values in given.items() if values}), config.task)
+    check_text(model, *given["text"])
+    # texts speak of people who face front; where a pose file says otherwise, its heading goes
+    values = {"text": iter(given["text"]), "image": map(read_image, given["image"]),
+              "pose": (face_front(read_pose(path)[None])[0] for path in given["pose"])}
+    return task, [next(values[kind]) for kind in TASKS[task].inputs]
+
+
+def check_text(model, text=""):
+    """Refuses (Mistake) a text that does not fit the model; mentions on standard error words that it does not know."""
+    n, room = len(model.text_ids(text)), model.llm.config.max_position_embeddings
+    if n + 2 * model.vision.n_patches + 4 * model.tokenizer.n_tokens > room:
+        raise Mistake(f"--text has {n} words and marks; this model reads {room} tokens in all, so shorten it")
+    words = [word.strip(".,?") for word in text.split()]
+    strange = [word for word in dict.fromkeys(words) if word and model.text.unk_token_id in model.text_ids(word)]
+    if strange:
+        print(f"note: {len(strange)} words the model does not know, among them: {', '.join(strange[:8])}",
+              file=sys.stderr)
 
 
 # ---- 3. Pictures -------------------------------------------------------------------------------------------------
@@ -338,11 +346,11 @@ def marks(task, answer, inputs, truth, poses, body):
 @dataclass
 class Config:
     """Ask UniPose; without a question, take the tour of all seven tasks."""
-    text: str = ""  # a description, or with --pose an instruction
+    text: list[str] = field(default_factory=list)  # a description, or with --pose an instruction
     image: list[str] = field(default_factory=list)  # a picture of a person; twice for two
     pose: list[str] = field(default_factory=list)  # a pose file, .npz (AMASS keys) or .npy; twice for two
     task: str = ""  # which task, where the inputs fit two: image2text or image2pose
-    weights: str = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # a trained folder
+    weights: str = TINY  # a trained folder
     body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
     decode: str = "argmax"  # argmax (paper) | soft | ar
     n: int = 1  # how many answers; more than one are drawn at --temperature
@@ -381,6 +389,8 @@ def main(argv=None):
         raise Mistake(f"--decode {config.decode} is not one of argmax, soft, ar")
     if not 1 <= config.n <= 64 or config.temperature < 0:
         raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} not negative")
+    if config.n > 1 and config.decode == "soft":
+        raise Mistake("--decode soft averages all poses into one, so --n must be 1; draw several with --decode argmax")
     body, model = load_body(config.body), load(config.weights, config.device)
     if config.decode == "ar" and model.config["attn"] != "causal":
         print("note: this model was not trained with --attn causal and never saw its own codes; "

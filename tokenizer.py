@@ -98,6 +98,8 @@ def script(main):
     """Runs main(). A Mistake (or a full disk) becomes one line on stderr and exit code 2, never a traceback."""
     try:
         main()
+    except BrokenPipeError:                                # the reader of a pipe (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Mistake, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         if not (full or isinstance(error, Mistake)):

@@ -28,7 +28,7 @@ import pathlib
 import re
 import time
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +87,8 @@ STAGES = {
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), tuple(TASKS), ("project",), 200, False,
                       dict(nano=(30, 8, 1e-3), tiny=(3000, 16, 1e-3), paper=(1_900, 32, 5e-5))),
 }
+CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
+           "projector": ("mlp", "linear")}  # the first is the paper's or the release's
 PEOPLE = dict(nano=(256, 64), tiny=(40_000, 12_000))  # synthetic people, and how many are photographed
 
 
@@ -108,9 +110,9 @@ class Config:
     device: str = ""  # cpu | cuda | …; empty: the GPU where there is one
     people: int = 0  # synthetic people; 0: as in PEOPLE
     photos: int = 0  # how many of them are photographed; 0: as in PEOPLE
-    attn: str = "mixed"  # mixed (paper) | mixed_all | causal, when starting afresh
-    vision: str = "both"  # both (paper) | clip | pose, when starting afresh
-    projector: str = "mlp"  # mlp (release) | linear (paper's formula), when starting afresh
+    attn: str = ""  # mixed (paper) | mixed_all | causal; empty: as the checkpoint, or the paper
+    vision: str = ""  # both (paper) | clip | pose, fixed when a model is made; empty: as for --attn
+    projector: str = ""  # mlp (release) | linear (paper's formula), fixed when a model is made; empty: as for --attn
     lora_r: int = -1  # rank of LoRA in instruct; 0: all LLM weights train; -1: as the size says
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
     part_noise: bool = False  # tokenizer: disturb body parts of the input, the target stays clean
@@ -174,8 +176,13 @@ class Job(NamedTuple):
 
 def spread(n, k, seed):
     """Sample number k -> one of n people, each epoch in a new order; a function of (seed, k)."""
-    order = np.random.default_rng((seed, k // n)).permutation(n)
-    return int(order[k % n])
+    return int(shuffled(n, k // n, seed)[k % n])
+
+
+@lru_cache(4)
+def shuffled(n, epoch, seed):
+    """The order of n people in an epoch (n,)."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 class BackboneHeads(nn.Module):
@@ -194,7 +201,7 @@ def backbones(model, ruler, frozen, config):
     """Three stand-ins for three downloads, trained side by side: CLIP matches photographs and captions, the pose ViT
     tells joints (m) and 6D rotations, the LLM reads captions."""
     heads, world, body = BackboneHeads(model).to(model.device), frozen.world, load_body()
-    n = frozen.n_photos
+    photographs, n = frozen.photographs, frozen.n_photos
 
     def body_loss(pictures, rows):
         pixels, truth, half = model.vision.pose_pixels(pictures), world.seen[rows], len(rows) // 2
@@ -215,7 +222,7 @@ def backbones(model, ruler, frozen, config):
 
     def loss(rows, step):
         people = [spread(n, k, config.seed) for k in rows]
-        pictures = frozen.photographs[people]
+        pictures = photographs[people]
         captions = [world.caption(i, np.random.default_rng((config.seed, k))) for i, k in zip(people, rows)]
         ids, mask = (t.to(model.device) for t in read_texts(model.text, captions))
         body_part, millimetres = body_loss(pictures, people)
@@ -347,8 +354,9 @@ def gradient(job, learning, step, batch, config):
 
 
 def bfloat16(config):
-    """bf16 arithmetic on a GPU, plain float32 on a CPU, which gains nothing by it."""
-    return torch.autocast("cuda", torch.bfloat16) if config.device.startswith("cuda") else contextlib.nullcontext()
+    """bf16 on a GPU; float32 on a CPU, which gains nothing by it, and for the tokenizer, whose codes would move."""
+    wanted = config.device.startswith("cuda") and config.stage != "tokenizer"
+    return torch.autocast("cuda", torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
 def fit(job, config, out):
@@ -476,9 +484,9 @@ def refuse(config):
     need(config.size in SIZES, f"--size {config.size} is not one of {', '.join(SIZES)}")
     need(config.size in PEOPLE, "--size paper trains on downloaded weights and data sets, which this version does not "
          "read yet; use --size tiny")
-    for name, choices in (("attn", ("mixed", "mixed_all", "causal")), ("vision", ("both", "clip", "pose")),
-                          ("projector", ("mlp", "linear"))):
-        need(getattr(config, name) in choices, f"--{name} {getattr(config, name)} is not one of {', '.join(choices)}")
+    for name, choices in CHOICES.items():
+        chosen = getattr(config, name)
+        need(chosen in ("", *choices), f"--{name} {chosen} is not one of {', '.join(choices)}")
     for name in ("steps", "batch", "people", "photos", "lr"):
         need(getattr(config, name) >= 0, f"--{name} {getattr(config, name)} must not be negative")
     need(config.accumulate >= 1, f"--accumulate {config.accumulate} must be at least 1")
@@ -499,27 +507,34 @@ def refuse(config):
 
 def start_from(config, out):
     """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
-    folder = pathlib.Path(config.init or out)
-    needs = () if config.stage == "all" else STAGES[config.stage].needs
-    exists = (folder / "config.json").exists()
-    fresh = config.stage == "all" and not config.init and not (config.resume and exists)
-    if config.init or (exists and not fresh):
-        notes = read_config(folder)
-        missing = [stage for stage in needs if stage not in notes.get("stages", [])]
-        if missing:
-            raise Mistake(f"stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
-                          f"run `python train.py --stage {missing[0]} --out {out}` first")
-        if notes["size"] != config.size:
-            raise Mistake(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
-        model, ruler = load(folder), load_ruler(folder)
-        model.config["attn"] = config.attn
-        return model, ruler or fresh_ruler(model, config), notes
+    folder, needs = pathlib.Path(config.init or out), STAGES[config.stage].needs if config.stage != "all" else ()
+    anew = config.stage == "all" and not config.resume  # a run of all stages starts afresh, whatever lies in --out
+    if config.init or ((folder / "config.json").exists() and not anew):
+        return go_on_from(folder, needs, config)
     if needs:
         raise Mistake(f"stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
                       f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
     torch.manual_seed(config.seed)
-    model = UniPose(model_config(config.size, config.projector, config.vision, config.attn), word_tokenizer(words()))
+    chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
+    model = UniPose(model_config(config.size, **chosen), word_tokenizer(words()))
     return model, fresh_ruler(model, config), {"stages": [], "seconds": {}}
+
+
+def go_on_from(folder, needs, config):
+    """The same from a checkpoint that has been through the stages `needs`. Raises Mistake where it does not fit."""
+    notes = read_config(folder)
+    missing = [stage for stage in needs if stage not in notes.get("stages", [])]
+    if missing:
+        raise Mistake(f"stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
+                      f"run `python train.py --stage {missing[0]} --out {folder}` first")
+    if notes["size"] != config.size:
+        raise Mistake(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
+    for name in ("vision", "projector"):
+        if getattr(config, name) not in ("", notes[name]):
+            raise Mistake(f"{folder} was made with --{name} {notes[name]}; another one needs a run from the beginning")
+    model = load(folder)
+    model.config["attn"] = config.attn or model.config["attn"]
+    return model, load_ruler(folder) or fresh_ruler(model, config), notes
 
 
 def fresh_ruler(model, config):

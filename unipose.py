@@ -70,6 +70,7 @@ SIZES = {
         tokenizer=dict(codes=2048, code_dim=256, hidden=512, upsample_step=2),
         lora_r=64, lora_alpha=16),
 }
+TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
 PAPER_TEXT = 32000  # text pieces of the Mistral vocabulary; embedded sizes count their own words
 
 
@@ -178,7 +179,7 @@ def collate(sequences, side="right"):
         gap = [fill] * (longest - len(row))
         return gap + list(row) if side == "left" else list(row) + gap
 
-    images = [torch.as_tensor(f) for s in sequences for f in s.images]
+    images = [torch.as_tensor(f).float() for s in sequences for f in s.images]
     return {"ids": torch.tensor([pad(s.ids, 0) for s in sequences]),
             "labels": torch.tensor([pad(s.labels, NONE) for s in sequences]),
             "block": torch.tensor([pad(s.block, -1) for s in sequences]),
@@ -526,7 +527,7 @@ def parameter_table(model):
 @dataclass
 class Config:
     """Draw the mask of a small sequence and count the parameters of a model; or copy a checkpoint in float16."""
-    weights: str = "weights/tiny"  # a trained folder to count, or to copy with --half
+    weights: str = TINY  # a trained folder to count, or to copy with --half
     size: str = ""  # nano | tiny | paper: count this size instead, without weights and with 32,000 text pieces
     half: str = ""  # write the folder --weights here in float16, LoRA merged
 
