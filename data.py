@@ -36,6 +36,7 @@ from tokenizer import (
     Mistake,
     aa_to_matrix,
     body_colors,
+    camera,
     cli,
     forward_kinematics,
     load_body,
@@ -854,13 +855,15 @@ def backdrop(rng, size):
 
 
 def photograph(rotmat, size, look, rng):
-    """One person as the camera sees it: rotmat (22,3,3) -> (size,size,3) uint8. look: generator of clothes, rng: of the
-    rest: where the lamp hangs, how bright it is, what stands behind, how large and where the person is."""
+    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
+    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
     body, zoom, lamp = sitter(), rng.uniform(0.7, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
-    vertices, colors = body(rotmat[None])[1][0].numpy(), body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
+    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
+    colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
     shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
-    return render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom, shift=shift,
-                  floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
+    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
+                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
+    return picture, camera(joints, vertices, size, zoom, shift)[0]
 
 
 # ---- 7. World and Mixture --------------------------------------------------------------------------------------------
@@ -877,10 +880,16 @@ class World:
         self.activity, self.seen = [people().activities[a] for a in activity], self.poses.clone()
         self.seen[:, 0] = torch.tensor(np.stack([*map(turn_y, self.headings)])).float() @ self.poses[:, 0]
 
-    def image(self, i):
-        """The photograph of person i -> (size,size,3) uint8. The two of a pair wear the same clothes."""
+    def photo(self, i):
+        """The photograph of person i (size,size,3) uint8, and where its joints are (22,2), pixels, x to the right.
+
+        The two of a pair wear the same clothes."""
         row = SPLITS[self.split] + int(i)
         return photograph(self.seen[i], self.size, *map(np.random.default_rng, [(row // 2, 1), (row, 2)]))
+
+    def image(self, i):
+        """The photograph alone."""
+        return self.photo(i)[0]
 
     @functools.cached_property
     def codes(self):
@@ -948,6 +957,7 @@ def words():
 # ---- 8. Run it: one example of each task -----------------------------------------------------------------------------
 @dataclass
 class Config:
+    """Print one example of each task and draw 32 people."""
     split: str = "train"                                   # train | val | test
     seed: int = 0                                          # which examples
     out: str = "out/world.png"                             # where the photographs of the first 32 people go
@@ -964,7 +974,7 @@ def main():
             print(f"  {'->' if is_target else '  '} {shown}")
     rows = [np.concatenate([world.image(i) for i in range(k, k + 8)], 1) for k in range(0, 32, 8)]
     with saving(config.out) as path:
-        Image.fromarray(np.concatenate(rows)).save(path)
+        Image.fromarray(np.concatenate(rows)).save(path, format="PNG")
     print(f"\n{len(people().activities)} activities, {len(words())} words; the first 32 people: {config.out}")
 
 

@@ -45,6 +45,7 @@ from unipose import (
     SIZES,
     TINY,
     UniPose,
+    find_device,
     load,
     load_strictly,
     model_config,
@@ -380,7 +381,7 @@ class Judge(NamedTuple):
 
 def nearest_by_statements(asked, known):
     """For each asked caption the index of the known one that says most nearly the same: cosine of statement sets."""
-    said = [set(statements(text)) for text in [*known, *asked]]
+    said = [dict.fromkeys(statements(text)) for text in [*known, *asked]]
     column = {statement: i for i, statement in enumerate(dict.fromkeys(s for one in said for s in one))}
     bags = torch.zeros(len(said), len(column))
     for row, one in zip(bags, said):
@@ -589,6 +590,7 @@ class Config:
     batch: int = 32  # questions answered side by side
     pool: int = 1024  # training people that the baselines may look at
     seed: int = 0  # of the captions
+    device: str = ""  # cpu | cuda; empty: the GPU where there is one
     body: str = ""  # an SMPL file whose joints are measured; empty: the free body
     json: str = ""  # write all figures here
     speed: bool = False  # measure time instead of quality
@@ -609,7 +611,7 @@ def refuse(config):
 def main(argv=None):
     config = cli(Config, argv)
     refuse(config)
-    device, ruler = "cuda" if torch.cuda.is_available() else "cpu", None
+    device, ruler = find_device(config.device), None
     if config.size:
         torch.manual_seed(config.seed)
         model = UniPose(model_config(config.size), word_tokenizer(words())).to(device).eval()

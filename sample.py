@@ -27,8 +27,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data import TASKS, World, check, face_front, fill, templates
-from tokenizer import Mistake, body_colors, cli, load_body, read_pose, render, saving, script, write_pose
-from unipose import NONE, TINY, collate, float_mask, load, mixed_mask, tidy
+from tokenizer import Mistake, body_colors, cli, load_body, read_pose, reason, render, saving, script, write_pose
+from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask, tidy
 
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------
 
@@ -99,6 +99,7 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     """
     model.eval()
     stepwise = decode == "ar" or model.config["attn"] == "causal"
+    assert not (stepwise and decode == "soft"), "a code that was said cannot be averaged"
     rows = collate([model.encode(prompt) for prompt in prompts], side="left")
     rows = {k: v if v is None else v.to(model.device) for k, v in rows.items()}
     wants = wants or [None] * len(prompts)
@@ -177,23 +178,36 @@ def finish(model, answer):
 
 # ---- 2. Questions ------------------------------------------------------------------------------------------------
 
-SIDES = (16, 8192)  # the shortest and the longest side of a picture that is worth looking at, in pixels
+SMALLEST, LARGEST = 16, 8192  # sides of a picture that is worth looking at, in pixels
 
 
 def read_image(path):
     """A picture file -> PIL RGB image, turned as its EXIF says, once, for both eyes. Raises Mistake."""
     try:
         with Image.open(path) as picture:
-            if min(picture.size) < SIDES[0] or max(picture.size) > SIDES[1]:  # known before a pixel is decoded
+            if min(picture.size) < SMALLEST or max(picture.size) > LARGEST:  # known before a pixel is decoded
                 raise Mistake(f"{path} is {picture.width}x{picture.height} pixels; a picture has sides of "
-                              f"{SIDES[0]} to {SIDES[1]} pixels, so crop or resize it")
-            return ImageOps.exif_transpose(picture).convert("RGB")
+                              f"{SMALLEST} to {LARGEST} pixels, so crop or resize it")
+            return flatten(ImageOps.exif_transpose(picture))
+    except Mistake:
+        raise
     except FileNotFoundError:
         raise Mistake(f"there is no image file {path}; check the path") from None
     except (UnidentifiedImageError, Image.DecompressionBombError):
         raise Mistake(f"{path} is not a picture that Pillow can read, or one too large; give a PNG or JPEG") from None
-    except (OSError, SyntaxError) as error:
-        raise Mistake(f"{path} cannot be decoded as a picture ({error}); save it again as PNG or JPEG") from None
+    except Exception as error:  # a damaged file can fail anywhere inside a decoder
+        raise Mistake(f"{path} cannot be decoded as a picture ({reason(error)}); save it again as PNG") from None
+
+
+def flatten(picture):
+    """Any PIL image -> RGB: 16-bit greys scaled to 8, transparent parts laid on white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, np.float64)
+        return Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 def infer_task(given, task=""):
@@ -238,7 +252,10 @@ def read_inputs(config, model):
 
 def check_text(model, text=""):
     """Refuses (Mistake) a text that does not fit the model; mentions on standard error words that it does not know."""
-    n, room = len(model.text_ids(text)), model.llm.config.max_position_embeddings
+    try:
+        n, room = len(model.text_ids(text)), model.llm.config.max_position_embeddings
+    except (TypeError, UnicodeError):
+        raise Mistake("--text has bytes in it that are no characters; give UTF-8") from None
     if n + 2 * model.vision.n_patches + 4 * model.tokenizer.n_tokens > room:
         raise Mistake(f"--text has {n} words and marks; this model reads {room} tokens in all, so shorten it")
     words = [word.strip(".,?") for word in text.split()]
@@ -357,7 +374,7 @@ class Config:
     temperature: float = 0.0  # 0 is greedy; with --n above 1 and 0 here: 0.7
     seed: int = 0  # of the drawing
     out: str = "out"  # folder for poses and pictures
-    device: str = "cpu"  # cpu | cuda
+    device: str = ""  # cpu | cuda; empty: the GPU where there is one
 
 
 def answer_question(model, body, config):
@@ -376,6 +393,8 @@ def answer_question(model, body, config):
             print(f"{name}: wrote {out / (name + '.npz')}")
         else:
             print(answer.text)
+        if not answer.finished:
+            print("note: the answer was cut at its longest", file=sys.stderr)
         cells.append(("answer" if config.n == 1 else f"answer {k + 1}",
                       answer.text if answer.pose is None else answer.pose))
     sheet.add(task, "", cells)
@@ -387,11 +406,13 @@ def main(argv=None):
     config = cli(Config, argv)
     if config.decode not in ("argmax", "soft", "ar"):
         raise Mistake(f"--decode {config.decode} is not one of argmax, soft, ar")
-    if not 1 <= config.n <= 64 or config.temperature < 0:
-        raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} not negative")
+    if not 1 <= config.n <= 64 or not 0 <= config.temperature <= 100:
+        raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} 0 to 100")
     if config.n > 1 and config.decode == "soft":
         raise Mistake("--decode soft averages all poses into one, so --n must be 1; draw several with --decode argmax")
-    body, model = load_body(config.body), load(config.weights, config.device)
+    body, model = load_body(config.body), load(config.weights, find_device(config.device))
+    if config.decode == "soft" and model.config["attn"] == "causal":
+        raise Mistake("--decode soft needs the queries of a model trained with --attn mixed; this one is causal")
     if config.decode == "ar" and model.config["attn"] != "causal":
         print("note: this model was not trained with --attn causal and never saw its own codes; "
               "--decode ar is a clock here, not an answer", file=sys.stderr)

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import inspect
 import io
 import math
@@ -37,7 +36,6 @@ import os
 import pathlib
 import pickle
 import re
-import shutil
 import sys
 import typing
 
@@ -45,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
-from torch import distributed, nn
+from torch import nn
 
 
 # ---- 1. What every script shares: mistakes, flags, files ------------------------------------------------------------
@@ -91,51 +89,43 @@ def cli(Config, argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise Mistake(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
-    return Config(**vars(known))                           # absent flags keep the dataclass's defaults
+    config = Config(**vars(known))                         # absent flags keep the dataclass's defaults
+    if not 0 <= getattr(config, "seed", 0) < 2 ** 32:
+        raise Mistake(f"--seed {config.seed} must be from 0 to {2 ** 32 - 1}")
+    return config
 
 
 def script(main):
-    """Runs main(). A Mistake (or a full disk) becomes one line on stderr and exit code 2, never a traceback."""
+    """Runs main(). A Mistake, or a file that cannot be written, becomes one line on stderr and exit code 2."""
     try:
         main()
     except BrokenPipeError:                                # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Mistake, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if not (full or isinstance(error, Mistake)):
-            raise
-        print("error: no space left to write the output: free some" if full else f"error: {error}", file=sys.stderr)
+        what = error if isinstance(error, Mistake) else f"{error.filename or 'the output'}: {error.strerror or error}"
+        print(f"error: {what}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None                    # what a shell expects after Ctrl-C
 
 
-def _remove(path):
-    """Deletes a file or a folder; nothing there is fine."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)            # cleaning up must not hide the first error
-    else:
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def saving(path):
-    """`with saving(path) as new:` write a file (or a folder) at `new`; it takes the name `path` only when complete.
+    """`with saving(path) as new:` write a file at `new`; it takes the name `path` only when it is complete.
 
-    Whatever goes wrong, nothing half-written stays behind. A failed write raises Mistake.
+    Whatever goes wrong, nothing half-written stays behind. A failed write, or a folder of that name, raises Mistake.
     """
     path = pathlib.Path(path)
+    if path.is_dir() or not path.name:
+        raise Mistake(f"{path} is a folder: name a file")
     new = path.with_name(f".{os.getpid()}-{path.name}")    # same folder (a rename must not cross disks), same suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        old = path.with_name(f".{os.getpid()}-old-{path.name}")
-        if path.is_dir():                                  # a folder cannot take the place of a full one
-            os.replace(path, old)
         os.replace(new, path)
-        _remove(old)
     except BaseException as error:                         # Ctrl-C as well
-        _remove(new)
+        with contextlib.suppress(OSError):                 # cleaning up must not hide the first error
+            new.unlink()
         # safetensors and torch.save report a full disk as errors of their own kinds
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
             raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
@@ -689,7 +679,7 @@ class Quantizer(nn.Module):
         counts = torch.bincount(ids.flatten(), minlength=len(self.codebook)).to(flat.dtype)  # (K,)
         if self.training:
             self._follow(flat, ids.flatten(), counts, spare)
-        share = counts / counts.sum()                      # `_follow` has added the other processes' counts
+        share = counts / counts.sum()
         info = {"commit": F.mse_loss(latents, codes),
                 "perplexity": torch.exp(-(share * torch.log(share + 1e-7)).sum()),
                 "active": (counts > 0).to(flat.dtype).mean()}
@@ -706,16 +696,11 @@ class Quantizer(nn.Module):
             rows = torch.randint(have, (K,), generator=generator)
             noise = torch.randn(K, C, generator=generator) * 0.01 / math.sqrt(C)
             spare = flat[rows.to(flat.device)] + noise.to(flat)
-        if distributed.is_initialized():
-            distributed.broadcast(spare, 0)                # all processes must keep one and the same codebook
         return spare
 
     def _follow(self, flat, ids, counts, spare):
         """Each code -> the running mean of the latents that chose it; codes with a running count below 1 are dead."""
         sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)  # (K,C)
-        if distributed.is_initialized():
-            distributed.all_reduce(sums)
-            distributed.all_reduce(counts)
         self.code_sum.mul_(self.mu).add_(sums, alpha=1 - self.mu)
         self.code_count.mul_(self.mu).add_(counts, alpha=1 - self.mu)
         alive = (self.code_count >= 1)[:, None]            # (K,1)
@@ -815,6 +800,7 @@ def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
 # ---- 9. Run me -------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Config:
+    """Take one pose through files, numbers and words, and draw it."""
     pose: str = ""  # pose file to read (.npz or .npy); empty: a person who steps forward
     body: str = ""  # body model file (SMPL .pkl or .npz, SMPL-H, SMPL-X); empty: the free body in assets/
     out: str = "out"  # folder for the picture and the pose
@@ -834,6 +820,8 @@ def stride():
 def main():
     """Round-trips one pose through files, numbers and words, and draws it."""
     config, say = cli(Config), lambda name, text: print(f"{name:<18}{text}")
+    if not 16 <= config.size <= 4096:
+        raise Mistake(f"--size {config.size} must be from 16 to 4096 pixels")
     body = load_body(config.body)
     rotmat = read_pose(config.pose) if config.pose else stride()
     write_pose(f"{config.out}/pose.npz", rotmat)

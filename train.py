@@ -17,17 +17,19 @@ parts, or over the processes of torchrun.
     python train.py --stage all --size nano                     # everything, in about a minute: does it run?
     python train.py --stage all --size tiny --out out/tiny      # the model that ships as weights/tiny
     python train.py --stage align --out out/tiny --resume       # go on after a cut
-    python train.py --stage instruct --init out/tiny --out out/causal --attn causal            # an ablation
-    torchrun --nproc_per_node=4 train.py --stage align --out out/tiny                          # four GPUs
+    python train.py --stage all --size tiny --out out/causal --attn causal                     # an ablation (Table 7)
+    torchrun --nproc_per_node=4 train.py --stage all --size tiny --out out/tiny                # four GPUs
 """
 import contextlib
+import dataclasses
+import datetime
 import json
 import math
 import os
 import pathlib
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ from torch import nn
 from data import TASKS, Mixture, World, words
 from eval import Retrieval, load_ruler, read_texts
 from tokenizer import (
+    MIRROR,
     Mistake,
     cli,
     load_body,
@@ -51,7 +54,21 @@ from tokenizer import (
     some_vertices,
     tokenizer_loss,
 )
-from unipose import RULER, SIZES, UniPose, collate, load, model_config, read_config, read_tensors, save, word_tokenizer
+from unipose import (
+    CHOICES,
+    RULER,
+    SIZES,
+    UniPose,
+    collate,
+    find_device,
+    load,
+    model_config,
+    provenance,
+    read_config,
+    read_tensors,
+    save,
+    word_tokenizer,
+)
 
 # ---- 1. The stages -----------------------------------------------------------------------------------------------
 
@@ -61,8 +78,8 @@ LLM, LORA = r"llm\.", r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # 
 
 
 class Stage(NamedTuple):
-    """One row: `trains` a pattern of parameter names per size, `needs` the stages before it, `whole` = learns from
-    comparing the samples of a batch, which therefore cannot be cut; `schedule` size -> (steps, batch, peak lr)."""
+    """One row: `trains` a pattern of parameter names per size, `needs` the stages before it, `whole` = the samples of a
+    batch meet (in a contrast, in the codebook), so it cannot be cut; `schedule` size -> (steps, batch, peak lr)."""
     trains: dict
     tasks: tuple
     needs: tuple
@@ -87,8 +104,6 @@ STAGES = {
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), tuple(TASKS), ("project",), 200, False,
                       dict(nano=(30, 8, 1e-3), tiny=(3000, 16, 1e-3), paper=(1_900, 32, 5e-5))),
 }
-CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
-           "projector": ("mlp", "linear")}  # the first is the paper's or the release's
 PEOPLE = dict(nano=(256, 64), tiny=(40_000, 12_000))  # synthetic people, and how many are photographed
 
 
@@ -146,7 +161,16 @@ class Frozen:
     @cached_property
     def photographs(self):
         """(photos,S,S,3) uint8."""
-        return np.stack([self.world.image(i) for i in watch(range(self.n_photos), "photographs")])
+        return self._photos[0]
+
+    @cached_property
+    def spots(self):
+        """(photos,22,2) where the joints are in the photographs, pixels."""
+        return torch.tensor(self._photos[1], dtype=torch.float32)
+
+    @cached_property
+    def _photos(self):
+        return [np.stack(rows) for rows in zip(*map(self.world.photo, watch(range(self.n_photos), "photographs")))]
 
     @torch.no_grad()
     def _through(self, part, rows, what, size=128):
@@ -160,9 +184,9 @@ class Frozen:
 
 
 def watch(rows, what):
-    """A progress bar on standard error."""
+    """A progress bar on standard error, of the first process only."""
     from tqdm import tqdm
-    return tqdm(rows, desc=what, leave=False, dynamic_ncols=True)
+    return tqdm(rows, desc=what, leave=False, dynamic_ncols=True, disable=not is_first())
 
 
 # ---- 3. One function a stage: its modules, its loss --------------------------------------------------------------
@@ -186,38 +210,52 @@ def shuffled(n, epoch, seed):
 
 
 class BackboneHeads(nn.Module):
-    """What teaches the stand-ins, thrown away afterwards. The pose ViT must tell joints and rotations of the person
-    from the mean of its patches, which is what an LLM can read by attending evenly; CLIP must match captions."""
+    """What teaches the stand-ins, thrown away afterwards. Each patch of the pose ViT must tell which joints lie on it,
+    and the mean of all patches the joints in space and the rotations: the mean is what an LLM reads by attending
+    evenly. CLIP must match captions, read as bags of words."""
 
     def __init__(self, model):
         super().__init__()
         pose, clip = model.config["pose_vit"]["hidden_size"], model.config["clip"]["hidden_size"]
+        self.spots = nn.Linear(pose, 22)
         self.body = nn.Sequential(nn.Linear(pose, 4 * pose), nn.GELU(), nn.Linear(4 * pose, 22 * 9))
         self.picture, self.words = nn.Linear(clip, 64), nn.Embedding(len(model.text), 64)
         self.scale = nn.Parameter(torch.tensor(10.0))
 
 
+def mirrored(pixels, poses, spots):
+    """A photograph in a mirror: pixels (B,3,S,W), poses (B,22,3,3), spots (B,22,2) counted from its left edge."""
+    spots = torch.stack([pixels.size(-1) - spots[:, MIRROR, 0], spots[:, MIRROR, 1]], -1)
+    return pixels.flip(-1), mirror(poses), spots
+
+
 def backbones(model, ruler, frozen, config):
-    """Three stand-ins for three downloads, trained side by side: CLIP matches photographs and captions, the pose ViT
-    tells joints (m) and 6D rotations, the LLM reads captions."""
+    """Three stand-ins for three downloads, side by side: CLIP matches photographs and captions, the pose ViT tells
+    joints (pixels, then metres) and 6D rotations, the LLM reads captions. They share batches, but no weight."""
     heads, world, body = BackboneHeads(model).to(model.device), frozen.world, load_body()
-    photographs, n = frozen.photographs, frozen.n_photos
+    photographs, n, patch = frozen.photographs, frozen.n_photos, model.config["pose_vit"]["patch_size"][0]
+    high, wide = model.config["pose_vit"]["image_size"]
 
     def body_loss(pictures, rows):
-        pixels, truth, half = model.vision.pose_pixels(pictures), world.seen[rows], len(rows) // 2
-        pixels = torch.cat([pixels[:half].flip(-1), pixels[half:]])  # half of them in a mirror: twice as many people
-        truth = torch.cat([mirror(truth[:half]), truth[half:]])
+        pixels, poses, spots = model.vision.pose_pixels(pictures), world.seen[rows], frozen.spots[rows]
+        spots, half = spots - torch.tensor([(high - wide) / 2, 0]), len(rows) // 2  # the ViT sees the middle columns
+        both = mirrored(pixels[:half], poses[:half], spots[:half]), (pixels[half:], poses[half:], spots[half:])
+        pixels, poses, spots = (torch.cat(parts) for parts in zip(*both))
         seen = model.vision.pose_map(pixels.to(model.device))                               # (B,C,h,w)
-        joints, sixd = heads.body(seen.mean((2, 3))).split([22 * 3, 22 * 6], -1)            # (B,66) (B,132)
-        far = F.l1_loss(joints.view(-1, 22, 3), body.joints(truth).to(joints))
-        return 10 * far + F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(truth).to(sixd)), 1000 * far.detach()
+        column, row = (spots / patch).long().unbind(-1)                                     # (B,22) each
+        cells = row.clamp(0, seen.size(2) - 1) * seen.size(3) + column.clamp(0, seen.size(3) - 1)
+        heat = heads.spots(seen.flatten(2).mT)                                              # (B,h*w,22)
+        joints, sixd = heads.body(seen.mean((2, 3))).float().split([22 * 3, 22 * 6], -1)    # (B,66) (B,132)
+        off = (joints.view(-1, 22, 3) - body.joints(poses).to(joints)).norm(dim=-1).mean()  # metres
+        turned = F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(poses).to(sixd))
+        return F.cross_entropy(heat, cells.to(heat.device)) + 5 * off + turned, 1000 * off.detach()
 
     def match_loss(pictures, ids, mask):
         states = model.vision.clip(model.vision.clip_pixels(pictures).to(model.device), output_hidden_states=True)
         seen = F.normalize(heads.picture(states.hidden_states[-2][:, 1:].mean(1)), dim=-1)  # (B,64)
         told = (heads.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)      # (B,64) a bag of words
         told = F.normalize(told, dim=-1)
-        similarity, own = heads.scale * seen @ told.T, torch.arange(len(seen), device=seen.device)
+        similarity, own = heads.scale * seen.float() @ told.float().T, torch.arange(len(seen), device=seen.device)
         return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
     def loss(rows, step):
@@ -225,11 +263,11 @@ def backbones(model, ruler, frozen, config):
         pictures = photographs[people]
         captions = [world.caption(i, np.random.default_rng((config.seed, k))) for i, k in zip(people, rows)]
         ids, mask = (t.to(model.device) for t in read_texts(model.text, captions))
-        body_part, millimetres = body_loss(pictures, people)
+        posed, millimetres = body_loss(pictures, people)
         match = match_loss(pictures, ids, mask)
         told = [model.encode([("text", caption, True)]) for caption in captions[:8]]        # the LLM needs fewer
         language, _ = model(collate(told))
-        return body_part + match + language, {"joints_mm": millimetres, "match": match.detach(),
+        return posed + match + language, {"joints_mm": millimetres, "match": match.detach(),
                                               "language": language.detach(), "terms": len(rows)}
 
     return Job({"model": model, "heads": heads}, loss)
@@ -319,38 +357,53 @@ def freeze(config, modules):
     return learning
 
 
+def ranks():
+    """(number of this process, how many there are), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first():
+    return ranks()[0] == 0
+
+
 def parts_of(step, batch, config):
     """The sample numbers of a step, cut for this process and for accumulation: list of lists."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = (0, 1) if STAGES[config.stage].whole else ranks()
     mine = range(step * batch + rank, (step + 1) * batch, world)
     return [mine[part::config.accumulate] for part in range(config.accumulate)]
 
 
 def gradient(job, learning, step, batch, config):
-    """Fill .grad with that of the whole batch. Returns (loss, logs, terms) averaged the same way.
+    """Fill .grad with that of the whole batch. Returns (logs averaged over it, its terms).
 
-    Every part is weighed by its number of terms and the sum divided once, so that cutting changes nothing."""
-    sums = {"loss": 0.0, "terms": 0.0}
+    Every part is weighed by its number of terms and the sum divided once, so that cutting changes nothing. A log is a
+    mean over the part's terms, or a pair (sum, count) of its own."""
+    sums = {}
     for rows in parts_of(step, batch, config):
         with bfloat16(config):
             loss, logs = job.loss(rows, step)
-        terms = float(logs.pop("terms"))
+        terms = logs["terms"]
         (loss * terms).backward()
-        for key, value in {"loss": loss.detach(), **logs}.items():
-            sums[key] = sums.get(key, 0.0) + terms * float(value)
-        sums["terms"] += terms
-    if torch.distributed.is_initialized():
-        numbers = torch.tensor(list(sums.values()), dtype=torch.float64)
-        torch.distributed.all_reduce(numbers)
-        sums = dict(zip(sums, numbers.tolist()))
-        for parameter in learning.values():  # a part without images leaves the projector without a gradient
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.distributed.all_reduce(parameter.grad)
+        pairs = {key: value if isinstance(value, tuple) else (terms * value, terms) for key, value in logs.items()}
+        for key, pair in {"loss": (terms * loss.detach(), terms), **pairs, "terms": (terms, 1)}.items():
+            sums[key] = sums.get(key, 0) + np.array([float(x) for x in pair])
+    if not STAGES[config.stage].whole and ranks()[1] > 1:
+        reduce(sums, learning, config)
+    terms = sums.pop("terms")[0]
     for parameter in learning.values():
         if parameter.grad is not None:
-            parameter.grad /= sums["terms"]
-    terms = sums.pop("terms")
-    return {key: value / terms for key, value in sums.items()}, terms
+            parameter.grad /= terms
+    return {key: float(total / count) for key, (total, count) in sums.items() if count}, terms
+
+
+def reduce(sums, learning, config):
+    """Add up what all processes have: the sums of the logs, and the gradients, in place."""
+    numbers = torch.tensor(np.stack(list(sums.values())), device=config.device)
+    torch.distributed.all_reduce(numbers)
+    sums.update(zip(sums, numbers.cpu().numpy()))
+    for parameter in learning.values():  # a part without images leaves the projector without a gradient
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.distributed.all_reduce(parameter.grad)
 
 
 def bfloat16(config):
@@ -372,7 +425,8 @@ def fit(job, config, out):
         for group in optimiser.param_groups:
             group["lr"] = lr_at(step, steps, peak)
         logs, terms = gradient(job, learning, step, batch, config)
-        norm = torch.nn.utils.clip_grad_norm_(learning.values(), 1.0)
+        # three backbones side by side have no norm in common; all others are clipped (facts §7.3)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), 1.0 if config.stage != "backbones" else math.inf)
         if not math.isfinite(logs["loss"]):
             raise Mistake(f"the loss of {config.stage} is {logs['loss']} at step {step}; "
                           f"lower --lr (now {peak:g}) and start the stage again")
@@ -391,19 +445,18 @@ def fit(job, config, out):
 
 def print_learning(job, learning, config):
     """Which parameters learn, by part: the one table that shows a wrong freeze."""
-    whole = {(n if n != "model" else ""): m for n, m in job.modules.items()}
+    if not is_first():
+        return
+    print(f"\n{config.stage}: {sum(p.numel() for p in learning.values()):,} parameters learn", flush=True)
     parts = {}
-    for name, module in whole.items():
+    for name, module in job.modules.items():
         for key, parameter in module.named_parameters():
-            part = ".".join([*filter(None, [name]), *key.split(".")[:2]]) if name == "" else name
-            counts = parts.setdefault(part, [0, 0])
-            counts[0] += parameter.numel()
-            counts[1] += parameter.numel() * parameter.requires_grad
-    if is_first():
-        print(f"\n{config.stage}: {sum(p.numel() for p in learning.values()):,} parameters learn", flush=True)
-        for part, (total, training) in parts.items():
-            if training:
-                print(f"    {part:<28}{training:>12,} of {total:,}")
+            count = parts.setdefault(".".join(key.split(".")[:2]) if name == "model" else name, [0, 0])
+            count[0] += parameter.numel() * parameter.requires_grad
+            count[1] += parameter.numel()
+    for part, (training, total) in parts.items():
+        if training:
+            print(f"    {part:<28}{training:>12,} of {total:,}")
 
 
 def report(out, row):
@@ -418,14 +471,11 @@ def report(out, row):
           f"{row['terms_per_s']:.0f} terms/s | {minutes}:{seconds:02d} left", flush=True)
 
 
-def is_first():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 # ---- 5. States to resume from ------------------------------------------------------------------------------------
 
 # what a resumed run must not change
-FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "people", "photos")
+FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "people", "photos", "attn", "lora_r",
+         "root_noise", "part_noise")
 
 
 def moving(job, learning):
@@ -448,15 +498,24 @@ def keep(job, learning, optimiser, config, out, step, seconds):
         save_file(state, path, metadata={"run": json.dumps(facts)})
 
 
-def restore(job, learning, optimiser, config, out):
-    """Put train_state.safetensors back. Returns (step, seconds so far); (0, 0) where this stage kept no state."""
-    from safetensors import safe_open
+def kept(out):
+    """What train_state.safetensors says of its run; {} where there is none. Raises Mistake on a damaged one."""
+    from safetensors import SafetensorError, safe_open
     path = out / "train_state.safetensors"
     if not path.exists():
-        return 0, 0.0
-    with safe_open(str(path), "pt") as file:
-        facts = json.loads(file.metadata()["run"])
-    if facts["stage"] != config.stage:
+        return {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            facts = json.loads(file.metadata()["run"])
+        return {key: facts[key] for key in (*FIXED, "step", "seconds")}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        raise Mistake(f"{path} is not a complete state of a run; delete it, or leave --resume out") from None
+
+
+def restore(job, learning, optimiser, config, out):
+    """Put train_state.safetensors back. Returns (step, seconds so far); (0, 0) where this stage kept no state."""
+    path, facts = out / "train_state.safetensors", kept(out)
+    if facts.get("stage") != config.stage:
         return 0, 0.0
     changed = [f"--{key} {facts[key]} (now {now})" for key in FIXED if facts[key] != (now := getattr(config, key))]
     if changed:
@@ -464,6 +523,8 @@ def restore(job, learning, optimiser, config, out):
     state = read_tensors(path)
     with torch.no_grad():
         for name, value in moving(job, learning).items():
+            if name not in state or state[name].shape != value.shape:
+                raise Mistake(f"{path} belongs to another model ({name} does not fit); leave --resume out")
             value.copy_(state[name])
     for name, parameter in learning.items():
         memory = {key: state[f"adamw.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
@@ -479,37 +540,42 @@ def refuse(config):
     def need(fine, sentence):
         if not fine:
             raise Mistake(sentence)
-    stages = [*STAGES, "all"]
-    need(config.stage in stages, f"--stage {config.stage} is not one of {', '.join(stages)}")
-    need(config.size in SIZES, f"--size {config.size} is not one of {', '.join(SIZES)}")
+    for name, choices in {"stage": (*STAGES, "all"), "size": tuple(SIZES), **CHOICES}.items():
+        given = getattr(config, name)
+        fine = given in choices or (name in CHOICES and not given)
+        need(fine, f"--{name} {given} is not one of {', '.join(choices)}")
     need(config.size in PEOPLE, "--size paper trains on downloaded weights and data sets, which this version does not "
          "read yet; use --size tiny")
-    for name, choices in CHOICES.items():
-        chosen = getattr(config, name)
-        need(chosen in ("", *choices), f"--{name} {chosen} is not one of {', '.join(choices)}")
-    for name in ("steps", "batch", "people", "photos", "lr"):
-        need(getattr(config, name) >= 0, f"--{name} {getattr(config, name)} must not be negative")
-    need(config.accumulate >= 1, f"--accumulate {config.accumulate} must be at least 1")
-    need(config.lora_r >= -1, f"--lora_r {config.lora_r} must be -1, 0 or a rank")
-    need(config.save_every >= 1, f"--save_every {config.save_every} must be at least 1")
-    need(not config.device.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no GPU is visible")
-    people, photos = config.people or PEOPLE[config.size][0], config.photos or PEOPLE[config.size][1]
-    need(people >= 2 and photos >= 2, "--people and --photos must be at least 2, a pose and its edit")
-    need(photos <= people, f"--photos {photos} is more than --people {people}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    for name, least in dict(steps=0, batch=0, people=0, photos=0, lr=0, accumulate=1, lora_r=-1, save_every=1).items():
+        given = getattr(config, name)
+        need(least <= given < 1e9, f"--{name} {given} must be at least {least}, and a number of this world")
+    settle(config)
+    need(config.people % 2 == 0 and config.photos % 2 == 0, "--people and --photos must be even: people come in pairs")
+    need(config.photos <= config.people, f"--photos {config.photos} is more than --people {config.people}")
     for stage in STAGES if config.stage == "all" else [config.stage]:
-        batch = config.batch or STAGES[stage].schedule[config.size][1]
-        cuts = processes * config.accumulate
-        need(batch % cuts == 0, f"--batch {batch} of {stage} does not cut into {cuts} parts (--accumulate x processes)")
-        need(cuts == 1 or not STAGES[stage].whole, f"{stage} learns from comparing the samples of a whole batch; "
-             "run it with --accumulate 1 in one process")
+        batch, whole = config.batch or STAGES[stage].schedule[config.size][1], STAGES[stage].whole
+        cuts = config.accumulate * (1 if whole else ranks()[1])
+        need(batch % cuts == 0, f"--batch {batch} of {stage} does not cut into {cuts} parts (accumulate x processes)")
+        need(cuts == 1 or not whole, f"the samples of a batch of {stage} learn from each other; leave --accumulate out")
+
+
+def settle(config):
+    """Puts in what empty settings stand for."""
+    people, photos = PEOPLE[config.size]
+    config.people = config.people or people
+    config.photos = config.photos or min(photos, config.people)
+    config.out = config.out or f"out/{config.size}"
+    config.device = find_device(config.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available()
+                                                  and ranks()[1] > 1 else ""))
 
 
 def start_from(config, out):
     """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
     folder, needs = pathlib.Path(config.init or out), STAGES[config.stage].needs if config.stage != "all" else ()
-    anew = config.stage == "all" and not config.resume  # a run of all stages starts afresh, whatever lies in --out
-    if config.init or ((folder / "config.json").exists() and not anew):
+    exists = (folder / "config.json").exists()
+    if config.stage == "all" and (config.init or (exists and not config.resume)):
+        raise Mistake(f"--stage all starts afresh, and {folder} holds a model; give --resume, or another --out")
+    if config.init or exists:
         return go_on_from(folder, needs, config)
     if needs:
         raise Mistake(f"stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
@@ -517,7 +583,7 @@ def start_from(config, out):
     torch.manual_seed(config.seed)
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
     model = UniPose(model_config(config.size, **chosen), word_tokenizer(words()))
-    return model, fresh_ruler(model, config), {"stages": [], "seconds": {}}
+    return model, fresh_ruler(model, config), {"stages": [], "seconds": {}, "commands": {}}
 
 
 def go_on_from(folder, needs, config):
@@ -532,6 +598,9 @@ def go_on_from(folder, needs, config):
     for name in ("vision", "projector"):
         if getattr(config, name) not in ("", notes[name]):
             raise Mistake(f"{folder} was made with --{name} {notes[name]}; another one needs a run from the beginning")
+    if notes["lora"] and config.lora_r not in (-1, notes["lora_r"]):
+        raise Mistake(f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs a folder "
+                      "that has not been through instruct")
     model = load(folder)
     model.config["attn"] = config.attn or model.config["attn"]
     return model, load_ruler(folder) or fresh_ruler(model, config), notes
@@ -559,20 +628,39 @@ def run_stage(config, model, ruler, frozen, notes, out):
         module.train()
     seconds = fit(job, config, out)
     if is_first():
-        notes["stages"] = [*[s for s in notes["stages"] if s != config.stage], config.stage]
-        notes["seconds"] = {**notes["seconds"], config.stage: round(seconds)}
-        extra = {RULER + k: v for k, v in ruler.state_dict().items()} if "retrieval" in notes["stages"] else {}
-        ruler_config = {"retrieval": ruler.config} if extra else {}
-        save(model, out, extra=extra, seed=config.seed, people=len(frozen.world.poses), photos=frozen.n_photos,
-             stages=notes["stages"], seconds=notes["seconds"], **ruler_config)
-        (out / "train_state.safetensors").unlink(missing_ok=True)
-        draw_curves(out)
+        finish(config, model, ruler, notes, out, seconds)
         print(f"{config.stage} done in {seconds / 60:.1f} minutes; wrote {out}", flush=True)
+
+
+def finish(config, model, ruler, notes, out, seconds):
+    """Write the checkpoint after a stage, note what made it, and draw the curves."""
+    order = list(STAGES)
+    # what was trained on top of an older version of this stage no longer stands; the ruler stands by itself
+    stand = [stage for stage in notes["stages"] if "retrieval" in (stage, config.stage)
+             or order.index(stage) < order.index(config.stage)]
+    notes["stages"] = [*(stage for stage in stand if stage != config.stage), config.stage]
+    notes["seconds"][config.stage], notes["commands"][config.stage] = round(seconds), provenance()["command"]
+    told = {key: notes[key] for key in ("stages", "seconds", "commands")}
+    extra = {}
+    if "retrieval" in notes["stages"]:
+        extra, told["retrieval"] = {RULER + k: v for k, v in ruler.state_dict().items()}, ruler.config
+    save(model, out, extra=extra, seed=config.seed, people=config.people, photos=config.photos, **told)
+    (out / "train_state.safetensors").unlink(missing_ok=True)
+    draw_curves(out)
+
+
+def wait_for_first(model, out):
+    """What one process has trained alone, the others read from its checkpoint."""
+    torch.distributed.barrier()
+    if not is_first():
+        state = read_tensors(out / "model.safetensors")
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith(RULER)})
 
 
 def draw_curves(out, size=(360, 240)):
     """log.jsonl -> loss.png: one panel a stage, log10 of the loss over steps, first and last value written on it."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    rows = {(row["stage"], row["step"]): row for row in rows}.values()  # steps done again after a cut count once
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     sheet = Image.new("RGB", (size[0] * min(3, len(stages)), size[1] * math.ceil(len(stages) / 3)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -593,20 +681,26 @@ def draw_curves(out, size=(360, 240)):
 def main(argv=None):
     config = cli(Config, argv)
     refuse(config)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    config.device = config.device or local
-    out = pathlib.Path(config.out or f"out/{config.size}")
+    if ranks()[1] > 1 and not torch.distributed.is_initialized():  # patient: whole stages are the first's alone
+        torch.distributed.init_process_group(timeout=datetime.timedelta(days=2))
+    out = pathlib.Path(config.out)
     model, ruler, notes = start_from(config, out)
+    config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
-    if not config.resume and is_first() and config.stage == "all":
-        (out / "log.jsonl").unlink(missing_ok=True)
-    people, photos = config.people or PEOPLE[config.size][0], config.photos or PEOPLE[config.size][1]
-    frozen = Frozen(model, World("train", people, model.vision.clip_size), photos)
-    for stage in STAGES if config.stage == "all" else [config.stage]:
-        if not (config.stage == "all" and config.resume and stage in notes["stages"]):
-            run_stage(Config(**{**asdict(config), "stage": stage}), model, ruler, frozen, notes, out)
+    stages = [s for s in STAGES if config.stage in (s, "all") and not (config.resume and done(s, config, notes, out))]
+    if not stages:
+        print(f"{out} has been through {config.stage} already; there is nothing to resume")
+    frozen = Frozen(model, World("train", config.people, model.vision.clip_size), config.photos)
+    for stage in stages:
+        if is_first() or not STAGES[stage].whole:
+            run_stage(dataclasses.replace(config, stage=stage), model, ruler, frozen, notes, out)
+        if ranks()[1] > 1:
+            wait_for_first(model, out)
+
+
+def done(stage, config, notes, out):
+    """Has the folder itself, not only --init, been through a stage, and was it not begun again?"""
+    return stage in notes["stages"] and not config.init and kept(out).get("stage") != stage
 
 
 if __name__ == "__main__":

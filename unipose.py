@@ -22,6 +22,7 @@ Letters: B batch, T sequence, J=22 joints, N pose tokens (80), K codes (2048), P
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tokenizer import Mistake, PoseTokenizer, TokenizerConfig, cli, saving, script
+from tokenizer import Mistake, PoseTokenizer, TokenizerConfig, cli, reason, saving, script
 
 # ---- 1. Sizes ----------------------------------------------------------------------------------------------------
 
@@ -53,9 +54,9 @@ SIZES = {
     "tiny": dict(
         llm=dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
                  intermediate_size=384, max_position_embeddings=1024),
-        clip=dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=288, image_size=128,
+        clip=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=192, image_size=128,
                   patch_size=16),
-        pose_vit=dict(hidden_size=160, num_hidden_layers=5, num_attention_heads=5, image_size=[128, 96],
+        pose_vit=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=[128, 96],
                       patch_size=[16, 16]),
         tokenizer=dict(codes=512, code_dim=64, hidden=128, upsample_step=1),
         lora_r=32, lora_alpha=32),
@@ -71,6 +72,8 @@ SIZES = {
         lora_r=64, lora_alpha=16),
 }
 TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
+CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
+           "projector": ("mlp", "linear")}  # the first is the paper's, of the projector the release's
 PAPER_TEXT = 32000  # text pieces of the Mistral vocabulary; embedded sizes count their own words
 
 
@@ -78,6 +81,9 @@ def model_config(size, projector="mlp", vision="both", attn="mixed"):
     """The plain dict that describes a model and is written to config.json. projector: "mlp" as released, "linear" as
     in the paper's formula; vision: "both" | "clip" | "pose"; attn: "mixed" | "mixed_all" | "causal" (see `encode`)."""
     return {"size": size, "projector": projector, "vision": vision, "attn": attn, "lora": False, **SIZES[size]}
+
+
+MODEL_KEYS = tuple(model_config("nano"))  # what config.json must hold of the model; the rest there are notes
 
 
 # ---- 2. One sequence ---------------------------------------------------------------------------------------------
@@ -134,21 +140,22 @@ class Sequence(NamedTuple):
     images: list
 
 
-def encode(segments, vocab, text_ids, bos, eos, n_patches, attn="mixed"):
-    """Segments -> ids, labels and block together, so that nothing is derived a second time (design: one sequence).
+def encode(segments, vocab, text_ids, wrap, bos, eos, n_patches, attn="mixed"):
+    """Segments -> ids, labels and block together, so that nothing is derived a second time.
 
     segments: (kind, value, is_target) with text: str, pose: N codes (ints), image: features (P,Dv). Everything before
-    the first target is the prompt, wrapped as `[INST] … [/INST]`; targets end with eos. Without targets the row stops
-    where the answer begins. Which poses become blocks: "mixed" target poses (the official rule), "mixed_all" input
-    poses too, "causal" none; a target pose is then its own codes, one after the other (the ablation of Table 7).
+    the first target is the prompt, wrapped in `[INST]` and `[/INST]` (wrap: the ids of both); targets end with eos.
+    Without targets the row stops where the answer begins. Which poses become blocks: "mixed" target poses (the
+    official rule), "mixed_all" input poses too, "causal" none; a target pose is then its own codes, one after the other
+    (the ablation of Table 7).
     """
     rows, images, blocks = [(bos, NONE, NONE, -1)], [], count()  # id, label of the position before, own label, block
     prompt = [s for s in segments if not s[2]]
     target = [s for s in segments if s[2]]
     assert segments == prompt + target, "targets come last"
-    for kind, value, said in [("text", "[INST] ", False), *prompt, ("text", " [/INST]", False), *target]:
-        if kind == "text":
-            rows += [(i, i if said else NONE, NONE, -1) for i in text_ids(value)]
+    for kind, value, said in [("ids", wrap[0], False), *prompt, ("ids", wrap[1], False), *target]:
+        if kind in ("text", "ids"):
+            rows += [(i, i if said else NONE, NONE, -1) for i in (text_ids(value) if kind == "text" else value)]
         elif kind == "image":
             images.append(value)
             rows += [(i, NONE, NONE, -1) for i in (vocab.img_open, *[IMAGE] * n_patches, vocab.img_close)]
@@ -376,14 +383,19 @@ class UniPose(nn.Module):
         return ready
 
     def text_ids(self, text):
-        """Text -> ids. A `<s>` or `</s>` that somebody typed is an unknown word, not the end of the sequence."""
+        """Text -> ids. A `</s>` or `[/INST]` that somebody typed is an unknown word, not a mark of the sequence."""
+        marks = {self.text.bos_token_id, self.text.eos_token_id, *(ids[0] for ids in self.wrap if len(ids) == 1)}
         ids = self.text(text, add_special_tokens=False).input_ids
-        marks = (self.text.bos_token_id, self.text.eos_token_id)
         return [self.text.unk_token_id if i in marks else i for i in ids]
+
+    @property
+    def wrap(self):
+        """The ids of what opens and closes a prompt."""
+        return [self.text(mark, add_special_tokens=False).input_ids for mark in ("[INST] ", " [/INST]")]
 
     def encode(self, segments):
         """Segments -> Sequence; see the function `encode`."""
-        return encode(self.prepare(segments), self.vocab, self.text_ids, self.text.bos_token_id,
+        return encode(self.prepare(segments), self.vocab, self.text_ids, self.wrap, self.text.bos_token_id,
                       self.text.eos_token_id, self.vision.n_patches, self.config["attn"])
 
     def embed(self, ids, images=None):
@@ -403,8 +415,9 @@ class UniPose(nn.Module):
     def forward(self, batch):
         """A collated batch -> (loss, logs). Cross-entropy summed over labelled positions / how many there are.
 
-        `lm_head` runs on labelled positions only. Every target pose's `</p>` counts in the denominator though nothing
-        predicts it, as in the official loss (facts §5.2); logs are python-float-able tensors.
+        batch: ids, labels, block, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
+        labelled positions only. Every target pose's `</p>` counts in the denominator though nothing predicts it, as in
+        the official loss (facts §5.2). logs: "terms" that number, and (how many right, of how many) codes and words.
         """
         batch = {k: v if v is None else v.to(self.device) for k, v in batch.items()}
         positions = (batch["valid"].cumsum(1) - 1).clamp(min=0)                          # (B,T)
@@ -417,8 +430,8 @@ class UniPose(nn.Module):
         loss = F.cross_entropy(logits, labels, reduction="sum") / terms
         right = logits.detach().argmax(-1) == labels
         pose = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)
-        logs = {"pose_acc": right[pose].float().mean(), "text_acc": right[~pose].float().mean(), "terms": terms}
-        return loss, logs
+        return loss, {"terms": terms, "pose_acc": (right[pose].sum(), pose.sum()),
+                      "text_acc": (right[~pose].sum(), (~pose).sum())}
 
 
 # ---- 7. Checkpoints ----------------------------------------------------------------------------------------------
@@ -431,31 +444,29 @@ def provenance():
     import safetensors
     import transformers
     here = pathlib.Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    git = shutil.which("git") and subprocess.run(asked, cwd=here, text=True, capture_output=True).stdout.strip()
     return {"command": " ".join(["python", pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "git": git.stdout.strip() or "none", "torch": torch.__version__, "transformers": transformers.__version__,
+            "git": git or "none", "torch": torch.__version__, "transformers": transformers.__version__,
             "safetensors": safetensors.__version__, "python": sys.version.split()[0]}
 
 
 def save(model, folder, half=False, extra=None, **notes):
-    """Write config.json, model.safetensors and tokenizer.json to `folder`, each under a temporary name first.
+    """Write config.json, model.safetensors and tokenizer.json to `folder`: all are complete before one is renamed.
 
-    half: float16. extra: more tensors by name (the ruler's). notes: anything for config.json (stage, step, seed, …).
-    Raises Mistake when the disk is full or the folder cannot be written.
+    half: float16, but for the tokenizer's running sums, which outgrow it. extra: more tensors by name (the ruler's).
+    notes: anything for config.json (stages, seed, …). Raises Mistake when the disk is full or the folder is none.
     """
     from safetensors.torch import save_file
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {**model.state_dict(), **(extra or {})}
+    folder, state = pathlib.Path(folder), {**model.state_dict(), **(extra or {})}
     if half:
-        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    with saving(folder / "model.safetensors") as path:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
-    with saving(folder / "tokenizer.json") as path:
-        model.text.backend_tokenizer.save(str(path))
+        state = {k: v.half() if v.is_floating_point() and ".code_" not in k else v for k, v in state.items()}
     config = {**model.config, "float16": half, **provenance(), **notes}
-    with saving(folder / "config.json") as path:
-        pathlib.Path(path).write_text(json.dumps(config, indent=1) + "\n")
+    with (saving(folder / "config.json") as words, saving(folder / "tokenizer.json") as text,
+          saving(folder / "model.safetensors") as weights):
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, weights)
+        model.text.backend_tokenizer.save(str(text))
+        words.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_config(folder):
@@ -470,32 +481,52 @@ def read_config(folder):
         config = json.loads((folder / "config.json").read_text())
     except (ValueError, OSError) as error:
         raise Mistake(f"{folder / 'config.json'} cannot be read as JSON ({error}); copy the folder again") from None
-    missing = [key for key in model_config("nano") if key not in config]
+    missing = [key for key in MODEL_KEYS if not isinstance(config, dict) or key not in config]
     if missing:
         raise Mistake(f"{folder / 'config.json'} lacks {', '.join(missing)}; it does not describe a UniPose model")
+    for key, choices in CHOICES.items():
+        if config[key] not in choices:
+            raise Mistake(f"{folder / 'config.json'} says {key} {config[key]!r}, not one of {', '.join(choices)}")
     return config
 
 
 def read_tensors(path):
-    """Every tensor of a safetensors file, float16 turned to float32; Mistake when it is truncated or something else."""
+    """Every tensor of a safetensors file, float16 turned to float32. Raises Mistake when it is truncated, something
+    else, or holds NaN."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
-        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise Mistake(f"{path} is not a complete safetensors file ({error}); copy or train it again") from None
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise Mistake(f"{broken[0]} in {path} holds NaN or infinite numbers; train it again with a lower --lr")
+    return state
 
 
 def load(folder, device="cpu"):
     """A weights folder -> UniPose in eval mode, float32. Strict: raises Mistake with the difference where names or
     shapes do not fit. Tensors of the ruler (`retrieval.`) are left to eval.py."""
     config, folder = read_config(folder), pathlib.Path(folder)
-    text = fast_tokenizer(tokenizer_file=str(folder / "tokenizer.json"))
-    with torch.random.fork_rng():  # building draws random numbers; loading must not disturb the caller's
-        model = UniPose({key: config[key] for key in model_config("nano")}, text)
+    try:
+        text = fast_tokenizer(tokenizer_file=str(folder / "tokenizer.json"))
+        with torch.random.fork_rng():  # building draws random numbers; loading must not disturb the caller's
+            model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
+    except Exception as error:  # a damaged description can fail anywhere inside transformers
+        raise Mistake(f"config.json and tokenizer.json in {folder} do not describe a model: {reason(error)}") from error
     state = {k: v for k, v in read_tensors(folder / "model.safetensors").items() if not k.startswith(RULER)}
     load_strictly(model, state, folder / "model.safetensors")
     return model.to(device).eval()
+
+
+def find_device(name=""):
+    """"" -> the GPU where there is one, else the CPU; any other name -> itself. Raises Mistake where there is none."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return str(torch.zeros(1, device=name).device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Mistake(f"--device {name} cannot be used here ({reason(error)}); leave it out") from None
 
 
 def load_strictly(model, state, where):
