@@ -1,0 +1,1198 @@
+"""The specification of this program, as sentences, in the order of its files.
+
+    python -m pytest -q                 # everything, a few minutes on two cores, no network, no download
+    python -m pytest -q -k golden       # the numbers of the public code; skipped where the golden folder is absent
+"""
+import ast
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import random
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import types
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two threads on a busy machine are slower than one
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import sample
+import tokenizer
+import train
+import unipose
+
+torch.set_num_threads(1)
+HERE = pathlib.Path(__file__).resolve().parent
+GOLDEN = HERE / os.environ.get("UNIPOSE_GOLDEN", "../shared/golden")
+FLIP = torch.tensor([-1.0, 1, 1])  # what a mirror does to x, y, z
+
+
+# ---- What several sections use ---------------------------------------------------------------------------------------
+def golden(name):
+    """One file of the golden folder: its arrays, or its path where it is not ours to open. Skips where it is absent."""
+    path = GOLDEN / name
+    if not path.exists():
+        pytest.skip(f"no golden data at {path}: set UNIPOSE_GOLDEN")
+    if "/cache/" in name:
+        return path
+    return load_file(path) if path.suffix == ".safetensors" else np.load(path)
+
+
+def poses(n, seed=0):
+    """n random poses (n,22,3,3)."""
+    return tokenizer.aa_to_matrix(0.5 * torch.randn(n, 22, 3, generator=torch.Generator().manual_seed(seed)))
+
+
+def close(one, other, atol=1e-5, rtol=0.0):
+    """Fails with a picture of the difference."""
+    torch.testing.assert_close(one, other, atol=atol, rtol=rtol)
+
+
+def learn(loss_of, parameters, steps, lr):
+    """Adam for some steps; what loss_of() said last."""
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    for _ in range(steps):
+        loss, logs = loss_of()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return float(loss.detach()), logs
+
+
+def run_script(*command, limit=0):
+    """A script of ours in a new process; limit: bytes that any file may grow to."""
+    confine = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
+    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
+                          preexec_fn=confine)
+
+
+def refusals(call, names):
+    """Each name makes `call` raise a Mistake of one line that names it: {name: what was said}."""
+    said = {}
+    for name in names:
+        with pytest.raises(tokenizer.Mistake) as mistake:
+            call(name)
+        said[name] = str(mistake.value)
+        assert name.split(":")[0] in said[name] and "\n" not in said[name], said[name]
+    return said
+
+
+@pytest.fixture(scope="session")
+def body():
+    """The embedded body."""
+    return tokenizer.load_body()
+
+
+@pytest.fixture(scope="session")
+def world():
+    """10,000 training people; their codes are made once."""
+    return data.World("train", 10_000)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A nano model through all six stages by the README's own command: folder, CPU seconds, what was printed."""
+    out, before = tmp_path_factory.mktemp("weights") / "nano", resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = run_script("train.py", "--stage", "all", "--size", "nano", "--out", out)
+    assert run.returncode == 0, run.stderr[-2000:]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return out, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, run.stdout
+
+
+# ---- tokenizer.py ----------------------------------------------------------------------------------------------------
+def test_golden_official_rotations():
+    """Axis-angle, quaternion, matrix and 6D agree with the official helpers, also at 0 and at pi."""
+    r = golden("official/rotations/rotations.safetensors")
+    matrix, from_d6 = r["matrix_from_axis_angle"], tokenizer.sixd_to_matrix(r["d6"])
+    close(tokenizer.aa_to_matrix(r["axis_angle"]), matrix)
+    close(tokenizer.aa_to_matrix(tokenizer.matrix_to_aa(matrix)), matrix)
+    close(tokenizer.matrix_to_sixd(matrix), r["sixd_from_matrix"])
+    close(from_d6, r["matrix_from_d6"])
+    assert ((tokenizer.matrix_to_quaternion(matrix) * r["quaternion_from_matrix"]).sum(-1).abs() > 1 - 1e-5).all()
+    for ours, theirs in ((matrix, r["axis_angle_from_matrix"]), (from_d6, r["axis_angle_from_d6"])):
+        # near pi both signs are right, and here and there the official formula loses digits (1e-4 becomes 0)
+        sound = (tokenizer.aa_to_matrix(theirs) - ours).abs().amax((1, 2)) < 1e-5
+        sound &= (theirs.norm(dim=-1) - np.pi).abs() > 1e-2
+        assert sound.float().mean() > 0.8
+        close(tokenizer.matrix_to_aa(ours)[sound], theirs[sound])
+
+
+def test_rotations_are_safe_at_zero_and_at_pi():
+    """Gradients stay finite there, and axis-angles come back within 1e-7 from 1e-6 to a hair below pi."""
+    aa = torch.tensor([[0, 0, 0], [np.pi, 0, 0], [0, 1e-8, 0], [0, 0, -np.pi], [1e-4, 0, 0]], requires_grad=True)
+    there = tokenizer.aa_to_matrix(aa)
+    back = tokenizer.matrix_to_aa(tokenizer.sixd_to_matrix(tokenizer.matrix_to_sixd(there)))
+    (there.sum() + back.sum()).backward()
+    assert aa.grad.isfinite().all()
+    close(tokenizer.aa_to_matrix(back), there, atol=1e-6)
+    axis = F.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)).double(), dim=-1)
+    for angle in (1e-6, 1e-3, 1.0, 3.0, np.pi - 1e-6):
+        close(tokenizer.matrix_to_aa(tokenizer.aa_to_matrix(angle * axis)), angle * axis, atol=1e-7)
+
+
+def test_the_bodys_joints_and_skin_equal_smplx(body):
+    """Forward kinematics and our skinning give smplx's numbers; a mirrored pose has mirrored joints."""
+    rotmat, chosen = poses(4), tokenizer.some_vertices(body)
+    joints, vertices = body(rotmat)
+    assert vertices.shape == (4, len(body.template), 3) and joints[:, 0].abs().max() < 1e-6
+    close(body.joints(rotmat), joints, atol=2e-6)
+    close(body.skin(rotmat, chosen)[1], vertices[:, chosen], atol=2e-6)
+    even = (body.rest + (body.rest * FLIP)[tokenizer.MIRROR]) / 2  # a skeleton that is its own mirror image
+    expected = (tokenizer.forward_kinematics(rotmat, even) * FLIP)[:, tokenizer.MIRROR]
+    close(tokenizer.forward_kinematics(tokenizer.mirror(rotmat), even), expected)
+
+
+def fake_smpl(count, seed=0, vertices=40):
+    """Arrays with the keys and shapes of an SMPL (24 joints), SMPL-H (52) or SMPL-X (55) file."""
+    rng = np.random.default_rng(seed)
+    hands = {24: [20, 21], 52: [20, 22, 23] * 5 + [21, 37, 38] * 5, 55: [15] * 3 + [20, 25, 26] * 5 + [21, 40, 41] * 5}
+    parents = np.array([2 ** 32 - 1] + tokenizer.PARENTS[1:] + hands[count], np.uint32)
+    return {"v_template": rng.normal(size=(vertices, 3)), "f": rng.integers(0, vertices, (30, 3)).astype(np.uint32),
+            "shapedirs": rng.normal(size=(vertices, 3, 10)), "weights": rng.dirichlet(np.ones(count), vertices),
+            "posedirs": 0.01 * rng.normal(size=(vertices, 3, 9 * (count - 1))),
+            "J_regressor": rng.multinomial(9, np.ones(vertices) / vertices, count) / 9,
+            "kintree_table": np.stack([parents, np.arange(count, dtype=np.uint32)])}
+
+
+def pose_by_hand(arrays, rotmat):
+    """Linear blend skinning in plain numpy with every joint of the file; the extra ones do not turn."""
+    parents, template = arrays["kintree_table"][0].astype(np.int64), arrays["v_template"]
+    rest = arrays["J_regressor"] @ template
+    local = np.concatenate([rotmat, np.broadcast_to(np.eye(3), (len(parents) - 22, 3, 3))])
+    turns, places = [local[0]], [rest[0]]
+    for j in range(1, len(parents)):
+        turns.append(turns[parents[j]] @ local[j])
+        places.append(places[parents[j]] + turns[parents[j]] @ (rest[j] - rest[parents[j]]))
+    shape = template + arrays["posedirs"] @ (local[1:] - np.eye(3)).ravel()
+    parts = [(shape - rest[j]) @ turns[j].T + places[j] for j in range(len(parents))]
+    made = sum(arrays["weights"][:, j, None] * part for j, part in enumerate(parts))
+    return np.array(places)[:22] - places[0], made - places[0]
+
+
+class Ch(types.SimpleNamespace):
+    """Pickles like the foreign objects inside a licensed file: a class from elsewhere, and its state."""
+
+
+csc_matrix = type("csc_matrix", (Ch,), {"__module__": __name__})
+
+
+def official_pickle(arrays):
+    """The bytes of an official SMPL .pkl: chumpy blend shapes, a sparse joint regressor, Python 2 protocol."""
+    columns = arrays["J_regressor"].T
+    rows = [np.flatnonzero(column) for column in columns]
+    sparse = csc_matrix(_shape=columns.T.shape, indices=np.concatenate(rows), data=columns[columns > 0],
+                        indptr=np.cumsum([0, *map(len, rows)]))
+    code = pickle.dumps(arrays | {"J_regressor": sparse, "shapedirs": Ch(x=arrays["shapedirs"])}, protocol=2)
+    for name, home in ((b"Ch", b"chumpy.ch"), (b"csc_matrix", b"scipy.sparse.csc")):
+        code = code.replace(b"c%s\n%s\n" % (__name__.encode(), name), b"c%s\n%s\n" % (home, name))
+    return code
+
+
+@pytest.mark.parametrize("count, suffix", [(24, "pkl"), (24, "npz"), (52, "npz"), (55, "npz")])
+def test_smpl_smplh_and_smplx_files_are_posed_by_one_path(tmp_path, count, suffix):
+    """Folding fingers and face changes no vertex; foreign classes and object arrays in a file are never opened."""
+    arrays, path, rotmat = fake_smpl(count), tmp_path / f"model.{suffix}", poses(2)
+    path.write_bytes(official_pickle(arrays))
+    if suffix == "npz":
+        np.savez(path, joint2num=np.array({"pelvis": 0}, dtype=object), **arrays)
+    model = tokenizer.load_body(path)
+    for i, (joints, vertices) in enumerate(zip(*model(rotmat))):
+        expected = pose_by_hand(arrays, rotmat[i].double().numpy())
+        np.testing.assert_allclose(joints, expected[0], atol=1e-5)
+        np.testing.assert_allclose(vertices, expected[1], atol=1e-5)
+    close(model.skin(rotmat, torch.arange(40))[1], model(rotmat)[1])      # ours knows pose correctives too
+
+
+class Evil:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_damaged_body_files_are_refused_in_one_sentence(tmp_path):
+    """Missing file or key, wrong shapes, another skeleton, NaN, a web page; a pickle with code in it is not run."""
+    good = fake_smpl(24)
+    bad = {"key": {k: v for k, v in good.items() if k != "posedirs"}, "shape": good | {"weights": good["weights"][1:]},
+           "nan": good | {"v_template": good["v_template"] * np.nan}, "text": good | {"f": np.array("faces")},
+           "face": good | {"f": good["f"] + 40}, "tree": good | {"kintree_table": good["kintree_table"][:, ::-1]}}
+    for name, arrays in bad.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    (tmp_path / "page.pkl").write_text("<!DOCTYPE html><html>please log in</html>")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "nan.npz").read_bytes()[:3000])
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps(good | {"f": Evil(tmp_path / "ran")}, protocol=2))
+    refusals(lambda name: tokenizer.load_body(tmp_path / name),
+             [*(f"{name}.npz" for name in bad), "page.pkl", "cut.npz", "code.pkl", "absent.npz"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_kind_of_pose_file_is_read_alike(tmp_path):
+    """What write_pose writes, matrices and axis-angles in .npy, both AMASS layouts, numbered frames, bfloat16."""
+    rotmat = poses(1)[0]
+    aa = tokenizer.matrix_to_aa(rotmat).numpy()
+    amass = np.concatenate([tokenizer.matrix_to_aa(tokenizer.UP.T @ rotmat[:1]).numpy(), aa[1:]]).reshape(1, 66)
+    files = {"m.npy": rotmat.numpy(), "a.npy": aa, "b.npy": aa.ravel(), "c.npy": np.pad(aa.ravel(), (0, 6)),
+             "coarse.npy": rotmat.bfloat16().float().numpy()}
+    for name, array in files.items():
+        np.save(tmp_path / name, array)
+    np.savez(tmp_path / "h.npz", poses=np.pad(amass, ((2, 0), (0, 90))), gender=np.array("male", dtype=object))
+    np.savez(tmp_path / "x.npz", root_orient=amass[:, :3], pose_body=amass[:, 3:])
+    tokenizer.write_pose(tmp_path / "new" / "w.npz", rotmat)
+    for name in [*files, "h.npz:2", "x.npz", "x.npz:0", "new/w.npz"]:
+        read = tokenizer.read_pose(tmp_path / name)
+        close(read, rotmat, atol=1e-2 if name == "coarse.npy" else 1e-5)
+        close(read @ read.mT, torch.eye(3).expand_as(read))
+    tokenizer.write_pose(tmp_path / "stand.npz", torch.eye(3).expand(22, 3, 3))
+    written = np.load(tmp_path / "stand.npz")["poses"]
+    np.testing.assert_allclose(written, np.pad([[np.pi / 2]], ((0, 0), (0, 155))), atol=1e-6)  # z up: turned about x
+
+
+def test_bad_pose_files_are_refused_in_one_sentence(tmp_path):
+    """Each kind of wrong file names itself, its fault and fits one line; pickles are never opened."""
+    good, zero = poses(1)[0].numpy(), np.zeros((7, 156))
+    for name, array in {"shape": good[:21], "nan": good * np.nan, "scaled": good * 1.1, "flip": -good,
+                        "words": np.array(["left"]), "objects": np.array([None, good], object),
+                        "zeros": good * 0, "huge": np.full(66, 1e300)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    for name, arrays in {"long": {"poses": zero}, "empty": {"poses": zero[:0]}, "other": {"trans": zero},
+                         "odd": {"root_orient": zero[:1, :3], "pose_body": zero[:2, :63]}}.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    damaged = {"cut.npy": (tmp_path / "scaled.npy").read_bytes()[:400], "text.npy": b"hello", "void.npy": b"",
+               "cut.npz": (tmp_path / "long.npz").read_bytes()[:400], "pickle.npy": pickle.dumps(good, protocol=2),
+               "bytes.pkl": pickle.dumps([1, 2, 3], protocol=2)}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+    says = {"long.npz": "7 frames", "long.npz:7": "no frame 7", "empty.npz": "holds 0", "nan.npy": "NaN",
+            "huge.npy": "huge", "flip.npy": "not orthonormal", "scaled.npy": "matrix 0 (pelvis)",
+            "shape.npy": "(21, 3, 3)", "nowhere.npy": "no file"}
+    said = refusals(lambda name: tokenizer.read_pose(tmp_path / name),
+                    [*says, *damaged, "zeros.npy", "words.npy", "objects.npy", "other.npz", "odd.npz"])
+    assert all(part in said[name] for name, part in says.items()), said
+
+
+TINY = tokenizer.TokenizerConfig(hidden=16, code_dim=8, codes=32, upsample_step=0)
+
+
+def golden_tokenizer():
+    """The golden weights in a PoseTokenizer whose sizes are read from the files -> (model, missing, unexpected)."""
+    state, tokens = golden("official/vqvae/state.safetensors"), golden("official/vqvae/io.safetensors")["ids2"].shape[1]
+    hidden, (codes, code_dim) = len(state["encoder.encoder.0.bias"]), state["quantizer.codebook"].shape
+    config = tokenizer.TokenizerConfig(hidden, code_dim, codes, upsample_step=round(math.log2(tokens / 20)))
+    model = tokenizer.PoseTokenizer(config).eval()
+    return model, *model.load_state_dict(state, strict=False)
+
+
+def test_golden_official_weights_encode_and_decode():
+    """Official weights load by name (their file forgets some state); 6D, latents, ids and rotations agree."""
+    model, missing, unexpected = golden_tokenizer()
+    assert not unexpected
+    assert sorted(missing) == ["quantizer.code_count", "quantizer.code_sum", "quantizer.initialised"]
+    gold = golden("official/vqvae/io.safetensors")
+    close(tokenizer.matrix_to_sixd(gold["rotmat"]), gold["pose6d"], 1e-4, 1e-4)
+    close(model.encoder(gold["pose6d"]).detach(), gold["latents"], 1e-4, 1e-4)
+    sure, made = gold["code_margin"] > 1e-3, model.decode(gold["code_idx"])
+    assert torch.equal(model.encode(gold["rotmat"])[sure], gold["code_idx"][sure])
+    close(made, gold["decoded_rotmat"], 1e-4, 1e-4)
+    close(model.decode(gold["ids2"]), gold["ids2_decoded_rotmat"], 1e-4, 1e-4)
+    close(tokenizer.matrix_to_aa(made).flatten(1), gold["decoded_axis_angle"], 1e-3, 1e-3)
+
+
+def test_golden_official_codebook_updates():
+    """Training steps of the moving averages give the official codebook, sums, counts, outputs and perplexity."""
+    ema = golden("official/vqvae/ema.safetensors")
+    codes, code_dim = ema["step0_codebook"].shape
+    quantizer = tokenizer.Quantizer(tokenizer.TokenizerConfig(code_dim=code_dim, codes=codes)).train()
+    for step in range(sum(name.endswith("_in") for name in ema)):
+        want = {name.split("_", 1)[1]: value for name, value in ema.items() if name.startswith(f"step{step}_")}
+        out, _, info = quantizer(want["in"], rows=torch.arange(codes))
+        assert torch.equal(quantizer.nearest(want["in"]), want["idx"])
+        for ours, name in ((out, "out"), (info["commit"][None], "commit"), (info["perplexity"][None], "perplexity"),
+                           *((getattr(quantizer, name), name) for name in ("codebook", "code_sum", "code_count"))):
+            close(ours, want[name], 1e-5, 1e-5)
+    out, _, info = quantizer.eval()(want["in"])
+    close(out, ema["eval_out"], 1e-5, 1e-5)
+    close(info["perplexity"], ema["eval_perplexity"][0], 1e-5, 1e-5)
+
+
+def test_golden_official_train_step():
+    """Each weighted loss term, the vertex weights and some gradients equal the official training code's."""
+    model, step = golden_tokenizer()[0], golden("official/vqvae/train_step.safetensors")
+    theirs = tokenizer.load_body(golden("official/cache/smpl_models/smplh/SMPLH_NEUTRAL.npz"))
+    close(theirs.area, step["vertex_weights"][:, 0], rtol=1e-4)
+    loss, terms = tokenizer.tokenizer_loss(model, step["body_pose_rotmat"], theirs)
+    for ours, name in {"pose": "recons_pose_loss", "joints": "recons_joints_loss", "vertices": "recons_vertices_loss",
+                       "commit": "vq_commit_loss"}.items():
+        close(terms[ours], step[f"loss.{name}"][0], 0, 1e-4)
+    close(loss.detach(), step["loss.total_loss"][0], 0, 1e-4)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if f"grad.{name}" in step:
+            # theirs went through axis-angles close to half turns, where their formula loses digits
+            assert (parameter.grad - step[f"grad.{name}"]).norm() < 0.01 * parameter.grad.norm()
+
+
+@pytest.mark.parametrize("steps, tokens", [(2, 80), (1, 40), (0, 20)])
+def test_poses_become_n_tokens_and_tokens_become_rotations(steps, tokens):
+    """upsample_step 2, 1, 0 give N = 80, 40, 20; with all probability on one code, soft decoding is hard decoding."""
+    model = tokenizer.PoseTokenizer(dataclasses.replace(TINY, upsample_step=steps)).eval()
+    ids = model.encode(poses(3))
+    made = model.decode(ids)
+    assert ids.shape == (3, tokens)
+    close(made @ made.mT, torch.eye(3).expand_as(made))
+    close(model.decode_soft(F.one_hot(ids, TINY.codes).float()), made, atol=1e-6)
+
+
+def test_the_gradient_goes_straight_through_the_quantizer():
+    """The output is the code, the gradient arrives at the latent unchanged, and none reaches the codebook."""
+    quantizer, generator = tokenizer.Quantizer(TINY), torch.Generator().manual_seed(0)
+    quantizer.codebook.normal_(generator=generator)
+    latents, weight = torch.randn(2, 2, 8, 20, generator=generator).requires_grad_().unbind()
+    latents.retain_grad()
+    out, ids, _ = quantizer.eval()(latents)
+    close(out.detach(), quantizer.codebook[ids].mT)
+    (out * weight).sum().backward()
+    assert torch.equal(latents.grad, weight) and not quantizer.codebook.requires_grad
+
+
+def test_root_noise_turns_whole_people_and_part_noise_parts_of_the_input():
+    """Root noise turns input and target alike; part noise moves whole parts of half the inputs, and no target."""
+    rotmat = torch.eye(3).repeat(200, 22, 1, 1)
+    seen, target = tokenizer.noisy(rotmat, torch.Generator().manual_seed(0), root=True)
+    turn = tokenizer.matrix_to_aa(seen[:, 0]).norm(dim=-1).max().rad2deg()
+    assert torch.equal(seen, target) and torch.equal(seen[:, 1:], rotmat[:, 1:]) and 45 < turn < 60
+    seen, target = tokenizer.noisy(rotmat, torch.Generator().manual_seed(0), root=False, parts=True)
+    hit = (seen - rotmat).abs().amax((2, 3)) > 1e-6
+    parts = {tuple(row.nonzero().flatten().tolist()) for row in hit[hit.any(1)]}
+    assert parts == {tuple(sorted(part)) for part in tokenizer.PARTS}
+    assert hit.any(1).sum() == 100 and torch.equal(target, rotmat)
+
+
+# ---- data.py: seven tasks and their templates ------------------------------------------------------------------------
+@pytest.mark.parametrize("task", data.TASKS)
+def test_200_distinct_templates_hold_exactly_the_slots_of_their_task_in_order(task):
+    """At most 14 words, only the marks . , ? and one target, of the task's kind, at the end; slots in texts stay."""
+    lines, (inputs, target) = data.templates(task), data.TASKS[task]
+    values = [f"lift <pose> and <caption> {k}" for k in range(len(inputs) + 1)]
+    assert len(lines) == len(set(lines)) == 200
+    for line in lines:
+        assert data.SLOT.findall(line) == data.slots(task) and len(line.split()) <= 14, line
+        assert re.fullmatch(r"[A-Za-z .,?]+", data.SLOT.sub("", line)), line
+        *given, answer = data.fill(task, values, line)
+        assert answer == (target, values[-1], True) and not any(said for _, _, said in given)
+        assert [(kind, value) for kind, value, _ in given if value in values] == [*zip(inputs, values)]
+
+
+# ---- data.py: posecodes, paircodes, captions -------------------------------------------------------------------------
+def golden_y_up():
+    """The golden poses, turned from AMASS's z up to the body frame (n,22,3,3)."""
+    rotmat = tokenizer.aa_to_matrix(torch.tensor(golden("captions/poses.npz")["pose_aa_raw"]))
+    rotmat[:, 0] = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=rotmat.dtype) @ rotmat[:, 0]
+    return rotmat
+
+
+def golden_codes():
+    """Posecodes of the golden poses, from their own coordinates."""
+    gold = golden("captions/poses.npz")
+    return data.posecodes_at(gold["coords"], tokenizer.aa_to_matrix(torch.tensor(gold["pose_aa_yup"])))
+
+
+def golden_pairs():
+    """Paircodes of the golden pairs -> (pairs, golden file, codes of A, codes of B)."""
+    gold, codes, rotmat = golden("captions/paircodes.npz"), golden_codes(), golden_y_up()
+    a, b = gold["pairs"].T
+    together = torch.tensor(gold["rotation_change/in_sequence"])[:, None, None, None]
+    front = torch.where(together, data.face_front(rotmat[b], like=rotmat[a]), data.face_front(rotmat[b]))
+    turn = data.vertical_turn(data.face_front(rotmat[a]), front)
+    np.testing.assert_allclose(turn, gold["rotation_change/deg_xyz"][:, 1], atol=0.05)
+    one, two = (dataclasses.replace(codes, **{name: getattr(codes, name)[rows] for name in
+                ("value", "category", "low", "high", "eligibility", "at", "rotmat")}) for rows in (a, b))
+    return data.paircodes_at(one, two, turn), gold, one, two
+
+
+def golden_columns(table, gold, kind):
+    """Columns of our table in the order of a golden kind."""
+    index = {(row["kind"], row["joints"].replace(" ", "|")): s for s, row in enumerate(table.columns)}
+    return [index[kind, joints] for joints in gold[f"{kind}/jointsets"]]
+
+
+def golden_supers(table, gold, prefix=""):
+    """Columns of our table in the order of a golden list of super-codes."""
+    mine = {}
+    for p, row in enumerate(table.supers, len(table.columns)):
+        parts = ["_".join(filter(None, part)) for part in (row["code"][:2], row["code"][3:]) if part[1]]
+        mine["|".join(parts), row["code"][2]] = p
+    return [mine[parts.removesuffix("|torso"), data.PAIR * (prefix != "") + category]
+            for parts, category in zip(gold[prefix + "bodyparts"], gold[prefix + "intptt"])]
+
+
+def same_as_golden(codes, table, gold):
+    """Values, categories and eligibility of all kinds of a golden file; entries on a threshold do not count."""
+    for kind in gold["kinds"]:
+        at, tolerance = golden_columns(table, gold, kind), 0.05 if gold[f"{kind}/noise"] > 1 else 1e-4
+        np.testing.assert_allclose(codes.value[:, at], gold[f"{kind}/value"], atol=tolerance, err_msg=kind)
+        clear = (np.abs(gold[f"{kind}/value"][..., None] - gold[f"{kind}/thresholds"]) > tolerance).all(-1)
+        for mine, theirs in ((codes.category, "intptt"), (codes.eligibility, "eligibility")):
+            assert (mine[:, at] == gold[f"{kind}/{theirs}"])[clear].all(), (kind, theirs)
+
+
+def test_golden_captions_places_and_heading_come_from_the_raw_poses():
+    """AMASS poses, turned to the body frame and to heading 0, give the official 35 coordinates."""
+    gold = golden("captions/poses.npz")
+    assert list(gold["joint_names"]) == data.PLACES
+    close(data.face_front(golden_y_up()), tokenizer.aa_to_matrix(torch.tensor(gold["pose_aa_yup"])))
+    np.testing.assert_allclose(data.places(gold["coords22"]), gold["coords"], atol=1e-6)
+
+
+def test_golden_posecodes_all_kinds_and_supers_match_the_official_extraction():
+    """Every value, category and eligibility of the elementary kinds, eligibility of all super-posecodes."""
+    codes, table, supers = golden_codes(), data.pose_table(), golden("captions/superposecodes.npz")
+    same_as_golden(codes, table, golden("captions/posecodes.npz"))
+    assert (codes.eligibility[:, golden_supers(table, supers)] == supers["eligibility"]).all()
+
+
+def test_golden_paircodes_all_kinds_and_supers_and_the_rotation_match():
+    """Every value, category and eligibility of the pair kinds, the super-paircodes and the turn of the body."""
+    pairs, gold, _, _ = golden_pairs()
+    table = data.pair_table()
+    same_as_golden(pairs, table, gold)
+    assert (pairs.eligibility[:, golden_supers(table, gold, "super/")] == gold["super/eligibility"]).all()
+    last = len(gold["rotation_change/categories"]) - 1   # both ends of the scale are called "around"
+    assert (pairs.category[:, len(table.columns) - 1] % last == gold["rotation_change/intptt"] % last).all()
+
+
+def test_golden_paircodes_demands_on_pose_b_match():
+    """Posecodes that may be asked of a pose; the official code silences a helper of one pair in all pairs."""
+    pairs, gold, one, two = golden_pairs()
+    table, demand = data.pose_table(), pairs.b.eligibility.copy()
+    full = np.zeros((len(golden_codes().value), demand.shape[1]), np.int8)
+    full[gold["pairs"][:, 1]] = demand
+    for codes, first, end in ((two, 0, 1), (one, len(table.columns), 0)):
+        rows, columns = data.helpers(pairs, codes, len(data.pair_table().columns) + first)
+        full[gold["pairs"][rows, end], columns] = 0
+    kinds, supers = golden("captions/posecodes.npz"), golden("captions/superposecodes.npz")
+    columns = {kind: golden_columns(table, kinds, kind) for kind in kinds["kinds"]}
+    for kind, at in {**columns, "superPosecodes": golden_supers(table, supers)}.items():
+        assert (full[:, at] == gold[f"posecode_eligibility_in_pairs/{kind}"]).all(), kind
+
+
+def test_reading_a_text_gives_back_exactly_what_was_said(world):
+    """statements() inverts both grammars on 10,000 texts each: at most 15 statements, 90 words and marks, few words."""
+    known = data.caption_words()
+    assert len(known) < 600
+    for i in range(len(world.poses)):
+        rng, pairs = np.random.default_rng((1, i)), world.pairs[i % 2]
+        for demand, said in enumerate((data.choose(world.codes, i, rng), data.choose_difference(pairs, i // 2, rng))):
+            text = data.say(said, rng, demand=bool(demand))
+            assert sorted(data.statements(text)) == sorted(said) and (demand or said)
+            assert text and len(said) <= 15 and len(text.replace(".", " .").split()) <= 90
+            assert set(text.lower().replace(".", "").split()) <= known
+            assert data.statements(text.upper().replace(".", " .")) == data.statements(text)
+
+
+def test_a_text_holds_for_its_own_pose_and_not_for_another(world):
+    """check(): all true where the text was made, many false elsewhere; a sentence outside the grammar never holds."""
+    rng, foreign, at = np.random.default_rng(0), [], world.poses
+    for i in range(0, 100, 2):
+        text, change = world.caption(i, rng), world.difference(i, i + 1, rng)
+        assert all(map(all, data.check(text, at[i]))) and all(map(all, data.check(change, at[i + 1], at[i])))
+        assert data.check(text, at[i]) == data.verdicts(text, world.codes, i)
+        foreign += data.check(text, at[i + 100]) + data.check(change, at[i], at[i + 1])
+    assert np.mean(foreign, 0).max() < 0.6 and all(within or not exact for within, exact in foreign)
+    assert data.check("The left ear is purple. Raise the left hand slightly.", at[0]) == [(False, False)] * 2
+    same = data.difference(data.paircodes(at[:1], at[:1]), 0, rng)
+    assert same and data.statements(same) == data.check(same, at[0], at[0]) == data.check("", at[0]) == []
+
+
+def test_the_tolerance_moves_a_value_over_a_threshold_and_no_further():
+    """A knee at 163 degrees may be called slightly bent within 5 degrees; at 0, rounding of the cosine makes no NaN."""
+    at = data.posecodes(torch.eye(3).repeat(1, 22, 1, 1)).at.repeat(50, 0)
+    hip, knee, ankle = (data.PLACES.index(f"left_{part}") for part in ("hip", "knee", "ankle"))
+    up, front = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 3, 2)))[0].transpose(2, 0, 1)
+    for angle, category, verdict in ((163, "straight", (True, True)), (163, "slightly bent", (True, False)),
+                                     (163, "bent less", (False, False)), (0, "completely bent", (True, True))):
+        at[:, hip] = at[:, knee] + 0.4 * up
+        at[:, ankle] = at[:, knee] + 0.3 * (np.cos(np.radians(angle)) * up + np.sin(np.radians(angle)) * front)
+        codes = data.posecodes_at(at, np.eye(3, dtype=np.float32)[None, None].repeat(50, 0).repeat(22, 1))
+        assert np.isfinite(codes.value).all()
+        assert {data.holds(("left", "knee", category, "", ""), codes, i) for i in range(50)} == {verdict}, category
+
+
+# ---- data.py: synthetic people ---------------------------------------------------------------------------------------
+def test_person_i_is_a_pure_function_of_split_and_index():
+    """Neither how many are asked for nor what was photographed before matters; splits share nobody."""
+    short, long = data.World("test", 20, size=64), data.World("test", 600, size=64)
+    assert torch.equal(short.seen, long.seen[:20]) and short.activity == long.activity[:20]
+    long.image(3)
+    assert np.array_equal(short.image(5), long.image(5)) and short.image(5).shape == (64, 64, 3)
+    one, two, three = (data.populate(split, 600)[1].flatten(1) for split in data.SPLITS)
+    assert min(torch.cdist(*pair).min() for pair in ((one, two), (one, three), (two, three))) > 0.02
+    for split, n in (("training", 10), ("train", 3), ("train", 0), ("train", 1 << 21)):
+        with pytest.raises(tokenizer.Mistake, match="people"):
+            data.populate(split, n)
+
+
+def test_nobody_leaves_the_limits_of_the_joints(world):
+    """Knees and elbows are hinges within the table's limits, on both sides; wrists, feet, collars are nearly still."""
+    limits = json.loads((HERE / "assets" / "activities.json").read_text())["limits"]
+    for side in (world.poses, tokenizer.mirror(world.poses)):
+        for joint, axis, (low, high) in (("knee", 0, limits["leg"]["knee"]), ("elbow", 1, limits["arm"]["bend"])):
+            turn = tokenizer.matrix_to_aa(side[:, tokenizer.JOINTS.index(f"left_{joint}")].double()).rad2deg()
+            bend = turn[:, axis] * (1 - 2 * axis)                            # an elbow bends about -y
+            assert bend.min() > low - 0.1 and bend.max() < high + 0.1, (joint, bend.min(), bend.max())
+            assert turn[:, [k for k in range(3) if k != axis]].abs().max() < 0.1
+    still = tokenizer.matrix_to_aa(world.poses[:, data.STILL]).norm(dim=-1).rad2deg()
+    assert still.max() < 3 * math.sqrt(3) + 0.1
+
+
+def test_people_do_what_their_activity_says(world, body):
+    """At least 24 activities, equally often, left and right alike; who stands is on the feet, who lies is flat."""
+    names, counts = np.unique(world.activity, return_counts=True)
+    assert len(names) == len(data.people().activities) >= 24 and counts.min() > 10_000 / len(names) / 3
+    joints, first, feet = body.joints(world.poses), np.array(world.activity[0::2]), [10, 11]
+    height = {name: joints[0::2][torch.tensor(first == name)][..., 1] for name in names}                      # (M,22)
+    for name in ("T-pose", "hands on hips", "saluting", "jumping jack"):
+        assert (height[name][:, 15] > 0.4).all()
+        assert (height[name][:, feet].min(1).values < height[name].min(1).values + 0.05).all()
+    for name in ("lying on the back", "lying on the front", "lying on the side"):
+        assert (height[name][:, [0, 9, 12, 15, 16, 17]].std(1) < 0.12).all()
+    assert (height["sitting cross-legged"][:, feet] > -0.3).all() and (height["handstanding"][:, 15] < -0.4).all()
+    assert (joints.mean(0) - joints.mean(0)[tokenizer.MIRROR] * FLIP).norm(dim=-1).max() < 0.03
+
+
+def test_an_edit_changes_one_to_three_parts_and_150_to_300_mm_on_average(world, body):
+    """Trunk, one leg and two arms are the parts; what is not edited stays exactly as it was."""
+    a, b = world.poses[0::2], world.poses[1::2]
+    assert 0.15 < (body.joints(a) - body.joints(b)).norm(dim=-1).mean() < 0.3
+    parts = [[3, 6, 9], [4], [5], [16, 18], [17, 19]]      # knees stand for legs: a bow moves the hips as well
+    moved = torch.stack([(a[:, part] - b[:, part]).abs().amax((1, 2, 3)) > 1e-4 for part in parts], 1)
+    assert moved.sum(1).min() >= 1 and moved.sum(1).max() <= 3 and not (moved[:, 1] & moved[:, 2]).any()
+
+
+def test_photographs_show_people_turned_by_their_heading(world):
+    """Only the root differs; most look towards the camera. image2pose, in training and exams, wants the turned pose."""
+    assert torch.equal(world.seen[:, 1:], world.poses[:, 1:])
+    turn = (world.seen[:, 0] @ world.poses[:, 0].mT).numpy()
+    assert np.allclose(np.arctan2(turn[:, 0, 2], turn[:, 0, 0]), world.headings, atol=1e-5)
+    assert 0.06 < np.mean(np.abs(world.headings) > math.pi / 3) < 0.14 and np.abs(world.headings).max() > 3
+    for task, wanted in (("image2pose", world.seen), ("text2pose", world.poses)):
+        exam, answer = evaluation.Exam(world, task, 8), data.Mixture([task], 1, world)[0][1][-1][1]
+        assert (wanted == answer).flatten(1).all(1).any() and torch.equal(exam.poses, wanted[0:16:2])
+        close(exam.facing(exam.poses), world.poses[0:16:2])                  # captions speak of people who face +z
+
+
+def test_example_k_of_a_mixture_depends_on_seed_and_k_alone():
+    """Resuming needs no loader state. Tasks, directions of pairs and instructions are mixed evenly, all words known."""
+    world, ids, known = data.World("train", 60), range(60), data.words()
+    one, again, other = (data.Mixture(data.TASKS, seed, world, ids, ids, ids) for seed in (0, 0, 1))
+    drawn = [one[k] for k in range(1400)]
+    assert drawn == [again[k] for k in reversed(range(1400))][::-1] and drawn[:9] != [other[k] for k in range(9)]
+    assert all(150 < sum(name == task for name, _ in drawn) < 250 for task in data.TASKS)
+    pairs = [[value for kind, value, _ in segments if kind == "pose"] for task, segments in drawn if task == "posediff"]
+    assert all(a ^ b == 1 for a, b in pairs) and 0.35 < np.mean([a < b for a, b in pairs]) < 0.65
+    plain = data.Mixture(["pose2text"], 0, world, ids, templates=1)
+    assert {plain[k][1][0][1] for k in range(50)} == {data.templates("pose2text")[0].split("<")[0]}
+    said = " ".join(value for _, segments in drawn for kind, value, _ in segments if kind == "text").lower()
+    assert set(re.findall(r"[^\s.,?]+|[.,?]", said)) <= set(known) and known == sorted(set(known)) and len(known) < 1200
+
+
+# ---- unipose.py ------------------------------------------------------------------------------------------------------
+WORDS = "the left right knee elbow hand is bent straight raise move lower make this pose show describe . , ?".split()
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+A, B, TEXT = *poses(2), "the left knee is bent ."
+QUESTIONS = {  # one example of each task as segments, answer last
+    "pose2text": [("text", "describe", False), ("pose", A, False), ("text", TEXT, True)],
+    "posediff": [("pose", A, False), ("text", "move", False), ("pose", B, False), ("text", TEXT, True)],
+    "image2text": [("image", PICTURES[0], False), ("text", "describe this pose .", False), ("text", TEXT, True)],
+    "imagediff": [("image", PICTURES[0], False), ("image", PICTURES[1], False), ("text", TEXT, True)],
+    "text2pose": [("text", "make : " + TEXT, False), ("pose", A, True)],
+    "image2pose": [("image", PICTURES[2], False), ("pose", B, True)],
+    "edit": [("pose", A, False), ("text", "lower the right hand", False), ("pose", B, True)]}
+PROMPTS = {task: segments[:-1] for task, segments in QUESTIONS.items()}
+
+
+def nano(seed=0, words=WORDS, lora=False, **changes):
+    """An untrained nano model that knows a few words; lora: with adapters that do something."""
+    torch.manual_seed(seed)
+    config = unipose.model_config("nano") | {"lora_alpha": 8} | changes  # alpha is not r, or its scale would not show
+    model = unipose.UniPose(config, unipose.word_tokenizer(words)).eval()
+    if lora:
+        model.grow_lora()
+        for module in model.modules():
+            if isinstance(module, unipose.LoRALinear):
+                module.B.data.normal_(0, 0.1)
+    return model
+
+
+def batch_of(model, *tasks):
+    """The examples of some tasks (none given: all seven) as one training batch."""
+    return unipose.collate([model.encode(QUESTIONS[task]) for task in tasks or QUESTIONS])
+
+
+def reread(model, batch):
+    """Hidden states (B,T,D) of a batch in one pass, without a cache."""
+    mask = unipose.mixed_mask(batch["block"], batch["valid"])
+    return model.hidden(model.embed(batch["ids"], batch["images"]), mask, (batch["valid"].cumsum(1) - 1).clamp(min=0))
+
+
+def test_the_mask_is_what_a_triple_loop_says():
+    """allowed = (j <= i) or (same block), nobody reads padding, and a row without anything to read reads itself."""
+    rng = np.random.default_rng(0)
+    block = torch.from_numpy(np.repeat(rng.integers(-1, 3, (4, 6)), 3, 1))
+    valid = torch.from_numpy(rng.random((4, 18)) > 0.2)
+    mask = unipose.mixed_mask(block, valid)
+    assert mask.dtype == torch.float32 and mask.shape == (4, 1, 18, 18)
+    for b, i, j in np.ndindex(4, 18, 18):
+        same = block[b, i] == block[b, j] and block[b, i] >= 0
+        allowed = ((j <= i or same) and valid[b, j]) or i == j
+        assert (mask[b, 0, i, j] == 0) == bool(allowed), (b, i, j)
+
+
+def test_the_queries_of_a_pose_are_blind_to_later_text_and_to_later_poses():
+    """What follows changes nothing at the queries, another query of the same pose does."""
+    model = nano()
+    v, n = model.vocab, model.tokenizer.n_tokens
+    pose = [v.p_open, *range(v.query0, v.query0 + n), v.p_close]
+    block = torch.tensor([[-1] * 3 + [0] * n + [-1] * 4 + [1] * n + [-1]])
+
+    def at_queries(ids):
+        valid = torch.ones_like(block, dtype=torch.bool)
+        return reread(model, {"ids": torch.tensor([ids]), "block": block, "valid": valid, "images": None})[0, 3:3 + n]
+
+    ids = [5, 6, *pose, 7, 8, *pose]
+    base, text, later, inside = (list(ids) for _ in range(4))
+    text[4 + n], later[-3], inside[2 + n] = 11, 12, ids[3]
+    assert torch.equal(at_queries(base), at_queries(text)) and torch.equal(at_queries(base), at_queries(later))
+    assert (at_queries(base) - at_queries(inside))[0].abs().max() > 1e-4  # the first query sees the last
+
+
+def test_eager_and_sdpa_attention_read_the_mask_alike():
+    """The float mask means the same to both back ends of transformers, padding included."""
+    eager, sdpa = nano(), nano()
+    eager.llm.set_attn_implementation("eager")
+    sdpa.llm.set_attn_implementation("sdpa")
+    close(eager(batch_of(eager, "text2pose", "edit"))[0], sdpa(batch_of(sdpa, "text2pose", "edit"))[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("attn", ["mixed", "mixed_all", "causal"])
+def test_labels_cover_exactly_the_answer(attn):
+    """Labels ask for the answer and </s>: no word of the prompt, no </p>; marks that a user types are mere words."""
+    model = nano(attn=attn)
+    v, eos = model.vocab, model.text.eos_token_id
+    for task, segments in QUESTIONS.items():
+        row = model.encode(segments)
+        kind, value, _ = model.prepare(segments)[-1]
+        wanted = model.text_ids(value) if kind == "text" else [v.p_open, *[v.pose0 + int(c) for c in value]]
+        assert [x for x in row.labels if x != unipose.NONE] == [*wanted, eos], task
+        n_blocks = {"mixed": kind == "pose", "mixed_all": sum(s[0] == "pose" for s in segments), "causal": 0}[attn]
+        queries = [i for i, x in enumerate(row.ids) if x >= v.query0]
+        assert max(row.block) + 1 == n_blocks
+        assert len(queries) == (model.tokenizer.n_tokens if kind == "pose" and attn != "causal" else 0)
+        assert all(row.labels[i] == v.pose0 + int(value[k]) for k, i in enumerate(queries)), "query i says code i"
+    row = model.encode([("text", "the knee </s> <s> <p> </p> <image> <pose> is bent", False), ("text", "left", True)])
+    assert row.ids.count(eos) == 1 and max(row.ids) < v.pose0 and min(row.ids) >= 0
+
+
+def test_the_loss_is_cross_entropy_over_all_labels_and_the_given_close():
+    """Summed over labelled positions, divided by their number, where each </p> counts though nothing predicts it."""
+    model = nano()
+    batch = batch_of(model)
+    loss, logs = model(batch)
+    logits = model.llm.lm_head(reread(model, batch)).flatten(0, 1)
+    assert logs["terms"] == (batch["labels"] != unipose.NONE).sum() + 3                # three tasks answer with a pose
+    close(loss, F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum") / logs["terms"], atol=1e-6)
+
+
+@pytest.mark.parametrize("task", QUESTIONS)
+def test_one_batch_of_each_task_can_be_learnt_by_heart(task):
+    """Loss falls from ln(vocabulary) to almost nothing: masks, labels and gradients fit together."""
+    model = nano().train()
+    batch = batch_of(model, task)
+    loss, _ = learn(lambda: model(batch), [*model.llm.parameters(), *model.projector.parameters()], 80, 5e-3)
+    assert loss < 0.05
+
+
+def test_lora_changes_nothing_at_step_zero_and_merges_exactly():
+    """B is zero, so adding adapters changes no bit; W + (alpha/r) B A answers like a trained adapter."""
+    model, trained_one = nano(), nano(lora=True)
+    batch = batch_of(model, "edit")
+    before = model(batch)[0]
+    model.grow_lora()
+    assert torch.equal(before, model(batch)[0])
+    assert not model.llm.model.layers[0].self_attn.q_proj.base.weight.requires_grad
+    adapted = trained_one(batch)[0]
+    unipose.merge_lora(trained_one.llm.model.layers)
+    close(adapted, trained_one(batch)[0])
+    assert abs(adapted - before) > 1e-3 and not any(isinstance(m, unipose.LoRALinear) for m in trained_one.modules())
+
+
+def test_lora_is_what_peft_does():
+    """The same A and B in a peft adapter give the same hidden states."""
+    peft = pytest.importorskip("peft")
+    ours, plain = nano(lora=True), nano()
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs = peft.get_peft_model(plain.llm.model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    state = theirs.state_dict()
+    for name, module in ours.llm.model.named_modules():
+        if isinstance(module, unipose.LoRALinear):
+            state[f"base_model.model.{name}.lora_A.default.weight"].copy_(module.A)
+            state[f"base_model.model.{name}.lora_B.default.weight"].copy_(module.B)
+    x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(2))
+    close(ours.llm.model(inputs_embeds=x).last_hidden_state, theirs(inputs_embeds=x).last_hidden_state)
+
+
+def test_golden_official_preprocessing():
+    """Both branches give the official pixels, odd margins included, from Pillow and torch alone."""
+    gold, paper = golden("official/preproc/image_preproc.npz"), unipose.SIZES["paper"]
+    branches = {"clip": (paper["clip"]["image_size"], unipose.CLIP_MEAN, unipose.CLIP_STD, math.floor),
+                "hmr": (paper["pose_vit"]["image_size"][0], unipose.POSE_MEAN, unipose.POSE_STD, round)}
+    for name in (key.removesuffix("_u8") for key in gold.files if key.endswith("_u8")):
+        for branch, how in branches.items():
+            pixels = unipose.preprocess(Image.fromarray(gold[f"{name}_u8"]), *how)
+            y, x = gold[f"{name}_{branch}_yx"].T
+            assert np.abs(pixels[:, y, x].numpy() - gold[f"{name}_{branch}_vals"]).max() < 0.02
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"vision": "clip"}, {"vision": "pose", "projector": "linear"},
+    {"llm": unipose.SIZES["nano"]["llm"] | dict(model_type="mistral", num_key_value_heads=1, sliding_window=None)}])
+def test_either_eye_can_be_closed_and_mistral_takes_the_llamas_place(changes):
+    """All tasks run with other eyes, projectors and LLMs; the patches of the first picture come first."""
+    model = nano(**changes)
+    assert type(model.llm).__name__.lower().startswith(model.config["llm"]["model_type"])
+    width = 32 * (1 + (model.config["vision"] == "both"))
+    features, batch = model.vision(PICTURES[:2]), batch_of(model, "imagediff")
+    assert features.shape == (2, model.vision.n_patches, width) and model(batch_of(model))[0].isfinite()
+    placed = model.embed(batch["ids"], batch["images"])[batch["ids"] == unipose.IMAGE]
+    close(placed, model.projector(features).flatten(0, 1))
+    assert sample.generate(model, [PROMPTS["text2pose"]], ["pose"], max_new=3)[0].pose.shape == (22, 3, 3)
+
+
+def test_the_papers_size_can_be_built_without_memory():
+    """On the meta device: text | 2048 codes | 4 marks | 80 queries = 34,132 ids, 576 patches of 2304 channels."""
+    with torch.device("meta"):
+        model = unipose.UniPose(unipose.model_config("paper"))
+        model.grow_lora()
+    table, v = {name: n / 1e6 for name, n, _ in unipose.parameter_table(model)}, model.vocab
+    assert (v.pose0, v.p_open, v.img_open, v.query0, v.size) == (32000, 34048, 34050, 34052, 34132)
+    assert (model.vision.n_patches, model.vision.width) == (576, 2304)
+    assert 7000 < table["LLM layers"] + table["embeddings"] + table["LM head"] < 7600
+    assert 630 < table["pose ViT"] < 632 and 303 < table["CLIP"] < 305 and 12.3 < table["pose tokenizer"] < 13.9
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_halved(tmp_path):
+    """load(save(model)) gives the same loss and EMA state; `--half` merges LoRA, halves the file, keeps the notes."""
+    model = nano(lora=True)
+    model.tokenizer.quantizer.code_count += 3
+    unipose.save(model, tmp_path / "w", seed=7, stages=["align"])
+    unipose.copy_half(tmp_path / "w", tmp_path / "half")
+    again, half = unipose.load(tmp_path / "w"), unipose.load(tmp_path / "half")
+    batch, config = batch_of(model), unipose.read_config(tmp_path / "half")
+    loss = model(batch)[0]
+    assert torch.equal(loss, again(batch)[0]) and abs(loss - half(batch)[0]) < 1e-2 and again.config["lora"]
+    ours, theirs = model.tokenizer.state_dict(), again.tokenizer.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert config["seed"] == 7 and config["float16"] and not config["lora"]
+    assert sorted(os.listdir(tmp_path / "w")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("w", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+
+
+def test_damaged_weights_are_named_in_one_sentence(tmp_path):
+    """Cut off, broken, of another width: the user reads what and where, not a traceback."""
+    for name, told in (("model.safetensors", "not a complete"), ("config.json", "expected"), ("config.json", "cannot")):
+        unipose.save(nano(), tmp_path / "w")
+        old = (tmp_path / "w" / name).read_bytes()
+        wider = old.replace(b'"intermediate_size": 64', b'"intermediate_size": 96')
+        (tmp_path / "w" / name).write_bytes(wider if told == "expected" else old[:len(old) // 2])
+        assert told in refusals(lambda folder: unipose.load(tmp_path / folder), ["w"])["w"]
+
+
+# ---- sample.py -------------------------------------------------------------------------------------------------------
+def test_a_pose_falls_out_of_one_step():
+    """Codes are the argmax of the queries in one uncached pass, pose codes even where the head likes words better."""
+    model = nano(3)
+    v, n = model.vocab, model.tokenizer.n_tokens
+    model.llm.lm_head.weight.data[:v.pose0] *= 50
+    answer = sample.generate(model, [PROMPTS["edit"]], ["pose"], max_new=3)[0]
+    assert answer.ids[0] == v.p_open and answer.ids[n + 1] == v.p_close
+    assert answer.ids[1:n + 1] == [v.pose0 + code for code in answer.codes]
+    batch = batch_of(model, "edit")
+    at_queries = model.llm.lm_head(reread(model, batch))[batch["ids"] >= v.query0]
+    assert at_queries[:, v.pose0:v.p_open].argmax(-1).tolist() == answer.codes
+    assert torch.equal(answer.pose, model.tokenizer.decode(torch.tensor([answer.codes]))[0])
+
+
+def test_cached_decoding_is_uncached_decoding():
+    """Text, and codes of a causal model, are the argmax of reading everything again after each token."""
+    model, question = nano(4), PROMPTS["posediff"]
+    answer, row = sample.generate(model, [question], ["text"], max_new=12)[0], model.encode(question)
+    for token in answer.ids:
+        h = reread(model, unipose.collate([unipose.Sequence(row.ids, row.ids, [-1] * len(row.ids), [])]))[0, -1]
+        assert model.llm.lm_head(h)[:model.vocab.n_text].argmax() == token
+        row.ids.append(token)
+    model, question, v = nano(7, attn="causal"), PROMPTS["text2pose"], model.vocab
+    codes = sample.generate(model, [question], ["pose"], max_new=40)[0].codes
+    batch = unipose.collate([model.encode([*question, ("pose", codes, True)])])
+    start = batch["ids"][0].tolist().index(v.p_open)
+    said = model.llm.lm_head(reread(model, batch))[0, start:start + model.tokenizer.n_tokens, v.pose0:v.p_open]
+    assert said.argmax(-1).tolist() == codes
+
+
+@pytest.mark.parametrize("decode", ["argmax", "soft", "ar"])
+def test_every_row_gets_the_answer_it_gets_alone(decode):
+    """Rows that differ in task, in length and in what they make do not disturb each other, in any order."""
+    model, wants, prompts = nano(5), [s[-1][0] for s in QUESTIONS.values()], list(PROMPTS.values())
+    for layer in model.llm.model.layers:
+        layer.self_attn.q_proj.weight.data *= 50           # an untrained model hardly minds who stands where
+    alone = [sample.generate(model, [p], [w], decode, max_new=30)[0] for p, w in zip(prompts, wants)]
+    for order in (list(range(7)), [6, 1, 5, 0, 3, 2, 4]):
+        together = sample.generate(model, [prompts[i] for i in order], [wants[i] for i in order], decode, max_new=30)
+        for i, answer in zip(order, together):
+            assert answer.ids == alone[i].ids and answer.text == alone[i].text
+            assert (answer.pose is None) == (wants[i] == "text")
+            if answer.pose is not None:
+                close(answer.pose, alone[i].pose, atol=1e-4)
+
+
+def test_samples_differ_and_repeat_with_their_seed():
+    """--n with a temperature gives different poses, and the same ones again from the same seed."""
+    model, codes = nano(8), []
+    for generator in map(torch.Generator().manual_seed, (1, 1, 2)):
+        answers = sample.generate(model, [PROMPTS["text2pose"]] * 3, ["pose"] * 3, "argmax", 1.0, generator, max_new=2)
+        codes.append([tuple(answer.codes) for answer in answers])
+    assert codes[0] == codes[1] != codes[2] and len(set(codes[0])) == 3
+
+
+# ---- eval.py ---------------------------------------------------------------------------------------------------------
+def test_golden_official_pose_errors():
+    """MPJPE from the root and PA-MPJPE equal the official evaluation; a similarity is forgiven, a mirror image not."""
+    gold = golden("official/metrics/metrics.npz")
+    made, truth = torch.tensor(gold["pred"]), torch.tensor(gold["gt"])
+    np.testing.assert_allclose(evaluation.mpjpe(made, truth) / 1000, gold["mpjpe_root"], atol=1e-5)
+    np.testing.assert_allclose(evaluation.pa_mpjpe(made, truth) / 1000, gold["pampjpe"], atol=1e-5)
+    np.testing.assert_allclose(evaluation.similarity_align(made, truth), gold["pa_aligned"], atol=1e-4)
+    copied = 0.3 * truth @ poses(1)[0, 0] + 5
+    assert evaluation.pa_mpjpe(copied, truth).max() < 1e-2 and evaluation.pa_mpjpe(copied * FLIP, truth).min() > 10
+
+
+def test_bleu_and_rouge_l_equal_sacrebleu_and_rouge_score():
+    """Corpus BLEU-4, 13a tokens, no smoothing, case kept; mean ROUGE-L F1 without stemming."""
+    sacrebleu, rouge = pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score.rouge_scorer")
+    words = "the left arm is bent, at 1.5 metres; half-bent (almost) 3-4 L/R knee's up... Down! 10,000 a_b".split()
+    rng, scorer = random.Random(0), rouge.RougeScorer(["rougeL"], use_stemmer=False)
+    for n in (1, 1, 2, 60, 60):
+        made = [" ".join(rng.choices(words, k=rng.randint(1, 25))) for _ in range(n)]
+        truth = [" ".join(w for w in text.split() if rng.random() < 0.8) or "none" for text in made]
+        for a, b in ((made, truth), (truth, made), (made, made), ([""] * n, made)):
+            theirs = sacrebleu.corpus_bleu(a, [b], smooth_method="none").score / 100
+            assert evaluation.bleu4(a, b) == pytest.approx(theirs, abs=1e-9)
+            theirs = [scorer.score(y, x)["rougeL"].fmeasure for x, y in zip(a, b)]
+            assert evaluation.rouge_l(a, b) == pytest.approx(np.mean(theirs), abs=1e-9)
+
+
+def test_a_true_text_has_precision_and_recall_1_and_silence_0(world):
+    """A caption is perfect for its own pose, exactly as well; differences are judged from their source."""
+    own, partners = world.poses[0:80:2], world.poses[1:80:2]
+    texts, changes = evaluation.tell(own, None, seed=0), evaluation.tell(partners, own, seed=0)
+    marks = evaluation.text_truth(texts, texts, own)
+    assert set(marks) == {"precision", "precision_exact", "recall", "f1"} and min(marks.values()) > 1 - 1e-6
+    assert evaluation.pose_truth(texts, own) == {"statement_accuracy": 1, "statement_accuracy_exact": 1}
+    assert set(evaluation.text_truth([""] * 40, texts, own).values()) == {0.0}
+    others = evaluation.text_truth(texts[1:] + texts[:1], texts, own)
+    assert 0 < others["recall"] < 0.7 and 0 < others["precision_exact"] <= others["precision"] < 0.8
+    assert evaluation.pose_truth(changes, partners, own)["statement_accuracy_exact"] == 1
+    assert evaluation.pose_truth(changes, own, own)["statement_accuracy"] < 0.5
+    line = texts[0].split(". ")[0]                         # said nine times it counts once, babble counts against it
+    one, many = (evaluation.text_truth([f"{line}. " * n + "Bla bla."], texts[:1], own[:1]) for n in (1, 9))
+    assert one == many and 0 < one["precision"] < 1 and 0 < one["recall"] < 0.5
+
+
+def test_golden_official_retrieval_figures():
+    """R-precision in groups of 32, recall both ways, the matching score and FID equal the official evaluation."""
+    gold = golden("official/metrics/metrics.npz")
+    a, b, whole = torch.tensor(gold["embA"]), torch.tensor(gold["embB"]), int(gold["R32_denominator"].item())
+    tops = range(1, 1 + len(gold["recall_A2B_top1to20"]))
+    np.testing.assert_allclose(evaluation.r_precision(a, b), gold["R32_top3_counts"] / whole, atol=1e-5)
+    np.testing.assert_allclose(evaluation.recall_at(a, b, tops), gold["recall_A2B_top1to20"], atol=1e-5)
+    np.testing.assert_allclose(evaluation.recall_at(b, a, tops), gold["recall_B2A_top1to20"], atol=1e-5)
+    assert (a[:whole] * b[:whole]).sum().item() == pytest.approx(gold["R32_matching_sum"].item(), abs=1e-4)
+    assert evaluation.frechet(a, b) == pytest.approx(gold["fid"].item(), abs=1e-4)
+    # the file does not say how many rows made the singular one, only that they are fewer than the dimensions
+    singular = [evaluation.frechet(a[:n], b[:n]) for n in range(2, a.size(1) + 1)]
+    assert min(abs(value - gold["fid_singular"].item()) for value in singular) < 1e-4
+
+
+def test_retrieval_overfits_32_poses_and_32_pairs(world):
+    """Both rulers learn whose text is whose; a text is embedded alike alone and beside longer ones; a tie is no hit."""
+    torch.manual_seed(0)
+    text, pairs = unipose.word_tokenizer(data.words()), world.poses[:64].unflatten(0, (32, 2))
+    ruler = evaluation.Retrieval(len(text), d=32)
+    captions, changes = evaluation.tell(pairs[:, 0], None, 0), evaluation.tell(pairs[:, 1], pairs[:, 0], 0)
+    for people, texts in ((pairs[:, 0], captions), (pairs, changes)):
+        ids, mask = evaluation.read_texts(text, texts)
+        loss, logs = learn(lambda: ruler(people, ids, mask), ruler.parameters(), 60, 3e-3)
+        assert logs["top1"] > 0.95 and loss < 0.5
+    together = ruler.embed_text(*evaluation.read_texts(text, [*captions[:3], "The head.", ""]))
+    close(together[3:4], ruler.embed_text(*evaluation.read_texts(text, ["The head."])), atol=1e-6)
+    perfect = torch.eye(40)                                # a tie is not found, or the mean pose would win every table
+    assert evaluation.r_precision(perfect, perfect) == [1, 1, 1] and evaluation.recall_at(perfect, perfect)[0] == 1
+    assert evaluation.r_precision(perfect, perfect[:1].expand(40, -1)) == [0, 0, 0]
+
+
+def test_the_report_holds_figures_baselines_and_ceilings_of_every_task(trained, tmp_path, capsys):
+    """`eval.py --json` writes fractions and millimetres in the promised layout, and nothing beats the truth."""
+    flags = ["--weights", str(trained[0]), "--n", "32", "--pool", "32", "--decode", "argmax,soft"]
+    evaluation.main([*flags, "--json", str(tmp_path / "eval.json")])
+    report, printed = json.loads((tmp_path / "eval.json").read_text()), capsys.readouterr().out
+    assert {"size", "seed", "split", "n", "body"} <= set(report) and {"mpjpe", "active"} <= set(report["tokenizer"])
+    must_beat = {"text2pose": {"nearest_caption"}, "image2pose": {"nearest_feature"}, "edit": {"input_pose"}}
+    for task, (_, target) in data.TASKS.items():
+        figures = report["tasks"][task]
+        best = figures["ceilings"]["ground_truth"]
+        assert must_beat.get(task, {"random_caption"}) <= set(figures["baselines"]) and task in printed
+        assert len(figures["r_precision"]) == 3 and len(figures["recall_at"]) == 4
+        if target == "pose":
+            assert {"mpjpe", "pa_mpjpe", "fid", "statement_accuracy", "statement_accuracy_exact"} <= set(figures)
+            assert best["mpjpe"] < 1e-3 < figures["mpjpe"] and best["statement_accuracy_exact"] == 1
+            assert set(figures["decoding"]) == {"soft"} and best["fid"] == pytest.approx(0, abs=1e-5)
+        else:
+            assert {"bleu4", "rouge_l", "precision", "precision_exact", "recall", "f1"} <= set(figures)
+            assert best["precision_exact"] == 1 and figures["precision"] < best["precision"] and "fid" not in figures
+    assert set(evaluation.speed(unipose.load(trained[0]), repeats=1)["latency_ms"]) == set(data.TASKS)
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------------
+SMALL = ["--size", "nano", "--people", "32", "--photos", "8"]
+
+
+def run_train(out, *flags):
+    """train.main in this process, its printing swallowed -> the tensors it wrote."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train.main([*SMALL, "--out", str(out), *map(str, flags)])
+    return unipose.read_tensors(out / "model.safetensors")
+
+
+def test_nano_trains_all_six_stages_in_under_90_seconds(trained):
+    """One command, one thread, from nothing: every stage learns, and the folder holds all that a later run needs."""
+    out, seconds, printed = trained
+    config = json.loads((out / "config.json").read_text())
+    assert seconds < 90 and config["stages"] == list(train.STAGES) and set(config["seconds"]) == set(train.STAGES)
+    assert {"seed", "command", "git", "torch", "transformers"} <= set(config)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for stage in train.STAGES:
+        losses = [row["loss"] for row in rows if row["stage"] == stage]
+        assert len(losses) >= 2 and all(map(math.isfinite, losses)) and stage in printed
+        assert losses[-1] < losses[0] or stage not in ("tokenizer", "align")
+    assert Image.open(out / "loss.png").size == (1080, 480) and not (out / "train_state.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_each_stage_changes_exactly_what_it_trains(trained, tmp_path, stage):
+    """Two steps of a stage move the tensors that its row names, and not one bit of any other."""
+    before, flags = unipose.read_tensors(trained[0] / "model.safetensors"), ["--steps", 2, "--batch", 4, "--lr", 0.01]
+    after = run_train(tmp_path / "w", "--init", trained[0], "--stage", stage, *flags)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    named = {name for name in before if re.match(train.STAGES[stage].trains["nano"], name)}
+    # what no gradient reaches: CLIP's last layer (features are taken before it), and words that were not in the batch
+    assert moved <= named and len(moved) > 0.5 * len(named), sorted(moved - named)[:3]
+    if stage == "instruct":
+        assert all(re.search(r"\.[AB]$|embed|lm_head|projector", name) for name in moved)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "align", "instruct"])
+def test_a_run_that_was_cut_off_goes_on_bit_by_bit(trained, tmp_path, monkeypatch, stage):
+    """Four steps, and two steps, a cut and --resume, end in the same weights; --resume refuses other settings."""
+    flags = ["--stage", stage, "--init", trained[0], "--steps", 4, "--save_every", 2, "--batch"]
+    whole, plain = run_train(tmp_path / "whole", *flags, 4), train.gradient
+
+    def cut(job, learning, step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return plain(job, learning, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "gradient", cut)
+        run_train(tmp_path / "cut", *flags, 4)
+    with pytest.raises(tokenizer.Mistake, match=r"--batch 4 \(now 2\)"):
+        run_train(tmp_path / "cut", *flags, 2, "--resume")
+    resumed = run_train(tmp_path / "cut", *flags, 4, "--resume")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_however_a_batch_is_cut_the_same_model_comes_out(trained, tmp_path):
+    """--accumulate 4, two gloo processes under torchrun and --checkpointing train the model that one process trains."""
+    flags = ["--stage", "instruct", "--init", trained[0], "--steps", 3, "--batch", 8]
+    one, start = run_train(tmp_path / "one", *flags), unipose.read_tensors(trained[0] / "model.safetensors")
+    run = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL, *flags,
+                     "--out", tmp_path / "two")
+    assert run.returncode == 0, run.stderr[-2000:]
+    learnt = [name for name in one if not torch.equal(one[name], start[name])]
+    others = {"processes": unipose.read_tensors(tmp_path / "two" / "model.safetensors"),
+              "accumulated": run_train(tmp_path / "four", *flags, "--accumulate", 4),
+              "checkpointed": run_train(tmp_path / "again", *flags, "--checkpointing")}
+    # Adam divides by the gradient's size, so rounding shows where a gradient is almost zero: compare whole tensors
+    for how, other in others.items():
+        apart = {k: (one[k] - other[k]).norm() / ((one[k] - start[k]).norm() + 1e-6) for k in one if k in learnt}
+        assert max(apart.values()) < 0.02, (how, max(apart, key=apart.get), max(apart.values()))
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--stage dance", "not one of"), ("--stage align", "needs backbones, tokenizer"), ("--attn diagonal", "not one of"),
+    ("--stage align --batch 7 --accumulate 2", "does not cut into 2 parts"), ("--people 3", "come in pairs"),
+    ("--stage tokenizer --accumulate 2", "leave --accumulate out"), ("--steps -1", "--steps -1 must be at least 0"),
+    ("--photos 64", "is more than --people"), ("--size paper", "does not read yet"), ("--device cuda:99", "cuda:99"),
+    ("eval --tasks dance", "--tasks"), ("eval --size huge", "--size"), ("eval --split exam", "--split"),
+    ("eval --decode guess", "--decode"), ("eval --n 0", "--n")])
+def test_impossible_settings_are_refused_before_anything_is_computed(tmp_path, flags, told):
+    """A sentence, at once: not a crash after an hour."""
+    with pytest.raises(tokenizer.Mistake, match=told):
+        evaluation.main(flags.split()[1:]) if "eval" in flags else run_train(tmp_path / "w", *flags.split())
+    assert not (tmp_path / "w").exists()
+
+
+# ---- the house -------------------------------------------------------------------------------------------------------
+def test_imports_run_one_way():
+    """tokenizer <- {data, unipose} <- sample <- eval <- train; data and unipose do not know each other."""
+    order = {"tokenizer": "", "data": "tokenizer", "unipose": "tokenizer", "sample": "tokenizer data unipose",
+             "eval": "tokenizer data unipose sample", "train": "tokenizer data unipose sample eval"}
+    for name, allowed in order.items():
+        nodes = list(ast.walk(ast.parse((HERE / f"{name}.py").read_text())))
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert imported & set(order) <= set(allowed.split()), name
+    assert {path.stem for path in HERE.glob("*.py")} == {*order, "test_unipose"}
+
+
+@pytest.fixture(scope="session")
+def bad_files(tmp_path_factory):
+    """A folder of everything that people hand over by mistake."""
+    folder = tmp_path_factory.mktemp("bad files, übel")
+    (folder / "text.png").write_text("this is not a picture")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    Image.new("RGB", (64, 64)).save(folder / "fine.png")
+    (folder / "half.png").write_bytes((folder / "fine.png").read_bytes()[:-40])
+    fine = np.broadcast_to(np.eye(3, dtype=np.float32), (22, 3, 3))
+    for name, array in (("fine", fine), ("shape", fine[:10]), ("nan", fine * np.nan), ("scaled", 2 * fine),
+                        ("object", np.array([{"a": 1}], dtype=object))):
+        np.save(folder / f"{name}.npy", array)
+    (folder / "empty weights").mkdir()
+    (folder / "code.pkl").write_bytes(pickle.dumps(Evil(folder / "ran")))
+    return folder
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--task=image2text", "--image=no.png"], "no image"), (["--task=image2text", "--image=text.png"], "not a picture"),
+    (["--task=image2text", "--image=dot.png"], "1x1 pix"), (["--task=image2text", "--image=huge.png"], "one too large"),
+    (["--task=image2text", "--image=half.png"], "cannot be decoded"), (["--image", "fine.png"], "two ways"),
+    (["--pose", "no.npy"], "no.npy"), (["--pose", "shape.npy"], "shape"), (["--pose", "nan.npy"], "NaN"),
+    (["--pose", "scaled.npy"], "not made of rotations"), (["--pose", "object.npy"], "object"),
+    (["--pose", "fine.npy"] * 3, "at most 2"), (["--text", ""], "empty"), (["--text", "knee " * 10_000], "10000 words"),
+    (["--task", "edit", "--pose", "fine.npy"], "edit takes 1 pose and 1 text"), (["--task", "dance"], "not one of"),
+    (["--weights", "empty weights"], "has no config.json"), (["--weights", "nowhere"], "no weights folder"),
+    (["--body", "code.pkl", "--pose", "fine.npy"], "code.pkl"), (["--decoed", "soft"], "--decode"),
+    (["--n", "0", "--text", "a"], "--n"), (["--n", "2", "--decode", "soft", "--text", "a"], "averages"),
+    (["--decode", "fast"], "not one of")])
+def test_a_users_mistake_is_one_sentence(trained, bad_files, tmp_path, monkeypatch, flags, told):
+    """What is wrong, where, and what to do; nothing is written, and no pickle is run."""
+    monkeypatch.chdir(bad_files)
+    weights = [] if "--weights" in flags else ["--weights", str(trained[0])]
+    with pytest.raises(tokenizer.Mistake, match=re.escape(told)) as caught, contextlib.redirect_stderr(io.StringIO()):
+        sample.main([*flags, *weights, "--out", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert not (tmp_path / "out").exists() and not (bad_files / "ran").exists()
+
+
+def test_a_mistake_ends_a_script_with_code_2_and_no_traceback(tmp_path):
+    """The same from the shell, for every script: one line on standard error."""
+    for script in ("sample.py", "eval.py", "unipose.py"):
+        run = run_script(script, "--weights", tmp_path / "nowhere")
+        assert run.returncode == 2 and run.stderr.startswith("error: there is no weights folder")
+        assert run.stderr.count("\n") == 1 and not run.stdout.startswith("Traceback")
+
+
+def test_a_full_disk_leaves_nothing_half_written(trained, tmp_path):
+    """No space for a picture or a checkpoint: exit code 2, one sentence, no file, and the old one still whole."""
+    run = run_script("sample.py", "--weights", trained[0], "--text", "The left knee is straight.",
+                     "--out", tmp_path / "o", limit=3000)
+    assert run.returncode == 2 and "cannot write" in run.stderr and "Traceback" not in run.stderr
+    assert not list((tmp_path / "o").glob("*.png")) and not list((tmp_path / "o").glob(".*"))
+    shutil.copytree(trained[0], tmp_path / "w")
+    before = (tmp_path / "w" / "model.safetensors").read_bytes()
+    run = run_script("train.py", *SMALL, "--stage", "project", "--steps", 1, "--batch", 2, "--out", tmp_path / "w",
+                     limit=100_000)
+    assert run.returncode == 2 and "cannot write" in run.stderr and "Traceback" not in run.stderr
+    assert (tmp_path / "w" / "model.safetensors").read_bytes() == before
+    assert not list((tmp_path / "w").glob(".*"))
+
+
+def test_the_tour_answers_seven_tasks_and_draws_them(trained, tmp_path):
+    """`python sample.py` without a question: named as in TASKS, one sheet, poses that can be read back."""
+    run = run_script("sample.py", "--weights", trained[0], "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert all(re.search(rf"^{task}   ", run.stdout, re.M) for task in data.TASKS)
+    assert Image.open(tmp_path / "tour.png").height > 7 * 256
+    assert tokenizer.read_pose(tmp_path / "edit.npz").shape == (22, 3, 3)
+
+
+def test_an_answer_is_written_where_it_is_wanted(trained, tmp_path):
+    """--n poses, a picture of them, and the pose file taken as the next question; strange words are mentioned."""
+    weights = ["--weights", str(trained[0]), "--out", str(tmp_path)]
+    shown, warned = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(warned):
+        sample.main(["--text", "The left knee is straight, quoth he.", "--n", "3", *weights])
+        sample.main(["--pose", str(tmp_path / "text2pose_2.npz"), *weights])
+    assert {"text2pose_1.npz", "text2pose_3.npz", "text2pose.png", "pose2text.png"} <= set(os.listdir(tmp_path))
+    assert "quoth" in warned.getvalue() and "pose2text.png" in shown.getvalue()
+
+
+@pytest.mark.parametrize("script", ["tokenizer", "data", "unipose", "sample", "eval", "train"])
+def test_help_is_complete_and_quick(script):
+    """Every flag with its sentence, in what importing torch takes."""
+    begun = time.perf_counter()
+    run = run_script(f"{script}.py", "--help")
+    assert run.returncode == 0 and time.perf_counter() - begun < 10  # 1.5 s alone; this machine may be busy
+    tree = ast.parse((HERE / f"{script}.py").read_text())
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    for field in (node.target.id for node in config.body if isinstance(node, ast.AnnAssign)):
+        assert re.search(rf"--(\[no-\])?{field}\b[^\n]*(\n +)?\s+\w+", run.stdout), field
+
+
+def test_every_command_of_the_readme_exists():
+    """Files, flags and values of the README's commands are real."""
+    readme = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", readme, re.S)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    commands = [words for line in lines for words in re.findall(r"(?:python|torchrun [^ ]+) (\w+\.py[^&]*)", line)]
+    assert len(commands) >= 8 and any("-m pytest -q" in line for line in lines)
+    for command in commands:
+        script, *rest = shlex.split(command)
+        fields = {field.name for field in dataclasses.fields(importlib.import_module(script[:-3]).Config)}
+        assert {word[2:] for word in rest if word.startswith("--")} <= fields, command
+
+
+def test_the_readme_counts_lines_truly():
+    """The reading order says how long each file is; a tenth off is a lie."""
+    for name, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text()):
+        assert abs(len((HERE / name).read_text().splitlines()) - int(lines)) <= 0.1 * int(lines), name
