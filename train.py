@@ -407,8 +407,9 @@ def reduce(sums, learning, config):
 
 
 def bfloat16(config):
-    """bf16 on a GPU; float32 on a CPU, which gains nothing by it, and for the tokenizer, whose codes would move."""
-    wanted = config.device.startswith("cuda") and config.stage != "tokenizer"
+    """bf16 on a GPU; float32 on a CPU, which gains nothing by it, for the tokenizer, whose codes would move, and for
+    the ruler, which should not depend on the machine."""
+    wanted = config.device.startswith("cuda") and config.stage not in ("tokenizer", "retrieval")
     return torch.autocast("cuda", torch.bfloat16) if wanted else contextlib.nullcontext()
 
 
