@@ -580,8 +580,10 @@ def main():
         return copy_half(config.weights, config.half)
     if config.size and config.size not in SIZES:
         raise Mistake(f"--size {config.size} is not one of {', '.join(SIZES)}")
-    print("text, <p>, four queries, </p>, text: who (row) may look at whom (column)\n")
-    print(show_mask([-1, -1, -1, 0, 0, 0, 0, -1, -1]))
+    names = ["a word", "a word", "<p>", *["query"] * 4, "</p>", "a word"]
+    print("who (row) may look at whom (column)\n")
+    for name, row in zip(names, show_mask([-1, -1, -1, 0, 0, 0, 0, -1, -1]).split("\n")):
+        print(f"{row}   {name}")
     if config.size:
         with torch.device("meta"):
             model = UniPose(model_config(config.size))
