@@ -286,7 +286,7 @@ class Sheet:
         """A text, a pose or a picture -> PIL image of one cell."""
         if isinstance(value, str):
             cell = Image.new("RGB", (CELL, CELL), "white")
-            lines = textwrap.wrap(value or "(no text)", 38)
+            lines = textwrap.wrap(value or "(no text)", 34)
             shown = lines if len(lines) <= 15 else [*lines[:14], "…"]
             ImageDraw.Draw(cell).multiline_text((8, 8), "\n".join(shown), fill=(30, 30, 30), font=self.font, spacing=2)
             return cell

@@ -420,7 +420,7 @@ def fit(job, config, out):
     optimiser = torch.optim.AdamW(learning.values(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     start, before = restore(job, learning, optimiser, config, out) if config.resume else (0, 0.0)
     print_learning(job, learning, config)
-    begun = time.perf_counter()
+    begun, recent = time.perf_counter(), []
     for step in range(start, steps):
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where there is any, is a function of the step
         for group in optimiser.param_groups:
@@ -433,12 +433,15 @@ def fit(job, config, out):
                           f"lower --lr (now {peak:g}) and start the stage again")
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        recent.append({**logs, "grad": float(norm), "terms": terms})
         spent = time.perf_counter() - begun
-        each = spent / (step - start + 1)
         if (step + 1) % max(10, steps // 100) == 0 or step + 1 == steps:
-            report(out, {"stage": config.stage, "step": step + 1, "of": steps, **logs, "grad": float(norm),
-                         "lr": lr_at(step, steps, peak), "ms": 1000 * each, "terms_per_s": terms / each,
-                         "eta_s": each * (steps - step - 1)})
+            each = spent / (step - start + 1)
+            keys = dict.fromkeys(key for row in recent for key in row)  # a batch without poses has no pose_acc
+            means = {key: float(np.mean([row[key] for row in recent if key in row])) for key in keys}
+            report(out, {"stage": config.stage, "step": step + 1, "of": steps, **means, "lr": lr_at(step, steps, peak),
+                         "ms": 1000 * each, "terms_per_s": means["terms"] / each, "eta_s": each * (steps - step - 1)})
+            recent.clear()
         if (step + 1) % config.save_every == 0 and step + 1 < steps:
             keep(job, learning, optimiser, config, out, step + 1, before + spent)
     return before + time.perf_counter() - begun
@@ -460,13 +463,16 @@ def print_learning(job, learning, config):
             print(f"    {part:<28}{training:>12,} of {total:,}")
 
 
+HIDDEN = ("stage", "step", "of", "terms", "ms", "terms_per_s", "eta_s")  # shown in words of their own, or not at all
+
+
 def report(out, row):
     """One line on the screen, the same numbers in log.jsonl, both only from the first process."""
     if not is_first():
         return
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-    shown = [f"{k} {v:.3g}" for k, v in row.items() if k not in ("stage", "step", "of", "ms", "terms_per_s", "eta_s")]
+    shown = [f"{k} {v:.3g}" for k, v in row.items() if k not in HIDDEN]
     minutes, seconds = divmod(round(row["eta_s"]), 60)
     print(f"{row['stage']:<9} {row['step']:>6}/{row['of']} | {' | '.join(shown)} | {row['ms']:.0f} ms | "
           f"{row['terms_per_s']:.0f} terms/s | {minutes}:{seconds:02d} left", flush=True)
