@@ -609,6 +609,7 @@ def refuse(config):
 
 
 def main(argv=None):
+    """Prints one table, or times."""
     config = cli(Config, argv)
     refuse(config)
     device, ruler = find_device(config.device), None

@@ -403,6 +403,7 @@ def answer_question(model, body, config):
 
 
 def main(argv=None):
+    """Answers one question, or takes the tour."""
     config = cli(Config, argv)
     if config.decode not in ("argmax", "soft", "ar"):
         raise Mistake(f"--decode {config.decode} is not one of argmax, soft, ar")

@@ -363,6 +363,23 @@ def test_poses_become_n_tokens_and_tokens_become_rotations(steps, tokens):
     close(model.decode_soft(F.one_hot(ids, TINY.codes).float()), made, atol=1e-6)
 
 
+def test_dead_codes_are_refilled_from_the_batch_and_living_ones_are_not():
+    """A code whose running count fell below 1 becomes one of this batch's latents, drawn by the given generator."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer = tokenizer.Quantizer(TINY).train()
+    latents = torch.randn(4, TINY.code_dim, 20, generator=generator)
+    quantizer(latents, generator)
+    quantizer.code_count[:] = 100.0
+    quantizer.code_sum[:] = 100 * quantizer.codebook
+    quantizer.code_count[5] = 0.1
+    quantizer.codebook[5] = 1000.0  # so far away that nobody chooses it
+    before = quantizer.codebook.clone()
+    quantizer(latents, generator)
+    flat = latents.mT.flatten(0, 1)  # (80,C)
+    assert (flat == quantizer.codebook[5]).all(1).any()
+    assert (quantizer.codebook - before).norm(dim=1)[torch.arange(TINY.codes) != 5].max() < 0.5
+
+
 def test_the_gradient_goes_straight_through_the_quantizer():
     """The output is the code, the gradient arrives at the latent unchanged, and none reaches the codebook."""
     quantizer, generator = tokenizer.Quantizer(TINY), torch.Generator().manual_seed(0)
@@ -894,6 +911,16 @@ def test_golden_official_pose_errors():
     np.testing.assert_allclose(evaluation.similarity_align(made, truth), gold["pa_aligned"], atol=1e-4)
     copied = 0.3 * truth @ poses(1)[0, 0] + 5
     assert evaluation.pa_mpjpe(copied, truth).max() < 1e-2 and evaluation.pa_mpjpe(copied * FLIP, truth).min() > 10
+
+
+def test_joint_errors_are_millimetres_and_forgive_what_they_should():
+    """One of 22 joints 22 mm off is 1 mm; moving the body costs nothing; PA forgives a similarity, but not a mirror."""
+    truth = torch.randn(3, 22, 3, generator=torch.Generator().manual_seed(0))
+    made = truth + 5.0
+    made[:, 7, 1] += 0.022
+    close(evaluation.mpjpe(made, truth), torch.ones(3), atol=1e-2)
+    turned = 1.7 * truth @ tokenizer.aa_to_matrix(torch.tensor([0.3, 1.2, -0.4])).T + 2
+    assert evaluation.pa_mpjpe(turned, truth).max() < 1e-2 < 10 < evaluation.pa_mpjpe(truth * FLIP, truth).min()
 
 
 def test_bleu_and_rouge_l_equal_sacrebleu_and_rouge_score():

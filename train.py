@@ -88,7 +88,7 @@ class Stage(NamedTuple):
     schedule: dict
 
 
-# paper: 6, 2 and 2 epochs over 70k+93k, 50k+50k+100k and 30k samples, batches of 96, 32 and 32 (Table 3, facts §7.3);
+# paper: 6, 2 and 2 epochs over 70k+93k, 50k+50k+100k and 30k samples, batches of 96, 32, 32 (Table 3 and its scripts);
 # the tokenizer's 240 epochs of AMASS are about 200k steps. Backbones are downloads there.
 STAGES = {
     "backbones": Stage(dict(nano=r"llm\.|vision\.", tiny=r"llm\.|vision\."), (), (), 1, True,
@@ -363,6 +363,7 @@ def ranks():
 
 
 def is_first():
+    """Does this process print and write?"""
     return ranks()[0] == 0
 
 
@@ -426,7 +427,7 @@ def fit(job, config, out):
         for group in optimiser.param_groups:
             group["lr"] = lr_at(step, steps, peak)
         logs, terms = gradient(job, learning, step, batch, config)
-        # three backbones side by side have no norm in common; all others are clipped (facts §7.3)
+        # three backbones side by side have no norm in common; all others are clipped (official scripts)
         norm = torch.nn.utils.clip_grad_norm_(learning.values(), 1.0 if config.stage != "backbones" else math.inf)
         if not math.isfinite(logs["loss"]):
             raise Mistake(f"the loss of {config.stage} is {logs['loss']} at step {step}; "
@@ -686,6 +687,7 @@ def draw_curves(out, size=(360, 240)):
 
 
 def main(argv=None):
+    """Trains what the flags ask for."""
     config = cli(Config, argv)
     refuse(config)
     if ranks()[1] > 1 and not torch.distributed.is_initialized():  # patient: whole stages are the first's alone

@@ -120,7 +120,7 @@ def tidy(text):
 
 @dataclass
 class Vocab:
-    """text | pose 0..K-1 | <p> </p> | <img> </img> | N queries: the order of the official release (facts §2)."""
+    """text | pose 0..K-1 | <p> </p> | <img> </img> | N queries: the order of the official release."""
     n_text: int
     codes: int  # K
     n_tokens: int  # N
@@ -239,7 +239,7 @@ class LoRALinear(nn.Module):
 
 def add_lora(model, r, alpha):
     """Put a LoRALinear in the place of every nn.Linear below `model`, in place; what `peft` does here in a dozen lines.
-    UniPose adapts all seven projections of every LLM layer (facts §1.4)."""
+    UniPose adapts all seven projections of every LLM layer, as the official adapter does."""
     for name, child in model.named_children():
         if isinstance(child, nn.Linear):
             setattr(model, name, LoRALinear(child, r, alpha))
@@ -265,7 +265,7 @@ POSE_MEAN, POSE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def preprocess(image, size, mean, std, crop_offset):
-    """PIL RGB image -> (3,size,size) float: shortest side to `size` by bicubic, centre crop, normalised (facts §4).
+    """PIL RGB image -> (3,size,size) float: shortest side to `size` by bicubic, centre crop, normalised, as released.
 
     crop_offset: margin -> pixels, because the official branches round odd margins differently (CLIP floors, torchvision
     rounds half to even)."""
@@ -417,7 +417,7 @@ class UniPose(nn.Module):
 
         batch: ids, labels, block, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
         labelled positions only. Every target pose's `</p>` counts in the denominator though nothing predicts it, as in
-        the official loss (facts §5.2). logs: "terms" that number, and (how many right, of how many) codes and words.
+        the official loss. logs: "terms" that number, and (how many right, of how many) codes and words.
         """
         batch = {k: v if v is None else v.to(self.device) for k, v in batch.items()}
         positions = (batch["valid"].cumsum(1) - 1).clamp(min=0)                          # (B,T)
@@ -575,6 +575,7 @@ def copy_half(source, target):
 
 
 def main():
+    """Draws the mask and counts, or copies a checkpoint."""
     config = cli(Config)
     if config.half:
         return copy_half(config.weights, config.half)
