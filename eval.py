@@ -618,6 +618,8 @@ def main(argv=None):
         model = UniPose(model_config(config.size), word_tokenizer(words())).to(device).eval()
     else:
         model, ruler = load(config.weights, device), load_ruler(config.weights)
+    if "soft" in config.decode.split(",") and model.config["attn"] == "causal":
+        raise Mistake("--decode soft needs the queries of a model trained with --attn mixed; this one is causal")
     if config.speed:
         report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
         lines = show_speed(report["speed"])

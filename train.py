@@ -291,7 +291,7 @@ def tokenizer(model, ruler, frozen, config):
 
 
 def retrieval(model, ruler, frozen, config):
-    """Contrast of poses with captions and of pairs with differences, half the batch each."""
+    """Contrast of poses with captions, and of the pairs that they belong to with differences."""
     world = frozen.world
 
     def loss(rows, step):
@@ -705,6 +705,8 @@ def main(argv=None):
             run_stage(dataclasses.replace(config, stage=stage), model, ruler, frozen, notes, out)
         if ranks()[1] > 1:
             wait_for_first(model, out)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def done(stage, config, notes, out):
