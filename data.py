@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from tokenizer import (
@@ -484,7 +485,7 @@ def twin(code):
 @functools.cache
 def sayings():
     """-> (ways, meaning). ways: (code, [its twin,] a demand?) -> sentences, shortest first; meaning: back again."""
-    ways, meaning, poses = {}, {phrases()["nothing"]: ()}, pose_table()
+    ways, meaning, poses = {}, {line: () for line in silent()}, pose_table()
     asked = [*poses.absolute, *poses.asked[:, None].repeat(9, 1)]
     demands = {code for code, found in poses.where.items() if any(asked[s][c] for s, c in found)}
     for code in [*poses.where, *pair_table().where]:
@@ -497,6 +498,11 @@ def sayings():
         for line in lines:                                 # a sentence with two readings would have no inverse
             assert meaning.setdefault(line, key[:-1]) == key[:-1], line
     return ways, meaning
+
+
+def silent():
+    """Sentences of texts that say nothing that joints could show."""
+    return [phrases()["nothing"], *(show_side(view).lower().rstrip(".") for view in VIEWS)]
 
 
 def tokens(line):
@@ -568,8 +574,8 @@ def select(may, rng, demand=False):
     for conditions, target in implications():
         if conditions <= codes:
             codes.discard(target)
-    # eligibility 2 doubles a code's worth (e^0.7), chance changes it by up to two thirds
-    score = {code: math.log(worth(code)) + 0.7 * e + 0.5 * rng.random() for code, e in may.items()}
+    # eligibility 2 doubles a code's worth (e^0.7), chance changes it by up to a sixth
+    score = {code: math.log(worth(code)) + 0.7 * e + 0.15 * rng.random() for code, e in may.items()}
     for code in sorted(codes, key=score.get, reverse=True):
         if not crowds(code) & crowded:
             crowded |= crowds(code)
@@ -578,8 +584,7 @@ def select(may, rng, demand=False):
     # what does not fit in its shortest words goes, the least telling first
     while sum(tokens(spellings(unit, demand)[0]) for unit in grouped(said)) > MOST_TOKENS:
         said.pop()
-    first = rng.choice(["left", "right"])
-    return sorted(said, key=lambda code: (region(code), code[0] != first, code))
+    return sorted(said, key=lambda code: (region(code), code))
 
 
 def choose(codes, i, rng):
@@ -725,6 +730,8 @@ class People:
         self.turns = self.read_turns(table["axes"])
         rows = {name: {**table["usual"], **row} for name, row in table["activities"].items()}
         self.activities = list(rows)
+        often = np.cumsum([row.get("often", 1.0) for row in rows.values()])
+        self.shares = often / often[-1]                                                      # (A,) cumulated
         self.fresh = self.options(rows.values(), ["trunk", *LEGS_ARMS])
         self.edited = self.options(rows.values(), ["edit_trunk", "edit_legs", "edit_legs", "edit_arms", "edit_arms"])
 
@@ -805,6 +812,8 @@ class People:
 people = functools.cache(People)                           # the tables are read once
 SPLITS = {"train": 0, "val": 1 << 20, "test": 2 << 20}     # where a split starts among all people: they never meet
 UNIFORMS = 96                                              # random numbers a row may use
+VIEWS = ("front", "right", "back", "left")                 # the side turned to the camera, one for each quarter turn
+SEEN = (0.7, 0.8, 0.9)                                     # their shares, cumulated; the last takes what is left
 
 
 def populate(split, n):
@@ -816,15 +825,15 @@ def populate(split, n):
         raise Mistake(f"no {n} people in split {split!r}: the splits are {', '.join(SPLITS)}, and people come in pairs")
     crowd, u = people(), uniform(SPLITS[split] + np.arange(n), UNIFORMS)
     wide, one, two = 4 + len(crowd.angles), u[0::2, 4:], u[1::2, 4:]
-    activity = (u[0::2, 0] * len(crowd.activities)).astype(int)
+    activity = np.searchsorted(crowd.shares, u[0::2, 0], side="right")
     drawn = crowd.draw(crowd.fresh, activity, one[:, :wide]) + 4 * one[:, wide:2 * wide - 4] - 2    # noise: 2 degrees
     angles = np.stack([drawn, crowd.edit(drawn, activity, two[:, :9 + 2 * wide])], 1).reshape(n, -1)
     rotmat = crowd.rotations(crowd.settle(angles), (6 * one[:, -18:] - 3).repeat(2, 0))
     flipped = torch.tensor(u[0::2, 1] < 0.5).repeat_interleave(2)
     rotmat[flipped] = mirror(rotmat[flipped])
-    whole = u[:, 2] < 0.15                                 # most face the camera, some stand anywhere
-    headings = (2 * u[:, 3] - 1) * np.where(whole, math.pi, math.pi / 3)
-    return activity.repeat(2), rotmat, headings
+    view = np.searchsorted(SEEN, u[:, 2], side="right")    # most face the camera
+    headings = view * math.pi / 2 + (2 * u[:, 3] - 1) * math.radians(35)
+    return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
 
 
 # ---- 6. Photographs --------------------------------------------------------------------------------------------------
@@ -857,13 +866,23 @@ def backdrop(rng, size):
 def photograph(rotmat, size, look, rng):
     """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
     pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
-    body, zoom, lamp = sitter(), rng.uniform(0.7, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    body, zoom, lamp = sitter(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
     joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
     colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
     shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
     picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
                      shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
     return picture, camera(joints, vertices, size, zoom, shift)[0]
+
+
+def show_side(view, text=""):
+    """A caption that first says which side of the person a photograph shows; view: one of VIEWS, or "" for none."""
+    return f"Seen from the {view}. {text}".strip() if view else text
+
+
+def side_shown(text):
+    """The view that `show_side` put into a text, "" where there is none."""
+    return next((view for view in VIEWS if show_side(view).lower() in text.lower()), "")
 
 
 # ---- 7. World and Mixture --------------------------------------------------------------------------------------------
@@ -902,9 +921,32 @@ class World:
         even, odd = self.poses[0::2], self.poses[1::2]
         return paircodes(even, odd), paircodes(odd, even)
 
+    @functools.cached_property
+    def views(self):
+        """The side that each person turns to the camera, one of VIEWS; "" for who lies, bows or hangs."""
+        up = F.normalize(forward_kinematics(self.poses, rest())[:, JOINTS.index("neck")], dim=-1)[:, 1]
+        sides = np.round(self.headings / (math.pi / 2)).astype(int) % 4
+        return [VIEWS[side] if straight > 0.7 else "" for side, straight in zip(sides, up)]
+
+    def scene(self, i):
+        """The coarse caption of a photograph: "tree pose, seen from the left"."""
+        return ", ".join(filter(None, [self.activity[i], show_side(self.views[i])])).lower().rstrip(".")
+
     def caption(self, i, rng):
         """What person i does, in words; rng chooses what is said and how."""
         return caption(self.codes, i, rng)
+
+    def sight(self, i, rng):
+        """The same of the photograph: from which side it shows the person, if that can be said, comes first."""
+        return show_side(self.views[i], self.caption(i, rng))
+
+    def request(self, i, rng):
+        """The same as somebody would type it: mostly whole, else the activity's name, a few statements, or both."""
+        if rng.random() < 0.7:
+            return self.caption(i, rng)
+        said = [code for code in choose(self.codes, i, rng) if rng.random() < 0.4]
+        named = self.activity[i] + "." if i % 2 == 0 and rng.random() < 0.7 else ""    # an edit may be something else
+        return " ".join(filter(None, [named[:1].upper() + named[1:], said and say(said, rng)])) or self.caption(i, rng)
 
     def difference(self, i, j, rng):
         """How to get from person i to person j, the two of a pair, in words."""
@@ -944,13 +986,17 @@ class Mixture:
             return self.pose[i], self.world.difference(i, j, rng), self.pose[j]
         if task == "image2pose":                           # answered in the camera's frame
             return self.photo(i), self.seen[i]
-        told = self.world.caption(i, rng)
-        return {"pose2text": (self.pose[i], told), "text2pose": (told, self.pose[i])}.get(task) or (self.photo(i), told)
+        if task == "text2pose":
+            return self.world.request(i, rng), self.pose[i]
+        if task == "image2text":
+            return self.photo(i), self.world.sight(i, rng)
+        return self.pose[i], self.world.caption(i, rng)
 
 
 def words():
     """Sorted list of every word and mark, in lower case, that templates and captions can say."""
     said = " ".join(SLOT.sub(" ", line) for task in TASKS for line in templates(task))
+    said = " ".join([said, *map(show_side, VIEWS), *people().activities])
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
