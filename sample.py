@@ -59,9 +59,9 @@ class Reader:
         self.valid = torch.cat([self.valid, valid], 1)
         return self.model.hidden(x, mask, positions, self.cache)                           # (B,q,D)
 
-    def read_ids(self, ids, block, valid, images=None):
-        """The same from token ids (B,q) and image features (n,P,Dv)."""
-        return self.read(self.model.embed(ids, images), block, valid)
+    def read_ids(self, ids, block, slot, valid, images=None):
+        """The same from token ids (B,q), their slots (B,q) and image features (n,P,Dv)."""
+        return self.read(self.model.embed(ids, slot, images), block, valid)
 
 
 def pick(logits, temperature=0.0, generator=None):
@@ -104,13 +104,13 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     rows = {k: v if v is None else v.to(model.device) for k, v in rows.items()}
     wants = wants or [None] * len(prompts)
     answers, reader = [Answer() for _ in prompts], Reader(model, len(prompts))
-    h = reader.read_ids(rows["ids"], rows["block"], rows["valid"], rows["images"])[:, -1]  # (B,D)
+    h = reader.read_ids(*(rows[key] for key in ("ids", "block", "slot", "valid", "images")))[:, -1]  # (B,D)
     for _ in range(max_new):
         say_next(model, answers, h, wants, stepwise, temperature, generator)
         if all(a.finished for a in answers):
             break
-        ids, block, valid = next_columns(model, answers, stepwise)                         # (B,q)
-        hidden = reader.read_ids(ids, block, valid)                                        # (B,q,D)
+        ids, block, slot, valid = next_columns(model, answers, stepwise)                   # (B,q)
+        hidden = reader.read_ids(ids, block, slot, valid)                                  # (B,q,D)
         if ids.size(1) > 1:
             read_poses(model, answers, hidden, decode, temperature, generator)
         last = (valid.sum(1) - 1).clamp(min=0)
@@ -137,21 +137,23 @@ def say_next(model, answers, h, wants, stepwise, temperature, generator):
 
 
 def next_columns(model, answers, stepwise):
-    """ids, block, valid (B,q) of what is read next: one token a row, or <p>, N queries and </p> where a pose begins.
+    """ids, block, slot, valid (B,q) of what is read next: one token a row, or <p>, N queries and </p> of a new pose.
 
     q is 1, or N+2 as soon as one row begins a pose; the other rows then fill one column and leave holes."""
     v, n = model.vocab, model.tokenizer.n_tokens
     begins = [not stepwise and a.ids[-1] == v.p_open for a in answers]
     q = n + 2 if any(begins) else 1
     ids, block = torch.zeros(len(answers), q, dtype=torch.long), torch.full((len(answers), q), -1)
-    valid = torch.zeros(len(answers), q, dtype=torch.bool)
+    slot, valid = torch.full_like(block, -1), torch.zeros(len(answers), q, dtype=torch.bool)
     for i, answer in enumerate(answers):
         ids[i, 0], valid[i, 0] = answer.ids[-1], not answer.finished
+        if v.pose0 <= answer.ids[-1] < v.p_open:
+            slot[i, 0] = len(answer.codes) - 1
         if begins[i]:
             ids[i, 1:] = torch.tensor([*range(v.query0, v.query0 + n), v.p_close])
             block[i, 1:-1], valid[i] = 0, True
             answer.ids += [NONE] * n + [v.p_close]  # the codes take these places in read_poses
-    return (t.to(model.device) for t in (ids, block, valid))
+    return (t.to(model.device) for t in (ids, block, slot, valid))
 
 
 def read_poses(model, answers, hidden, decode, temperature, generator):

@@ -41,6 +41,7 @@ from tokenizer import Mistake, PoseTokenizer, TokenizerConfig, cli, reason, savi
 
 # What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
 # with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
+# slots: see `UniPose.embed`.
 SIZES = {
     "nano": dict(
         llm=dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -50,7 +51,7 @@ SIZES = {
         pose_vit=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 48],
                       patch_size=[8, 8]),
         tokenizer=dict(codes=64, code_dim=16, hidden=32, upsample_step=0),
-        lora_r=4, lora_alpha=4),
+        slots=True, lora_r=4, lora_alpha=4),
     "tiny": dict(
         llm=dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
                  intermediate_size=384, max_position_embeddings=1024),
@@ -59,7 +60,7 @@ SIZES = {
         pose_vit=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=[128, 96],
                       patch_size=[16, 16]),
         tokenizer=dict(codes=512, code_dim=64, hidden=128, upsample_step=1),
-        lora_r=32, lora_alpha=32),
+        slots=True, lora_r=32, lora_alpha=32),
     "paper": dict(
         llm=dict(model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
                  num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=32768, rms_norm_eps=1e-5,
@@ -69,7 +70,7 @@ SIZES = {
         pose_vit=dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, image_size=[256, 192],
                       patch_size=[16, 16]),
         tokenizer=dict(codes=2048, code_dim=256, hidden=512, upsample_step=2),
-        lora_r=64, lora_alpha=16),
+        slots=False, lora_r=64, lora_alpha=16),
 }
 TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
 CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
@@ -133,15 +134,17 @@ class Vocab:
 
 class Sequence(NamedTuple):
     """One row, aligned: ids (T,), labels (T,) = what position t must say or NONE, block (T,) = -1 for a causal token
-    or b for the b-th bidirectional pose, images: list of features (P,Dv) that fill the IMAGE positions in order."""
+    or b for the b-th bidirectional pose, slot (T,) = which of its pose's N a code is or -1, images: list of features
+    (P,Dv) that fill the IMAGE positions in order."""
     ids: list
     labels: list
     block: list
+    slot: list
     images: list
 
 
 def encode(segments, vocab, text_ids, wrap, bos, eos, n_patches, attn="mixed"):
-    """Segments -> ids, labels and block together, so that nothing is derived a second time.
+    """Segments -> ids, labels, block and slot together, so that nothing is derived a second time.
 
     segments: (kind, value, is_target) with text: str, pose: N codes (ints), image: features (P,Dv). Everything before
     the first target is the prompt, wrapped in `[INST]` and `[/INST]` (wrap: the ids of both); targets end with eos.
@@ -149,35 +152,36 @@ def encode(segments, vocab, text_ids, wrap, bos, eos, n_patches, attn="mixed"):
     official rule), "mixed_all" input poses too, "causal" none; a target pose is then its own codes, one after the other
     (the ablation of Table 7).
     """
-    rows, images, blocks = [(bos, NONE, NONE, -1)], [], count()  # id, label of the position before, own label, block
+    # id, label of the position before, own label, block, slot
+    rows, images, blocks = [(bos, NONE, NONE, -1, -1)], [], count()
     prompt = [s for s in segments if not s[2]]
     target = [s for s in segments if s[2]]
     assert segments == prompt + target, "targets come last"
     for kind, value, said in [("ids", wrap[0], False), *prompt, ("ids", wrap[1], False), *target]:
         if kind in ("text", "ids"):
-            rows += [(i, i if said else NONE, NONE, -1) for i in (text_ids(value) if kind == "text" else value)]
+            rows += [(i, i if said else NONE, NONE, -1, -1) for i in (text_ids(value) if kind == "text" else value)]
         elif kind == "image":
             images.append(value)
-            rows += [(i, NONE, NONE, -1) for i in (vocab.img_open, *[IMAGE] * n_patches, vocab.img_close)]
+            rows += [(i, NONE, NONE, -1, -1) for i in (vocab.img_open, *[IMAGE] * n_patches, vocab.img_close)]
         else:
             codes = [vocab.pose0 + int(code) for code in value]
             queried = said and attn != "causal"
             b = next(blocks) if queried or attn == "mixed_all" else -1
-            rows.append((vocab.p_open, vocab.p_open if said else NONE, NONE, -1))
+            rows.append((vocab.p_open, vocab.p_open if said else NONE, NONE, -1, -1))
             if queried:  # query i says code i at its own position
-                rows += [(vocab.query0 + i, NONE, code, b) for i, code in enumerate(codes)]
+                rows += [(vocab.query0 + i, NONE, code, b, -1) for i, code in enumerate(codes)]
             else:
-                rows += [(code, code if said else NONE, NONE, b) for code in codes]
-            rows.append((vocab.p_close, NONE, NONE, -1))  # given, never predicted: the length of a pose is known
+                rows += [(code, code if said else NONE, NONE, b, i) for i, code in enumerate(codes)]
+            rows.append((vocab.p_close, NONE, NONE, -1, -1))  # given, never predicted: the length of a pose is known
     if target:
-        rows.append((eos, eos, NONE, -1))
-    ids, before, own, block = map(list, zip(*rows))
+        rows.append((eos, eos, NONE, -1, -1))
+    ids, before, own, block, slot = map(list, zip(*rows))
     labels = [o if o != NONE else b for o, b in zip(own, before[1:] + [NONE])]
-    return Sequence(ids, labels, block, images)
+    return Sequence(ids, labels, block, slot, images)
 
 
 def collate(sequences, side="right"):
-    """Rows of unequal length -> tensors ids, labels, block, valid (B,T) and images (n,P,Dv) in row order, or None.
+    """Rows of unequal length -> ids, labels, block, slot, valid (B,T) and images (n,P,Dv) in row order, or None.
 
     side: "right" for training, "left" for answering, so that every row's answer starts in the same column."""
     longest = max(len(s.ids) for s in sequences)
@@ -190,6 +194,7 @@ def collate(sequences, side="right"):
     return {"ids": torch.tensor([pad(s.ids, 0) for s in sequences]),
             "labels": torch.tensor([pad(s.labels, NONE) for s in sequences]),
             "block": torch.tensor([pad(s.block, -1) for s in sequences]),
+            "slot": torch.tensor([pad(s.slot, -1) for s in sequences]),
             "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
             "images": torch.stack(images) if images else None}
 
@@ -398,9 +403,16 @@ class UniPose(nn.Module):
         return encode(self.prepare(segments), self.vocab, self.text_ids, self.wrap, self.text.bos_token_id,
                       self.text.eos_token_id, self.vision.n_patches, self.config["attn"])
 
-    def embed(self, ids, images=None):
-        """ids (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches overwrite the IMAGE positions in order."""
+    def embed(self, ids, slot, images=None):
+        """ids, slot (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches fill the IMAGE positions in order.
+
+        A code word means another thing at every place of a pose, and rotary positions are relative: a 7B model works
+        the place out, a model of four layers hardly does. With config["slots"] a code that is read also carries the
+        embedding of the query of its place, which costs no parameter (not in the paper; off in its size)."""
         x = self.llm.model.embed_tokens(ids.clamp(min=0))                                # (B,T,D)
+        if self.config["slots"]:
+            places = self.llm.model.embed_tokens(self.vocab.query0 + slot.clamp(min=0))  # (B,T,D)
+            x = x + places * (slot >= 0)[..., None]
         if images is not None:
             patches = self.projector(images.to(x))                                       # (n,P,D)
             x = x.masked_scatter((ids == IMAGE)[..., None], patches.to(x.dtype))
@@ -415,13 +427,13 @@ class UniPose(nn.Module):
     def forward(self, batch):
         """A collated batch -> (loss, logs). Cross-entropy summed over labelled positions / how many there are.
 
-        batch: ids, labels, block, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
+        batch: ids, labels, block, slot, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
         labelled positions only. Every target pose's `</p>` counts in the denominator though nothing predicts it, as in
         the official loss. logs: "terms" that number, and (how many right, of how many) codes and words.
         """
         batch = {k: v if v is None else v.to(self.device) for k, v in batch.items()}
         positions = (batch["valid"].cumsum(1) - 1).clamp(min=0)                          # (B,T)
-        x = self.embed(batch["ids"], batch["images"])                                    # (B,T,D)
+        x = self.embed(batch["ids"], batch["slot"], batch["images"])                     # (B,T,D)
         h = self.hidden(x, mixed_mask(batch["block"], batch["valid"]), positions)        # (B,T,D)
         said = batch["labels"] != NONE
         labels = batch["labels"][said]                                                   # (n,)
