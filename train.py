@@ -2,7 +2,7 @@
 
 UniPose is trained in a fixed order, each stage on top of what the ones before have frozen (paper §3.3):
 
-    backbones   small LLM, CLIP and pose ViT   stand-ins for the three downloads, embedded sizes only
+    backbones   small CLIP and pose ViT        stand-ins for two downloads, embedded sizes only
     tokenizer   VQ-VAE                         a pose becomes N code words                               (paper §3.1)
     retrieval   the ruler of eval.py           not a part of UniPose                                     (appendix B.2)
     align       LLM                            poses and text share one vocabulary
@@ -62,6 +62,7 @@ from unipose import (
     collate,
     find_device,
     load,
+    load_strictly,
     model_config,
     provenance,
     read_config,
@@ -91,20 +92,21 @@ class Stage(NamedTuple):
 # paper: 6, 2 and 2 epochs over 70k+93k, 50k+50k+100k and 30k samples, batches of 96, 32, 32 (Table 3 and its scripts);
 # the tokenizer's 240 epochs of AMASS are about 200k steps. Backbones are downloads there.
 STAGES = {
-    "backbones": Stage(dict(nano=r"llm\.|vision\.", tiny=r"llm\.|vision\."), (), (), 1, True,
-                       dict(nano=(20, 8, 1e-3), tiny=(3000, 64, 1e-3))),
+    "backbones": Stage(dict(nano=r"vision\.", tiny=r"vision\."), (), (), 1, True,
+                       dict(nano=(20, 8, 1e-3), tiny=(10_000, 64, 1e-3))),
     "tokenizer": Stage(dict.fromkeys(SIZES, r"tokenizer\."), (), (), 1, True,
-                       dict(nano=(30, 32, 1e-3), tiny=(6000, 128, 1e-3), paper=(200_000, 256, 2e-4))),
+                       dict(nano=(30, 32, 1e-3), tiny=(4000, 128, 1e-3), paper=(200_000, 256, 2e-4))),
     "retrieval": Stage(dict.fromkeys(SIZES, RULER), (), (), 1, True,
                        dict(nano=(20, 16, 1e-3), tiny=(1000, 64, 1e-3), paper=(25_000, 512, 2e-4))),
-    "align": Stage(dict(nano=LLM, tiny=LLM, paper=LORA), POSE_TASKS, ("backbones", "tokenizer"), 1, False,
-                   dict(nano=(30, 8, 2e-3), tiny=(5000, 16, 2e-3), paper=(10_200, 96, 1.5e-4))),
-    "project": Stage(dict.fromkeys(SIZES, r"projector\."), IMAGE_TASKS, ("align",), 1, False,
+    "align": Stage(dict(nano=LLM, tiny=LLM, paper=LORA), POSE_TASKS, ("tokenizer",), 1, False,
+                   dict(nano=(30, 8, 2e-3), tiny=(8500, 16, 2e-3), paper=(10_200, 96, 1.5e-4))),
+    "project": Stage(dict.fromkeys(SIZES, r"projector\."), IMAGE_TASKS, ("backbones", "align"), 1, False,
                      dict(nano=(20, 8, 2e-3), tiny=(500, 16, 2e-3), paper=(12_500, 32, 5e-5))),
-    "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), tuple(TASKS), ("project",), 200, False,
-                      dict(nano=(30, 8, 1e-3), tiny=(3000, 16, 1e-3), paper=(1_900, 32, 5e-5))),
+    # images come twice as often: the LLM has not met them before
+    "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), (*TASKS, *IMAGE_TASKS), ("project",), 200, False,
+                      dict(nano=(30, 8, 1e-3), tiny=(6000, 16, 1e-3), paper=(1_900, 32, 5e-5))),
 }
-PEOPLE = dict(nano=(256, 64), tiny=(40_000, 12_000))  # synthetic people, and how many are photographed
+PEOPLE = dict(nano=(256, 64), tiny=(40_000, 16_000))  # synthetic people, and how many are photographed
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Config:
     stage: str = "all"  # backbones | tokenizer | retrieval | align | project | instruct | all
     size: str = "tiny"  # nano | tiny | paper
     out: str = ""  # folder of the checkpoint; empty: out/<size>
-    init: str = ""  # start from this folder instead of --out
+    init: str = ""  # start from this folder instead of --out; A,B: from A, with what B alone has been through
     resume: bool = False  # go on from train_state.safetensors in --out; with --stage all, skip what is finished
     seed: int = 0  # every random number of the run follows from it
     steps: int = 0  # steps of the stage; 0: as in STAGES
@@ -212,7 +214,7 @@ def shuffled(n, epoch, seed):
 class BackboneHeads(nn.Module):
     """What teaches the stand-ins, thrown away afterwards. Each patch of the pose ViT must tell which joints lie on it,
     and the mean of all patches the joints in space and the rotations: the mean is what an LLM reads by attending
-    evenly. CLIP must match captions, read as bags of words."""
+    evenly. CLIP must match coarse captions (`World.scene`), read as bags of words."""
 
     def __init__(self, model):
         super().__init__()
@@ -230,8 +232,9 @@ def mirrored(pixels, poses, spots):
 
 
 def backbones(model, ruler, frozen, config):
-    """Three stand-ins for three downloads, side by side: CLIP matches photographs and captions, the pose ViT tells
-    joints (pixels, then metres) and 6D rotations, the LLM reads captions. They share batches, but no weight."""
+    """Stand-ins for two downloads, side by side: CLIP matches photographs and what they show, the pose ViT tells joints
+    (pixels, then metres) and 6D rotations. They share batches, but no weight. The third, a small LLM, learns to speak
+    in `align`: it gained nothing from captions alone beforehand."""
     heads, world, body = BackboneHeads(model).to(model.device), frozen.world, load_body()
     photographs, n, patch = frozen.photographs, frozen.n_photos, model.config["pose_vit"]["patch_size"][0]
     high, wide = model.config["pose_vit"]["image_size"]
@@ -254,21 +257,18 @@ def backbones(model, ruler, frozen, config):
         states = model.vision.clip(model.vision.clip_pixels(pictures).to(model.device), output_hidden_states=True)
         seen = F.normalize(heads.picture(states.hidden_states[-2][:, 1:].mean(1)), dim=-1)  # (B,64)
         told = (heads.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)      # (B,64) a bag of words
-        told = F.normalize(told, dim=-1)
-        similarity, own = heads.scale * seen.float() @ told.float().T, torch.arange(len(seen), device=seen.device)
+        similarity = heads.scale * seen.float() @ F.normalize(told, dim=-1).float().T       # (B,B)
+        same = (ids[:, None] == ids).all(-1).float()  # others of the batch may show the same
+        own = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
 
     def loss(rows, step):
         people = [spread(n, k, config.seed) for k in rows]
         pictures = photographs[people]
-        captions = [world.caption(i, np.random.default_rng((config.seed, k))) for i, k in zip(people, rows)]
-        ids, mask = (t.to(model.device) for t in read_texts(model.text, captions))
+        ids, mask = (t.to(model.device) for t in read_texts(model.text, map(world.scene, people)))
         posed, millimetres = body_loss(pictures, people)
         match = match_loss(pictures, ids, mask)
-        told = [model.encode([("text", caption, True)]) for caption in captions[:8]]        # the LLM needs fewer
-        language, _ = model(collate(told))
-        return posed + match + language, {"joints_mm": millimetres, "match": match.detach(),
-                                              "language": language.detach(), "terms": len(rows)}
+        return posed + match, {"joints_mm": millimetres, "match": match.detach(), "terms": len(rows)}
 
     return Job({"model": model, "heads": heads}, loss)
 
@@ -307,9 +307,23 @@ def retrieval(model, ruler, frozen, config):
     return Job({RULER.rstrip("."): ruler}, loss)
 
 
+def meet_codes(model):
+    """Code words enter the LLM's vocabulary as what they stand for: the embedding of each starts as its vector of the
+    codebook, turned at random to the LLM's width, so that poses alike begin as sentences alike. Embedded sizes only."""
+    v, table = model.vocab, model.llm.model.embed_tokens.weight
+    vectors = model.tokenizer.state_dict()["quantizer.codebook"]                            # (K,C)
+    vectors = (vectors - vectors.mean(0)) / vectors.std(0)
+    turn = torch.randn(vectors.size(1), table.size(1)) / vectors.size(1) ** 0.5            # (C,D)
+    with torch.no_grad():
+        table[v.pose0:v.p_open] = 0.3 * vectors @ turn.to(vectors)
+        table[v.query0:] = 0.3 * torch.randn(v.n_tokens, table.size(1))
+
+
 def language(model, ruler, frozen, config):
     """align, project, instruct: the next word and the codes of asked-for poses, over a mixture of tasks."""
     stage = STAGES[config.stage]
+    if config.stage == "align" and config.size != "paper":
+        meet_codes(model)
     lookups = {"pose": frozen.codes}
     if set(stage.tasks) & set(IMAGE_TASKS):
         lookups |= {"seen": frozen.seen_codes, "image": frozen.features}
@@ -579,12 +593,13 @@ def settle(config):
 
 def start_from(config, out):
     """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
-    folder, needs = pathlib.Path(config.init or out), STAGES[config.stage].needs if config.stage != "all" else ()
+    first, *others = config.init.split(",")
+    folder, needs = pathlib.Path(first or out), STAGES[config.stage].needs if config.stage != "all" else ()
     exists = (folder / "config.json").exists()
     if config.stage == "all" and (config.init or (exists and not config.resume)):
         raise Mistake(f"--stage all starts afresh, and {folder} holds a model; give --resume, or another --out")
     if config.init or exists:
-        return go_on_from(folder, needs, config)
+        return go_on_from(folder, others, needs, config)
     if needs:
         raise Mistake(f"stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
                       f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
@@ -594,9 +609,12 @@ def start_from(config, out):
     return model, fresh_ruler(model, config), {"stages": [], "seconds": {}, "commands": {}}
 
 
-def go_on_from(folder, needs, config):
-    """The same from a checkpoint that has been through the stages `needs`. Raises Mistake where it does not fit."""
-    notes = read_config(folder)
+def go_on_from(folder, others, needs, config):
+    """The same from a checkpoint that, with `others`, has been through the stages `needs`. Raises Mistake where it does
+    not fit."""
+    notes, state = read_config(folder), {}
+    for other in others:
+        state |= trained_alone(other, notes)
     missing = [stage for stage in needs if stage not in notes.get("stages", [])]
     if missing:
         raise Mistake(f"stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
@@ -611,7 +629,28 @@ def go_on_from(folder, needs, config):
                       "that has not been through instruct")
     model = load(folder)
     model.config["attn"] = config.attn or model.config["attn"]
-    return model, load_ruler(folder) or fresh_ruler(model, config), notes
+    ruler = load_ruler(folder) or fresh_ruler(model, config)
+    for name, module in {"": model, RULER: ruler}.items():
+        own = {name + key: value for key, value in module.state_dict().items()}
+        load_strictly(module, {k.removeprefix(name): state.get(k, v) for k, v in own.items()}, config.init)
+    return model, ruler, notes
+
+
+def trained_alone(folder, notes):
+    """name -> tensor of the stages that only this folder has been through, which are added to `notes`: stages that do
+    not need each other can be trained side by side. Raises Mistake."""
+    theirs, state = read_config(folder), {}
+    if theirs["size"] != notes["size"] or theirs["lora"]:
+        raise Mistake(f"--init: {folder} cannot be joined: it holds a {theirs['size']} model"
+                      + ", with LoRA in it" * theirs["lora"])
+    tensors = read_tensors(pathlib.Path(folder) / "model.safetensors")
+    for stage in [stage for stage in theirs["stages"] if stage not in notes["stages"]]:
+        pattern = STAGES[stage].trains[notes["size"]]
+        state |= {key: value for key, value in tensors.items() if re.match(pattern, key)}
+        notes["stages"].append(stage)
+        for told in ("seconds", "commands"):
+            notes[told][stage] = theirs[told][stage]
+    return state
 
 
 def fresh_ruler(model, config):
