@@ -37,7 +37,21 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, World, caption, difference, fill, paircodes, posecodes, statements, templates, verdicts, words
+from data import (
+    TASKS,
+    World,
+    caption,
+    difference,
+    fill,
+    paircodes,
+    posecodes,
+    show_side,
+    side_shown,
+    statements,
+    templates,
+    verdicts,
+    words,
+)
 from sample import Reader, generate
 from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
 from unipose import (
@@ -184,6 +198,15 @@ def text_truth(made, truth, poses, sources=None):
             "f1": 2 * precision * recall / max(precision + recall, 1e-9)}
 
 
+def view_truth(made, views):
+    """view_accuracy: share of texts that say from which side the picture shows the person, where that can be said;
+    view_balanced: mean over the sides of the share of each. Paper §4.3: general models mistake the orientation."""
+    right = {view: [side_shown(text) == view for text, own in zip(made, views) if own == view] for view in set(views)}
+    right.pop("", None)
+    return {"view_accuracy": float(np.mean(sum(right.values(), []))),
+            "view_balanced": float(np.mean([np.mean(marks) for marks in right.values()]))} if right else {}
+
+
 # ---- 4. Embeddings: what a ruler that has seen many poses and texts thinks -----------------------------------------
 
 def ranks(similarity):
@@ -311,7 +334,7 @@ class Exam:
     """n questions of one task over the first 2n people of a world, where every two make a pair.
 
     poses (n,22,3,3): the pose to be made or told of, as the answer should show it; sources (n,22,3,3): pose A of the
-    pair tasks, else None; texts: n true texts; target: "pose" | "text".
+    pair tasks, else None; texts: n true texts, views: the sides that image2text can see; target: "pose" | "text".
     """
 
     def __init__(self, world, task, n, seed=0):
@@ -319,7 +342,8 @@ class Exam:
         self.rows = 2 * torch.arange(n) + (task in PAIRS)
         self.poses = world.poses[self.rows]
         self.sources = world.poses[self.rows - 1] if task in PAIRS else None
-        self.texts = tell(self.poses, self.sources, seed)
+        self.views = [world.views[i] if task == "image2text" else "" for i in self.rows]
+        self.texts = [*map(show_side, self.views, tell(self.poses, self.sources, seed))]
         self.turns = torch.eye(3).expand(n, 3, 3)          # from the body's frame to the answer's
         if task == "image2pose":                           # the answer is in the camera's frame
             self.poses = world.seen[self.rows]
@@ -349,6 +373,7 @@ class Judge(NamedTuple):
         if exam.target == "text":
             marks = {"bleu4": bleu4(made, exam.texts), "rouge_l": rouge_l(made, exam.texts)}
             marks |= text_truth(made, exam.texts, exam.poses, exam.sources)
+            marks |= view_truth(made, exam.views)
             return marks | self.opinion(exam, exam.poses, made)
         joints, truth = self.body.joints(made), self.body.joints(exam.poses)             # (n,22,3) each
         marks = {"mpjpe": mpjpe(joints, truth).mean().item(), "pa_mpjpe": pa_mpjpe(joints, truth).mean().item()}
@@ -432,7 +457,9 @@ def ceilings(exam, model, seed):
     A true text is told a second time with other dice, which is the BLEU and the recall of a perfect speaker.
     """
     truth = {"tokenizer": round_trip(model, exam.poses)[1], "ground_truth": exam.poses}
-    return truth if exam.target == "pose" else {who: tell(p, exam.sources, seed + 1) for who, p in truth.items()}
+    if exam.target == "pose":
+        return truth
+    return {who: [*map(show_side, exam.views, tell(p, exam.sources, seed + 1))] for who, p in truth.items()}
 
 
 # ---- 8. The whole report -------------------------------------------------------------------------------------------
@@ -490,7 +517,8 @@ within the tolerance of the captions; exactly: without it; recall and F1: of sta
 """
 COLUMNS = {"MPJPE": ("mpjpe",), "PA": ("pa_mpjpe",), "true": ("statement_accuracy", "precision", "statements_kept"),
            "exactly": ("statement_accuracy_exact", "precision_exact", "statements_kept_exact"), "recall": ("recall",),
-           "F1": ("f1",), "BLEU-4": ("bleu4",), "ROUGE-L": ("rouge_l",), "R@1/32": ("r_precision",), "FID": ("fid",)}
+           "F1": ("f1",), "view": ("view_accuracy",), "BLEU-4": ("bleu4",), "ROUGE-L": ("rouge_l",),
+           "R@1/32": ("r_precision",), "FID": ("fid",)}
 
 
 def table(report):
@@ -522,17 +550,17 @@ def pose_seconds(model, reader, stepwise):
     fork.cache = copy.deepcopy(reader.cache)
     codes = model.llm.lm_head.weight[v.pose0:v.p_open]                                   # (K,D)
 
-    def read(ids, block):
-        ids, block = (torch.tensor([row], device=model.device) for row in (ids, block))
-        hidden = fork.read_ids(ids, block, torch.ones_like(ids, dtype=torch.bool))       # (1,q,D)
+    def read(ids, block, slot):
+        ids, block, slot = (torch.tensor([row], device=model.device) for row in (ids, block, slot))
+        hidden = fork.read_ids(ids, block, slot, torch.ones_like(ids, dtype=torch.bool))  # (1,q,D)
         return (hidden[0] @ codes.T).argmax(-1).tolist()                                 # q codes
 
     begun, last = time.perf_counter(), v.p_open
     if stepwise:
-        for _ in range(n):
-            last = v.pose0 + read([last], [-1])[0]
+        for slot in range(-1, n - 1):                      # <p> stands before slot 0
+            last = v.pose0 + read([last], [-1], [slot])[0]
     else:
-        read([v.p_open, *range(v.query0, v.query0 + n), v.p_close], [-1, *[0] * n, -1])
+        read([v.p_open, *range(v.query0, v.query0 + n), v.p_close], [-1, *[0] * n, -1], [-1] * (n + 2))
     return time.perf_counter() - begun
 
 
@@ -547,8 +575,9 @@ def speed(model, seed=0, repeats=7):
     exams = {task: Exam(World("test", 2, model.vision.clip_size), task, 1, seed) for task in TASKS}
     row, reader = model.encode(exams["text2pose"].question(0)), Reader(model, 1)
     prompt = torch.tensor([row.ids], device=model.device)                                # (1,T)
+    causal = torch.full_like(prompt, -1)
     with torch.no_grad():
-        reader.read_ids(prompt, torch.full_like(prompt, -1), torch.ones_like(prompt, dtype=torch.bool))
+        reader.read_ids(prompt, causal, causal, torch.ones_like(prompt, dtype=torch.bool))
 
     def whole(task, decode="argmax"):
         # an untrained model does not know when to stop: a pose answer gets no more steps than it needs

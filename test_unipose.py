@@ -607,11 +607,11 @@ def test_an_edit_changes_one_to_three_parts_and_150_to_300_mm_on_average(world, 
 
 
 def test_photographs_show_people_turned_by_their_heading(world):
-    """Only the root differs; most look towards the camera. image2pose, in training and exams, wants the turned pose."""
+    """Only the root differs; seven in ten look towards the camera. image2pose, in training and exams, wants the turned pose."""
     assert torch.equal(world.seen[:, 1:], world.poses[:, 1:])
     turn = (world.seen[:, 0] @ world.poses[:, 0].mT).numpy()
     assert np.allclose(np.arctan2(turn[:, 0, 2], turn[:, 0, 0]), world.headings, atol=1e-5)
-    assert 0.06 < np.mean(np.abs(world.headings) > math.pi / 3) < 0.14 and np.abs(world.headings).max() > 3
+    assert 0.67 < np.mean(np.abs(world.headings) < math.pi / 4) < 0.73 and np.abs(world.headings).max() > 3
     for task, wanted in (("image2pose", world.seen), ("text2pose", world.poses)):
         exam, answer = evaluation.Exam(world, task, 8), data.Mixture([task], 1, world)[0][1][-1][1]
         assert (wanted == answer).flatten(1).all(1).any() and torch.equal(exam.poses, wanted[0:16:2])
@@ -669,7 +669,7 @@ def batch_of(model, *tasks):
 def reread(model, batch):
     """Hidden states (B,T,D) of a batch in one pass, without a cache."""
     mask = unipose.mixed_mask(batch["block"], batch["valid"])
-    return model.hidden(model.embed(batch["ids"], batch["images"]), mask, (batch["valid"].cumsum(1) - 1).clamp(min=0))
+    return model.hidden(model.embed(batch["ids"], batch["slot"], batch["images"]), mask, (batch["valid"].cumsum(1) - 1).clamp(min=0))
 
 
 def test_the_mask_is_what_a_triple_loop_says():
@@ -694,7 +694,8 @@ def test_the_queries_of_a_pose_are_blind_to_later_text_and_to_later_poses():
 
     def at_queries(ids):
         valid = torch.ones_like(block, dtype=torch.bool)
-        return reread(model, {"ids": torch.tensor([ids]), "block": block, "valid": valid, "images": None})[0, 3:3 + n]
+        rows = {"ids": torch.tensor([ids]), "block": block, "slot": torch.full_like(block, -1), "valid": valid}
+        return reread(model, rows | {"images": None})[0, 3:3 + n]
 
     ids = [5, 6, *pose, 7, 8, *pose]
     base, text, later, inside = (list(ids) for _ in range(4))
@@ -800,7 +801,7 @@ def test_either_eye_can_be_closed_and_mistral_takes_the_llamas_place(changes):
     width = 32 * (1 + (model.config["vision"] == "both"))
     features, batch = model.vision(PICTURES[:2]), batch_of(model, "imagediff")
     assert features.shape == (2, model.vision.n_patches, width) and model(batch_of(model))[0].isfinite()
-    placed = model.embed(batch["ids"], batch["images"])[batch["ids"] == unipose.IMAGE]
+    placed = model.embed(batch["ids"], batch["slot"], batch["images"])[batch["ids"] == unipose.IMAGE]
     close(placed, model.projector(features).flatten(0, 1))
     assert sample.generate(model, [PROMPTS["text2pose"]], ["pose"], max_new=3)[0].pose.shape == (22, 3, 3)
 
@@ -865,9 +866,11 @@ def test_cached_decoding_is_uncached_decoding():
     model, question = nano(4), PROMPTS["posediff"]
     answer, row = sample.generate(model, [question], ["text"], max_new=12)[0], model.encode(question)
     for token in answer.ids:
-        h = reread(model, unipose.collate([unipose.Sequence(row.ids, row.ids, [-1] * len(row.ids), [])]))[0, -1]
+        causal = [-1] * len(row.ids)
+        h = reread(model, unipose.collate([unipose.Sequence(row.ids, row.ids, causal, row.slot, [])]))[0, -1]
         assert model.llm.lm_head(h)[:model.vocab.n_text].argmax() == token
         row.ids.append(token)
+        row.slot.append(-1)
     model, question, v = nano(7, attn="causal"), PROMPTS["text2pose"], model.vocab
     codes = sample.generate(model, [question], ["pose"], max_new=40)[0].codes
     batch = unipose.collate([model.encode([*question, ("pose", codes, True)])])
@@ -978,7 +981,7 @@ def test_retrieval_overfits_32_poses_and_32_pairs(world):
     captions, changes = evaluation.tell(pairs[:, 0], None, 0), evaluation.tell(pairs[:, 1], pairs[:, 0], 0)
     for people, texts in ((pairs[:, 0], captions), (pairs, changes)):
         ids, mask = evaluation.read_texts(text, texts)
-        loss, logs = learn(lambda: ruler(people, ids, mask), ruler.parameters(), 60, 3e-3)
+        loss, logs = learn(lambda: ruler(people, ids, mask), ruler.parameters(), 80, 3e-3)
         assert logs["top1"] > 0.95 and loss < 0.5
     together = ruler.embed_text(*evaluation.read_texts(text, [*captions[:3], "The head.", ""]))
     close(together[3:4], ruler.embed_text(*evaluation.read_texts(text, ["The head."])), atol=1e-6)
@@ -1085,7 +1088,7 @@ def test_however_a_batch_is_cut_the_same_model_comes_out(trained, tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--stage dance", "not one of"), ("--stage align", "needs backbones, tokenizer"), ("--attn diagonal", "not one of"),
+    ("--stage dance", "not one of"), ("--stage align", "needs tokenizer"), ("--attn diagonal", "not one of"),
     ("--stage align --batch 7 --accumulate 2", "does not cut into 2 parts"), ("--people 3", "come in pairs"),
     ("--stage tokenizer --accumulate 2", "leave --accumulate out"), ("--steps -1", "--steps -1 must be at least 0"),
     ("--photos 64", "is more than --people"), ("--size paper", "does not read yet"), ("--device cuda:99", "cuda:99"),
