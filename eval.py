@@ -52,7 +52,7 @@ from data import (
     verdicts,
     words,
 )
-from sample import Reader, generate
+from sample import DECODINGS, Reader, check_decoding, generate
 from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
 from unipose import (
     RULER,
@@ -615,7 +615,7 @@ class Config:
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # only these tasks
-    decode: str = "argmax"  # argmax | soft | ar, several with commas between
+    decode: str = "argmax"  # argmax | soft | vote | ar, several with commas between
     batch: int = 32  # questions answered side by side
     pool: int = 1024  # training people that the baselines may look at
     seed: int = 0  # of the captions
@@ -629,7 +629,7 @@ def refuse(config):
     """Settings that cannot work. Raises Mistake."""
     for flag, given, choices in (("tasks", config.tasks, TASKS), ("size", [config.size], ["", *SIZES]),
                                  ("split", [config.split], ["test", "val", "train"]),
-                                 ("decode", config.decode.split(","), ["argmax", "soft", "ar"])):
+                                 ("decode", config.decode.split(","), DECODINGS)):
         for one in given:
             if one not in choices:
                 raise Mistake(f"--{flag} {one} is not one of {', '.join(filter(None, choices))}")
@@ -647,8 +647,7 @@ def main(argv=None):
         model = UniPose(model_config(config.size), word_tokenizer(words())).to(device).eval()
     else:
         model, ruler = load(config.weights, device), load_ruler(config.weights)
-    if "soft" in config.decode.split(",") and model.config["attn"] == "causal":
-        raise Mistake("--decode soft needs the queries of a model trained with --attn mixed; this one is causal")
+    check_decoding(model, *config.decode.split(","))
     if config.speed:
         report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
         lines = show_speed(report["speed"])

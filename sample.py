@@ -26,8 +26,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, face_front, fill, templates
-from tokenizer import Mistake, body_colors, cli, load_body, read_pose, reason, render, saving, script, write_pose
+from data import TASKS, World, check, face_front, fill, rest, templates
+from tokenizer import (
+    Mistake,
+    body_colors,
+    cli,
+    forward_kinematics,
+    load_body,
+    read_pose,
+    reason,
+    render,
+    saving,
+    script,
+    write_pose,
+)
 from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask, tidy
 
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------
@@ -88,18 +100,29 @@ def allowed_next(model, answer, want, stepwise):
     return [texts] if want == "text" or v.p_open in answer.ids else [texts, p_open]
 
 
+DECODINGS = ("argmax", "soft", "vote", "ar")
+
+
+def check_decoding(model, *ways):
+    """Refuses (Mistake) a way of decoding that needs queries which a causal model does not have."""
+    way = next((way for way in ways if way in ("soft", "vote")), "")
+    if way and model.config["attn"] == "causal":
+        raise Mistake(f"--decode {way} needs the queries of a model trained with --attn mixed; this one is causal")
+
+
 @torch.no_grad()
 def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None, max_new=160):
     """Answer a batch of prompts (segments without targets), each row as it would be answered alone.
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
-    "soft" the codebook averaged under each query's distribution, "ar" code by code. A model trained with --attn causal
+    "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
+    A model trained with --attn causal
     has no queries and always answers code by code; "ar" on any other is a clock, since it never saw its own codes.
     temperature 0 is greedy. Returns a list of Answer; at most max_new steps a row.
     """
     model.eval()
     stepwise = decode == "ar" or model.config["attn"] == "causal"
-    assert not (stepwise and decode == "soft"), "a code that was said cannot be averaged"
+    assert not (stepwise and decode in ("soft", "vote")), "both need all distributions at once"
     rows = collate([model.encode(prompt) for prompt in prompts], side="left")
     rows = {k: v if v is None else v.to(model.device) for k, v in rows.items()}
     wants = wants or [None] * len(prompts)
@@ -163,10 +186,23 @@ def read_poses(model, answers, hidden, decode, temperature, generator):
         if NONE not in answer.ids:
             continue
         logits = hidden[i, 1:-1] @ model.llm.lm_head.weight[v.pose0:v.p_open].T            # (N,K)
-        answer.codes = pick(logits, temperature, generator).tolist()
+        draw = most_usual(model, logits) if decode == "vote" else pick(logits, temperature, generator)
+        answer.codes = draw.tolist()
         answer.ids[-n - 1:-1] = [v.pose0 + code for code in answer.codes]
         if decode == "soft":
             answer.pose = model.tokenizer.decode_soft(logits.softmax(-1)[None])[0].cpu()   # (22,3,3)
+
+
+def most_usual(model, logits, draws=16):
+    """Draws poses from the distributions of N queries (N,K) -> the codes (N,) of the one nearest to all others.
+
+    Queries do not see each other's choice, so the best code of each need not make the best pose; a draw that many
+    others resemble is at least one that holds together. The same draws for the same logits."""
+    generator = torch.Generator(logits.device).manual_seed(0)
+    codes = pick(logits.expand(draws, -1, -1), 1.0, generator)                             # (16,N)
+    joints = forward_kinematics(model.tokenizer.decode(codes).cpu(), rest())               # (16,22,3)
+    apart = (joints[:, None] - joints).norm(dim=-1).mean(-1)                               # (16,16)
+    return codes[apart.mean(1).argmin()]
 
 
 def finish(model, answer):
@@ -371,7 +407,7 @@ class Config:
     task: str = ""  # which task, where the inputs fit two: image2text or image2pose
     weights: str = TINY  # a trained folder
     body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
-    decode: str = "argmax"  # argmax (paper) | soft | ar
+    decode: str = "argmax"  # argmax (paper) | soft | vote | ar
     n: int = 1  # how many answers; more than one are drawn at --temperature
     temperature: float = 0.0  # 0 is greedy; with --n above 1 and 0 here: 0.7
     seed: int = 0  # of the drawing
@@ -407,15 +443,14 @@ def answer_question(model, body, config):
 def main(argv=None):
     """Answers one question, or takes the tour."""
     config = cli(Config, argv)
-    if config.decode not in ("argmax", "soft", "ar"):
-        raise Mistake(f"--decode {config.decode} is not one of argmax, soft, ar")
+    if config.decode not in DECODINGS:
+        raise Mistake(f"--decode {config.decode} is not one of {', '.join(DECODINGS)}")
     if not 1 <= config.n <= 64 or not 0 <= config.temperature <= 100:
         raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} 0 to 100")
-    if config.n > 1 and config.decode == "soft":
-        raise Mistake("--decode soft averages all poses into one, so --n must be 1; draw several with --decode argmax")
+    if config.n > 1 and config.decode in ("soft", "vote"):
+        raise Mistake(f"--decode {config.decode} makes one pose of all, so --n must be 1; draw several with --decode argmax")
     body, model = load_body(config.body), load(config.weights, find_device(config.device))
-    if config.decode == "soft" and model.config["attn"] == "causal":
-        raise Mistake("--decode soft needs the queries of a model trained with --attn mixed; this one is causal")
+    check_decoding(model, config.decode)
     if config.decode == "ar" and model.config["attn"] != "causal":
         print("note: this model was not trained with --attn causal and never saw its own codes; "
               "--decode ar is a clock here, not an answer", file=sys.stderr)
