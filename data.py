@@ -434,6 +434,8 @@ def paircodes(a, b, facing=True):
 #   codes of pose i --choose--> [("left", "knee", "straight", "", ""), ...] --say--> "The left knee is straight. ..."
 #                                                                   <--statements--
 MOST_STATEMENTS, MOST_TOKENS = 15, 90
+OPPOSITE = {"at_right": "at_left", "below": "above", "behind": "front"}
+OPPOSITE |= {more: less for less, more in OPPOSITE.items()}
 LIMB_PARTS = {"arm": ("shoulder", "upperarm", "elbow", "forearm", "wrist", "hand"),
               "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot")}
 
@@ -511,15 +513,26 @@ def eligible(table, codes, i):
 
 
 @functools.cache
-def implications():
-    """[(conditions, target)]: where the conditions are said, the target need not be."""
+def implications(key):
+    """[(conditions, targets)] of a list of the tables: where the conditions are said, the targets need not be."""
     def code(text):
         words = text.split()
-        second = side_part(words.pop()) if words[-1] in PLACES else ("", "")
-        return *side_part(words[0]), " ".join(words[1:]), *second
+        side2, part2 = side_part(words.pop()) if words[-1] in PLACES else ("", "")
+        (side, part), category = side_part(words[0]), " ".join(words[1:])
+        if (side, part) == ("right", part2):               # of two sides the left one is named first
+            side, category, side2 = "left", OPPOSITE.get(category, category), "right"
+        return side, part, category, side2, part2
 
-    return [({code(sided(one, side)) for one in conditions}, code(sided(target, side)))
-            for conditions, target in phrases()["implied"] for side in ("left", "right")]
+    return [tuple({code(sided(text, side)) for text in texts} for texts in (conditions, targets))
+            for conditions, *targets in phrases()[key] for side in ("left", "right")]
+
+
+def between(said):
+    """The codes that follow from two others by order: a < c, where a < b and b < c are said."""
+    links = {link: code for code in said if code[2] in OPPOSITE
+             for link in ((code[2], code[:2], code[3:]), (OPPOSITE[code[2]], code[3:], code[:2]))}
+    return {code for (way, a, c), code in links.items()
+            if any((way, a, b) in links and (way, b, c) in links for _, _, b in links)}
 
 
 def limb(part):
@@ -565,9 +578,9 @@ def select(may, rng, demand=False):
     brings a guess 20 mm nearer than a random choice. A little chance on top: two texts of one pose may differ.
     """
     codes, said, crowded = set(may), [], set()
-    for conditions, target in implications():
+    for conditions, targets in implications("implied"):
         if conditions <= codes:
-            codes.discard(target)
+            codes -= targets
     # eligibility 2 doubles a code's worth (e^0.7), chance changes it by up to two thirds
     score = {code: math.log(worth(code)) + 0.7 * e + 0.5 * rng.random() for code, e in may.items()}
     for code in sorted(codes, key=score.get, reverse=True):

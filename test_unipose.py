@@ -513,6 +513,42 @@ def test_golden_paircodes_demands_on_pose_b_match():
         assert (full[:, at] == gold[f"posecode_eligibility_in_pairs/{kind}"]).all(), kind
 
 
+def golden_list(cell):
+    """The codes of one row of a golden list, written as ours are."""
+    return {tuple(word or "" for word in code) for code in json.loads(str(cell))}
+
+
+def clear(codes, table):
+    """Rows (M,) of which no value is so near to a threshold that rounding decides."""
+    tolerance = np.where(table.noise > 1, 0.05, 1e-4)[:, None]
+    return (np.abs(codes.value[..., None] - table.thresholds) > tolerance).all((1, 2))
+
+
+def test_golden_captions_code_lists_before_and_after_the_redundancy_rules():
+    """What may be said of a pose; what the transitive rule, the 27 rules (and their mirror images), and both leave."""
+    codes, table, gold = golden_codes(), data.pose_table(), golden("captions/code_lists.npz")
+    assert sum(len(targets) for _, targets in data.implications("redundant")) == 2 * 27
+    for i in np.flatnonzero(clear(codes, table)):
+        every = set(data.eligible(table, codes, i))
+        outer = data.between(every)
+        follow = set().union(*(targets for need, targets in data.implications("redundant") if need <= every))
+        for name, mine in (("formatted", every), ("after_transrel", every - outer), ("after_stat", every - follow),
+                           ("after_both", every - outer - follow)):
+            assert mine == golden_list(gold[name][i]), (name, i)
+
+
+def test_golden_paircodes_lists_keep_what_is_asked_of_changed_parts():
+    """All paircodes of a pair, and of the demands on B those on a part that changes, or further down its limb."""
+    pairs, gold, _, two = golden_pairs()
+    for k in np.flatnonzero(clear(pairs, data.pair_table()) & clear(two, data.pose_table())):
+        moves = {code for code in data.eligible(data.pair_table(), pairs, k) if code[1] != "person"}
+        changed = {part for code in moves for part in data.parts_named(code)}
+        demands = golden_list(gold["lists/posecodes_abs"][gold["pairs"][k, 1]])
+        assert moves == golden_list(gold["lists/paircodes"][k]), k
+        ends = {code for code in demands if data.touched(code, changed)}
+        assert moves | ends == golden_list(gold["lists/joined"][k]), k
+
+
 def test_reading_a_text_gives_back_exactly_what_was_said(world):
     """statements() inverts both grammars on 10,000 texts each: at most 15 statements, 90 words and marks, few words."""
     known = data.caption_words()
