@@ -16,6 +16,7 @@ Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic p
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3
 """
+import collections
 import dataclasses
 import functools
 import itertools
@@ -331,11 +332,6 @@ class Codes:
     b: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
 
 
-def classify(value, table):
-    """Values (M,S) -> categories (M,S): the first i with value <= threshold i, else the last."""
-    return sum((value > threshold).astype(np.int8) for threshold in table.thresholds.T)
-
-
 def met(low, high, table):
     """Which supers can hold (M,P) if every column may take any category from low to high (both M, columns)."""
     terms = (low[:, table.column] <= table.wanted) & (table.wanted <= high[:, table.column])    # (M,P,W,R)
@@ -345,7 +341,9 @@ def met(low, high, table):
 def code_up(value, table, others=()):
     """Values (M,S) -> Codes. others: (Codes of pose B, of pose A) where formulas read them."""
     value = np.nan_to_num(value).astype(np.float32)
-    low, category, high = (classify(value + sign * table.noise, table) for sign in (-1, 0, 1))
+    # the first category i with value <= threshold i, else the last
+    low, category, high = (sum((value + sign * table.noise > threshold).astype(np.int8) for threshold in
+                               table.thresholds.T) for sign in (-1, 0, 1))                   # (M,S) each
 
     def all_columns(mine, name):
         return np.concatenate([mine, *(getattr(other, name)[:, :other.value.shape[1]] for other in others)], 1)
@@ -428,8 +426,7 @@ def paircodes(a, b, facing=True):
 
 
 # ---- 4. Captions and their inverse -----------------------------------------------------------------------------------
-# A text is a list of sentences; a sentence says one code, or the same of both sides. Every sentence that can be said
-# stands in one dictionary, so reading is the exact inverse of writing: look the sentence up.
+# A text is a list of sentences; a sentence says one code, or the same of both sides.
 #
 #   codes of pose i --choose--> [("left", "knee", "straight", "", ""), ...] --say--> "The left knee is straight. ..."
 #                                                                   <--statements--
@@ -446,9 +443,11 @@ def phrases():
     return json.loads((ASSETS / "phrases.json").read_text())
 
 
-def patterns(code):
-    """The phrase patterns that say a code."""
+def patterns(code, full=False):
+    """The phrase patterns that say a code. full: with the changes of the full captions."""
     book, (side, part, category, _, part2) = phrases(), code
+    if full:
+        book = book | {key: book[key] | more for key, more in book["full"].items()}
     name = category.removeprefix(PAIR)
     if name != category:
         special = "difference plural" if side == "<plural>" else "difference torso"
@@ -462,43 +461,31 @@ def patterns(code):
 
 def called(side, part):
     """What a part is called: ("left", "upperarm") -> "the left upper arm"; side "both" -> "both upper arms"."""
-    name = phrases()["plurals"].get(part) if side == "both" else phrases()["names"].get(part, part)
-    return " ".join(word for word in ("" if side == "both" else "the", side.replace("<plural>", ""), name) if word)
+    several = {"both": "both", "own": "the", "opposite": "the opposite"}.get(side)
+    names, side = (phrases()["plurals"], several) if several else (phrases()["names"], "the " + side)
+    return " ".join([*side.replace("<plural>", "").split(), names.get(part, part)])
 
 
-def sentence(pattern, code, both=False, modal=""):
-    """A pattern filled with a code. both: of the left and the right part at once. modal: "should", "must"."""
+def worded(pattern, code, modal=""):
+    """A pattern with its parts named and its verbs open: "the left knee [is|are] straight". modal: "should", "must"."""
     side, part, _, side2, part2 = code
-    many = both or side == "<plural>" or "{p}" in pattern
     if modal:                                              # [is|are] -> should be, [touches|touch] -> should touch
         pattern = re.sub(r"\[\w+\|(\w+)\]", lambda verb: f"{modal} {verb[1].replace('are', 'be')}", pattern)
-    pattern = re.sub(r"\[(\w+)\|(\w+)\]", lambda verb: verb[2 if many else 1], pattern)
-    return pattern.format(a=called("both" if both else side, part), b=called(side2, part2), x=called("left", part),
-                          y=called("right", part), p="the " + phrases()["plurals"].get(part, ""))
+    return pattern.format(a=called(side, part), b=called(side2, part2), x=called("left", part),
+                          y=called("right", part), p=called("own", part))
+
+
+def agree(text, subject=""):
+    """Open verbs -> the form that a subject asks for, "" for the one that stands before the verb."""
+    subject = subject or text.partition(" [")[0]
+    many = " and " in subject or subject.rpartition(" ")[2] in phrases()["plurals"].values()
+    return re.sub(r"\[(\w+)\|(\w+)\]", lambda verb: verb[2 if many else 1], text)
 
 
 def twin(code):
     """The code that says of the other side what this one says of its own."""
     other = {"left": "right", "right": "left", "at_right": "at_left", "at_left": "at_right"}
     return tuple(other.get(word, word) for word in code)
-
-
-@functools.cache
-def sayings():
-    """-> (ways, meaning). ways: (code, [its twin,] a demand?) -> sentences, shortest first; meaning: back again."""
-    ways, meaning, poses = {}, {phrases()["nothing"]: ()}, pose_table()
-    asked = [*poses.absolute, *poses.asked[:, None].repeat(9, 1)]
-    demands = {code for code, found in poses.where.items() if any(asked[s][c] for s, c in found)}
-    for code in [*poses.where, *pair_table().where]:
-        for pattern, modal in itertools.product(patterns(code), ("", "should", "must") if code in demands else ("",)):
-            ways.setdefault((code, modal != ""), []).append(sentence(pattern, code, False, modal))
-            if code[0] == "left" and code[1] != code[4] and "{b}" not in pattern:
-                ways.setdefault((code, twin(code), modal != ""), []).append(sentence(pattern, code, True, modal))
-    for key, lines in ways.items():
-        lines.sort(key=tokens)
-        for line in lines:                                 # a sentence with two readings would have no inverse
-            assert meaning.setdefault(line, key[:-1]) == key[:-1], line
-    return ways, meaning
 
 
 def tokens(line):
@@ -525,14 +512,6 @@ def implications(key):
 
     return [tuple({code(sided(text, side)) for text in texts} for texts in (conditions, targets))
             for conditions, *targets in phrases()[key] for side in ("left", "right")]
-
-
-def between(said):
-    """The codes that follow from two others by order: a < c, where a < b and b < c are said."""
-    links = {link: code for code in said if code[2] in OPPOSITE
-             for link in ((code[2], code[:2], code[3:]), (OPPOSITE[code[2]], code[3:], code[:2]))}
-    return {code for (way, a, c), code in links.items()
-            if any((way, a, b) in links and (way, b, c) in links for _, _, b in links)}
 
 
 def limb(part):
@@ -565,8 +544,8 @@ def grouped(said):
     units, done = [], set()
     for code in said:
         if code not in done:
-            pair = tuple(sorted((code, twin(code))))       # "left" comes before "right"
-            units.append(pair if (*pair, False) in sayings()[0] and set(pair) <= set(said) else (code,))
+            both = code != twin(code) and twin(code) in said and "{b}" not in patterns(code)[0]
+            units.append(tuple(sorted((code, twin(code)))) if both else (code,))             # "left" before "right"
             done.update(units[-1])
     return units
 
@@ -595,11 +574,6 @@ def select(may, rng, demand=False):
     return sorted(said, key=lambda code: (region(code), code[0] != first, code))
 
 
-def choose(codes, i, rng):
-    """Codes -> the statements of a caption of pose i: [(side1, part1, category, side2, part2), ...] in order."""
-    return select(eligible(pose_table(), codes, i), rng)
-
-
 def parts_named(code):
     """The parts that a code names, one side at a time: [(side, part), ...]."""
     single = {many: one for one, many in phrases()["plurals"].items()}
@@ -609,11 +583,10 @@ def parts_named(code):
 
 def touched(code, changed):
     """Does a code name one of the changed (side, part), or a part further down its limb?"""
-    for side, part in parts_named(code):
-        line = ("person", "body", "torso", limb(part), *LIMB_PARTS.get(limb(part), ()))
-        if changed & {(own, above) for above in line[:line.index(part) + 1] for own in ("", side)}:
-            return True
-    return False
+    lines = [(side, part, ("person", "body", "torso", limb(part), *LIMB_PARTS.get(limb(part), ())))
+             for side, part in parts_named(code)]
+    return any((own, above) in changed for side, part, line in lines for above in line[:line.index(part) + 1]
+               for own in ("", side))
 
 
 def choose_difference(pairs, i, rng):
@@ -625,9 +598,13 @@ def choose_difference(pairs, i, rng):
     return select({code: e + 6 for code, e in moves.items()} | ends, rng, demand=True)
 
 
+@functools.cache
 def spellings(unit, demand):
-    """The sentences for one or two codes, the shortest first. demand: see `say`."""
-    return sayings()[0][(*unit, demand and not unit[0][2].startswith(PAIR))]
+    """The sentences for one code, or for those of both sides, the shortest first. demand: see `say`."""
+    name = ("both", *unit[0][1:]) if len(unit) > 1 else unit[0]
+    modals = ("should", "must") if demand and not name[2].startswith(PAIR) else ("",)
+    lines = [agree(worded(pattern, name, modal)) for pattern in patterns(name) for modal in modals]
+    return sorted(lines, key=tokens)
 
 
 def say(said, rng, demand=False):
@@ -645,7 +622,7 @@ def say(said, rng, demand=False):
 
 def caption(codes, i, rng):
     """Pose i in words. codes: of `posecodes`; rng: np.random.Generator. -> at most 15 statements, 90 words and marks"""
-    return say(choose(codes, i, rng), rng)
+    return say(select(eligible(pose_table(), codes, i), rng), rng)
 
 
 def difference(pairs, i, rng):
@@ -653,24 +630,189 @@ def difference(pairs, i, rng):
     return say(choose_difference(pairs, i, rng), rng, demand=True)
 
 
+# ---- 4b. The captions of the published pipeline ----------------------------------------------------------------------
+# They say all that is eligible, in sentences that share what they can. Source: PoseScript, PoseFix.
+#
+#   {code: eligibility} --kept--> codes --merged--> {name: codes} --clauses--> (subject, template) --factored--> text
+#
+# A name is a code or stands for several: of both sides, of a limb. Clauses of one template share a sentence ("The left
+# hand and foot are behind the body."), and so do clauses of one subject ("The left hand is near the head and behind the
+# body."). Reading takes a sentence apart and looks every subject up with every template.
+SKIPPED, MERGED = 0.15, 0.95                               # the published probabilities
+MATES = {"hand": "elbow", "forearm": "upperarm", "foot": "knee", "shin": "thigh"}       # of these two, say the limb
+MATES |= {mate: part for part, mate in MATES.items()}
+PREFIX = r"(?:(?:the|both) (?:left |right )?)?"            # of a subject
+COPULA = re.compile(r"\{a\} (?:\[is\|are\]|is|are|should be|must be) ")
+
+
+def kept(may, rng):
+    """{code: eligibility} -> the codes that are said: chance skips some that are not rare, never everything."""
+    return [code for code, e in may.items() if e > 1 or rng is None or rng.random() >= SKIPPED] or list(may)
+
+
+def between(said):
+    """The codes that follow from two others by order: a < c, where a < b and b < c are said."""
+    links = {link: code for code in said if code[2] in OPPOSITE
+             for link in ((code[2], code[:2], code[3:]), (OPPOSITE[code[2]], code[3:], code[:2]))}
+    return {code for (way, a, c), code in links.items()
+            if any((way, a, b) in links and (way, b, c) in links for _, _, b in links)}
+
+
+@functools.cache
+def ways(code):
+    """Under which names a code can be said: [(name, all codes that it stands for), ...], the widest first."""
+    side, part, category, side2, part2 = code
+    mate, mate2, found = MATES.get(part), MATES.get(part2), {code: {code}}
+    for one, two in [(mate, mate2)] if part == part2 else [(mate, part2), (part, mate2)]:
+        if one is not None and two is not None:
+            name = side, part if one == part else limb(part), category, side2, part2 if two == part2 else limb(part2)
+            found[name] = {code, (side, one, category, side2, two)}
+    for name, codes in list(found.items()) if side in ("left", "right") and part != part2 else ():
+        _, one, category, side2, two = name if side == "left" else twin(name)
+        near = {"left": "own", "right": "opposite"}.get(side2, side2)
+        found["both", one, category, near, two] = codes | {*map(twin, codes)}
+    known = pose_table().where.keys() | pair_table().where.keys()
+    return sorted(((name, codes) for name, codes in found.items() if codes <= known), key=lambda way: -len(way[1]))
+
+
+def merged(said, rng):
+    """Codes -> {name: the codes that it stands for}. A name needs them all to be said, so that it can be undone."""
+    units, free = {}, set(said)
+    for code in said:
+        if code in free:
+            name, codes = next(way for way in ways(code) if len(way[1]) == 1
+                               or way[1] <= free and (rng is None or rng.random() < MERGED))
+            units[name] = codes
+            free -= codes
+    return units
+
+
+def units_of(codes, i, rng=None):
+    """What the full caption of pose i, or text of pair i, says: {name: the codes that it stands for}."""
+    may = eligible(pair_table() if codes.b else pose_table(), codes, i)
+    said = kept(may, rng)
+    if codes.b:
+        changed = {part for code in said if code[1] != "person" for part in parts_named(code)}
+        may = {code: e for code, e in eligible(pose_table(), codes.b, i).items() if touched(code, changed)}
+        return merged(said, rng) | merged(kept(may, rng), rng)
+    every, outer = set(said), between(said)
+    rules = [rule for key in ("redundant", "contradicted") for rule in implications(key) if rule[0] <= every]
+    # a name goes where each of its codes follows from codes that it does not stand for
+    return {name: own for name, own in merged([code for code in said if code not in outer], rng).items() if not all(
+        any(code in targets and not conditions & own for conditions, targets in rules) for code in own)}
+
+
+@functools.cache
+def nouns():
+    """A regular expression of a subject, "the left upper arm", or of a list of them, "both feet and the left hand"."""
+    names, many, regions = (phrases()[key] for key in ("names", "plurals", "regions"))
+    words = {"face", *many.values(), *(names.get(part, part) for parts in regions.values() for part in parts)}
+    part = rf"{PREFIX}(?:{'|'.join(sorted(words))})\b"
+    return rf"\b(?=the|both){part}(?:(?:, | and ){part})*"
+
+
+@functools.cache
+def clauses(name, modal="", full=True):
+    """All that can be said by a name: [("the left hand", "{a} [is|are] near the head"), ...]. The subject may be ""."""
+    texts = [worded(pattern, name, modal) for pattern in patterns(name, full)]
+    return [(one, text.replace(one, "{a}", 1)) for text in texts for one in (re.findall(nouns(), text) or [""])[:1]]
+
+
+def listed(words):
+    """["the left hand", "the left foot", "the head"] -> "the left hand, the left foot and the head"."""
+    return " and ".join(", ".join(words).rsplit(", ", 1))
+
+
+def factored(clauses, rng):
+    """Clauses [(subject, template), ...] -> [those of one sentence, ...], in order."""
+    groups, free, out = {}, set(range(len(clauses))), []
+    each_other = {"the " + many for many in phrases()["plurals"].values()}
+    for k, (subject, template) in enumerate(clauses):
+        form = template.startswith("{a} ") and (COPULA.match(template) or [""])[0]  # only like goes with like
+        groups.setdefault((subject, form), []).append(k)
+        # "the hands and knees are close together" would be another thing
+        groups.setdefault((template, subject if subject in each_other else ""), []).append(k)
+    groups = sorted(groups.values(), key=len, reverse=True)
+    if rng:
+        rng.shuffle(groups)
+    for group in groups:
+        group = [k for k in group if k in free][:4]        # a sentence has an end
+        if len(group) > 1:
+            out.append(group)
+            free -= set(group)
+    return [[clauses[k] for k in group] for group in sorted(out + [[k] for k in free])]
+
+
+def compose(group):
+    """Clauses of one subject, or of one template -> a sentence."""
+    subjects, (first, *rest) = (list(dict.fromkeys(column)) for column in zip(*group))
+    start, link = re.match(PREFIX, subjects[0])[0], COPULA.match(first)
+    if {start} == {re.match(PREFIX, subject)[0] for subject in subjects}:
+        subjects[1:] = [subject.removeprefix(start) for subject in subjects[1:]]
+    rest = [more[link.end():] if link else more.removeprefix("{a}").strip() for more in rest]
+    text = listed([first, *(more.replace("{a}", "[it|them]") for more in rest)])
+    return agree(text.replace("{a}", listed(subjects)), listed(subjects))
+
+
+def describe(codes, i, rng=None):
+    """The full caption of pose i, or text of pair i, by the published pipeline. codes: of `posecodes` or `paircodes`.
+
+    rng: np.random.Generator of all that is left to chance: what is skipped, merged, grouped, the words, the order.
+    None: one text for a pose, the most complete: nothing is skipped, all is merged, every phrase is its list's first.
+    """
+    units, chance = units_of(codes, i, rng), collections.defaultdict(rng.random if rng else float)
+    order = [0, *(1 + rng.permutation(3))] if rng else range(4)
+    modals = {name: "" if codes.b is None or name[2].startswith(PAIR) else ("should", "must")[chance["modal"] > 0.5]
+              for name in units}
+    names = sorted(units, key=lambda name: (modals[name], order[region(name)[0]], region(name), name))
+    # the same words for the same thing: they can be shared
+    said = [ways[int(len(ways) * chance[name[2]])] for name in names for ways in [clauses(name, modals[name])]]
+    lines = [compose(group) for group in factored(said, rng)] or [phrases()["nothing"]]
+    return " ".join(line[0].upper() + line[1:] + "." for line in lines)
+
+
+@functools.cache
+def told():
+    """{(subject, template, its verb in either form): the codes that they say}: every clause, compact or full."""
+    known, codes = {("", "{a}" + phrases()["nothing"]): ()}, [*pose_table().where, *pair_table().where]
+    for (name, said), modal, full in itertools.product(
+            itertools.chain(*map(ways, codes)), ("", "should", "must"), (False, True)):
+        for (subject, template), thing in itertools.product(clauses(name, modal, full), ("hand", "hands")):
+            key = subject, agree(template, thing)          # two readings would be no reading
+            assert known.setdefault(key, said) == said, key
+    return known
+
+
+@functools.lru_cache(1 << 16)
+def read(line):
+    """A sentence of `sentences` -> the codes that it says; None where it is outside of the grammar."""
+    names = (re.findall(nouns(), line) or [""])[0]
+    first, *rest = re.split(", | and ", line.replace(names, "{a}", 1))
+    start, link = re.match(PREFIX, names)[0], (COPULA.match(first) or [""])[0]
+    pieces = [[first], *([re.sub(r"\b(it|them)\b", "{a}", piece), "{a} " + piece, "{a}" + piece, link + piece]
+                         for piece in rest)]
+    subjects = [one if re.match(PREFIX, one)[0] else start + one for one in re.split(", | and ", names)]
+    said = [next((told()[one, way] for way in piece if (one, way) in told()), None)
+            for one in subjects for piece in pieces]
+    return None if None in said else tuple(itertools.chain(*map(sorted, said)))
+
+
 def sentences(text):
-    """Text -> its sentences as `sayings` spells them: lower case, single spaces, no marks."""
+    """Text -> its sentences as they are spelled here: lower case, single spaces, no marks but commas."""
     # a language model's text may be in any case and have spaces before its full stops
-    pieces = re.split(r"[.!?;\n]+", text.lower())
-    return [line for line in (" ".join(re.findall(r"\w+", piece)) for piece in pieces) if line]
+    pieces = re.split(r"[.!?;\n]+", text.lower().replace(" ,", ","))
+    return [line for line in (" ".join(re.findall(r"\w+,?", piece)) for piece in pieces) if line]
 
 
 def statements(text):
     """Text -> the codes that it says, exactly as they were chosen; sentences outside the grammar are skipped."""
-    return [code for line in sentences(text) for code in sayings()[1].get(line, ())]
+    return [code for line in sentences(text) for code in read(line) or ()]
 
 
 def holds(code, codes, i):
     """Is a code true of row i? -> (within the tolerance, exactly)."""
-    if code[2].startswith(PAIR):
-        table = pair_table()
-    else:
-        table, codes = pose_table(), codes.b or codes      # a demand is about pose B
+    moves = code[2].startswith(PAIR)                       # a demand is about pose B
+    table, codes = (pair_table(), codes) if moves else (pose_table(), codes.b or codes)
     if codes.value.shape[1] != len(table.columns):         # "raise the hand" says nothing true of a single pose
         return False, False
     low, category, high = codes.low[i], codes.category[i], codes.high[i]
@@ -683,9 +825,8 @@ def verdicts(text, codes, i):
 
     A sentence outside the grammar counts as one statement that does not hold.
     """
-    meaning = sayings()[1]
-    return [verdict for line in sentences(text)
-            for verdict in ([holds(code, codes, i) for code in meaning[line]] if line in meaning else [(False, False)])]
+    return [verdict for codes_said in map(read, sentences(text)) for verdict in (
+        [(False, False)] if codes_said is None else [holds(code, codes, i) for code in codes_said])]
 
 
 def check(text, rotmat, source=None):
@@ -698,7 +839,10 @@ def check(text, rotmat, source=None):
 
 def caption_words():
     """Every word that the two grammars can say."""
-    return {word for line in sayings()[1] for word in line.split()}
+    units = {grouped(said)[0] for code in [*pose_table().where, *pair_table().where]
+             for said in ([code], [code, twin(code)])}
+    return {word for unit in units for demand in (False, True) for line in spellings(unit, demand)
+            for word in line.split()} | {*phrases()["nothing"].split()}
 
 
 # ---- 5. Synthetic people ---------------------------------------------------------------------------------------------

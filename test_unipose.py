@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -555,7 +556,8 @@ def test_reading_a_text_gives_back_exactly_what_was_said(world):
     assert len(known) < 600
     for i in range(len(world.poses)):
         rng, pairs = np.random.default_rng((1, i)), world.pairs[i % 2]
-        for demand, said in enumerate((data.choose(world.codes, i, rng), data.choose_difference(pairs, i // 2, rng))):
+        may = data.eligible(data.pose_table(), world.codes, i)
+        for demand, said in enumerate((data.select(may, rng), data.choose_difference(pairs, i // 2, rng))):
             text = data.say(said, rng, demand=bool(demand))
             assert sorted(data.statements(text)) == sorted(said) and (demand or said)
             assert text and len(said) <= 15 and len(text.replace(".", " .").split()) <= 90
@@ -589,6 +591,32 @@ def test_the_tolerance_moves_a_value_over_a_threshold_and_no_further():
         codes = data.posecodes_at(at, np.eye(3, dtype=np.float32)[None, None].repeat(50, 0).repeat(22, 1))
         assert np.isfinite(codes.value).all()
         assert {data.holds(("left", "knee", category, "", ""), codes, i) for i in range(50)} == {verdict}, category
+
+
+def test_full_captions_are_true_read_back_exactly_and_leave_out_only_what_follows(world):
+    """Poses and pairs, by chance or not, of the embedded world and of random joints: no sentence is said twice."""
+    wild = tokenizer.aa_to_matrix(torch.randn(200, 22, 3, generator=torch.Generator().manual_seed(0)))
+    wild = data.posecodes(wild, False), data.paircodes(wild[0::2], wild[1::2], False)
+    for codes, i, chance in itertools.product((world.codes, *world.pairs, *wild), range(100), (True, False)):
+        text, units = (tell(codes, i, np.random.default_rng(i) if chance else None)
+                       for tell in (data.describe, data.units_of))
+        said, lines = sorted(itertools.chain(*units.values())), data.sentences(text)
+        assert sorted(data.statements(text)) == said and all(map(all, data.verdicts(text, codes, i)))
+        assert len(set(lines)) == len(lines) and re.fullmatch(r"([A-Z][a-z]+( [a-z]+,?)*\. ?)+", text), text
+        assert not re.search(r"(^|\. )(The (left|right) \w+ (are|touch)|(Both|The) (hands|feet|knees) is) ", text), text
+        if not codes.b and not chance:
+            may = set(data.eligible(data.pose_table(), codes, i))
+            rules = data.implications("redundant") + data.implications("contradicted")
+            assert may - set(said) <= data.between(may).union(*(targets for _, targets in rules))
+
+
+def test_clauses_share_a_sentence_with_the_right_verb():
+    """Of one template the subjects are listed; of one subject name and "is" are said once."""
+    hand, foot, near, bent = "the left hand", "the left foot", "{a} [is|are] near the head", "{a} [is|are] bent"
+    assert data.compose([(hand, near), (foot, near)]) == "the left hand and foot are near the head"
+    assert data.compose([("both feet", near), (hand, near)]) == "both feet and the left hand are near the head"
+    assert data.compose([(hand, near), (hand, bent)]) == "the left hand is near the head and bent"
+    assert data.compose([("both feet", "raise {a}"), ("both feet", "bend {a}")]) == "raise both feet and bend them"
 
 
 # ---- data.py: synthetic people ---------------------------------------------------------------------------------------
