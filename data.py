@@ -126,6 +126,7 @@ PLACES = [*JOINTS, "left_middle2", "right_middle2", "left_hand", "right_hand", "
           *(f"{side}_{part}" for part in list(SEGMENTS)[1:] for side in ("left", "right"))]
 PAIR = "(i) "                                              # marks the category of a paircode
 RELATIONS = ("distance", "relativePos")                    # the kinds that name a second part
+FLOOR = ("relativeVAxis", "onGround", "bodyInclineX", "bodyInclineZ")    # the kinds that have to do with the floor
 
 
 def side_part(name):
@@ -299,8 +300,10 @@ def head_turn(axis, rotmat, top):
     return euler(R)[:, ["XYZ".index(axis)]]
 
 
-def measure(kind, sets, at, rotmat):
-    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places, at (M,35,3), rotmat (M,22,3,3)."""
+def measure(kind, sets, at, rotmat, own=None):
+    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places, at (M,35,3), rotmat (M,22,3,3).
+    own: the last two in the body's own frame, for what has nothing to do with the floor."""
+    at, rotmat = own if own and not kind.endswith(FLOOR) else (at, rotmat)
     name, axis, (a, *others) = kind.removeprefix("pair_"), kind[-1], (at[:, column] for column in sets.T)    # (M,S,3)
     if name == "angle":
         return angle_between(a - others[0], others[1] - others[0])
@@ -319,6 +322,15 @@ def measure(kind, sets, at, rotmat):
     return (a if kind.startswith("pair_") else a - others[0])[..., "XYZ".index(axis)]
 
 
+def stood_up(at, rotmat):
+    """Places and rotations as posecodes read them, turned until the trunk is upright and its hips face front."""
+    pelvis, neck, left, right = (at[:, PLACES.index(name)] for name in ("pelvis", "neck", "left_hip", "right_hip"))
+    up, front = neck - pelvis, np.cross(left - right, neck - pelvis)
+    turn = np.stack([np.cross(up, front), up, front], 1)                                     # (M,3,3)
+    turn /= np.linalg.norm(turn, axis=-1, keepdims=True)
+    return at @ turn.swapaxes(1, 2), np.concatenate([(turn @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
+
+
 @dataclasses.dataclass
 class Codes:
     """What is true of M poses (or pairs of poses), column by column; row i belongs to pose i."""
@@ -329,6 +341,7 @@ class Codes:
     eligibility: np.ndarray                                # (M,S+P) 0 must not be said, 1 may, 2 should
     at: np.ndarray = None                                  # (M,35,3) the places
     rotmat: np.ndarray = None                              # (M,22,3,3)
+    own: tuple = None                                      # these two in the body's own frame, if asked for
     b: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
 
 
@@ -358,11 +371,12 @@ def code_up(value, table, others=()):
         (category, holds), (low, 0 * holds), (high, near), (eligibility, holds * table.said))))
 
 
-def posecodes_at(at, rotmat):
+def posecodes_at(at, rotmat, frame="world"):
     """Posecodes of places (M,35,3), metres, and local rotations (M,22,3,3), both y up and facing +z. -> Codes"""
     at, rotmat, table = np.asarray(at, np.float32), np.asarray(rotmat, np.float32), pose_table()
-    codes = code_up(np.concatenate([measure(*group, at, rotmat) for group in table.groups], 1), table)
-    codes.at, codes.rotmat = at, rotmat
+    own = {"world": lambda *_: None, "body": stood_up}[frame](at, rotmat)
+    codes = code_up(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
+    codes.at, codes.rotmat, codes.own = at, rotmat, own
     return codes
 
 
@@ -372,13 +386,15 @@ def rest():
     return load_body().rest
 
 
-def posecodes(rotmat, facing=True):
+def posecodes(rotmat, facing=True, frame="world"):
     """All posecodes of M poses, rotmat (M,22,3,3). -> Codes
 
     facing: the people face +z already, as all of the embedded world do. False: they are turned there first.
+    frame: "world" is PoseScript's, where up, left and front are those of the room: "above" is nearer to the ceiling.
+    "body": those of the trunk, so they also fit who lies or stands on the hands: "above" is nearer to the head.
     """
     rotmat = (rotmat if facing else face_front(rotmat)).detach().float().cpu()
-    return posecodes_at(places(forward_kinematics(rotmat, rest())), rotmat)
+    return posecodes_at(places(forward_kinematics(rotmat, rest())), rotmat, frame)
 
 
 # ---- 3. Paircodes ----------------------------------------------------------------------------------------------------
@@ -402,7 +418,8 @@ def helpers(pairs, codes, first):
 def paircodes_at(a, b, turn):
     """Paircodes of Codes a -> b and the turn of the body (M,), degrees about +y from A to B. -> Codes, with `.b`"""
     table, poses = pair_table(), pose_table()
-    value = [measure(*group, a.at, a.rotmat) - measure(*group, b.at, b.rotmat) for group in table.groups[:-1]]
+    value = [measure(*group, a.at, a.rotmat, a.own) - measure(*group, b.at, b.rotmat, b.own)
+             for group in table.groups[:-1]]
     pairs = code_up(np.concatenate([*value, turn[:, None]], 1), table, (b, a))
     width = len(poses.columns)
     demand = poses.absolute[np.arange(width), b.category[:, :width]]
@@ -416,13 +433,13 @@ def vertical_turn(a, b):
     return np.degrees(matrix_to_aa(b[:, 0] @ a[:, 0].mT)[:, 1].detach().float().cpu().numpy())
 
 
-def paircodes(a, b, facing=True):
+def paircodes(a, b, facing=True, frame="world"):
     """All paircodes from poses a to b, rotmat (M,22,3,3) each. -> Codes; `.b` holds the posecodes of b.
 
-    facing: see `posecodes`. False: B may have turned since A; places are compared as if both faced front.
+    facing, frame: see `posecodes`. Not facing: B may have turned since A; places are compared as if both faced front.
     """
     turn = vertical_turn(a, b) if facing else vertical_turn(face_front(a), face_front(b, like=a))
-    return paircodes_at(posecodes(a, facing), posecodes(b, facing), turn)
+    return paircodes_at(posecodes(a, facing, frame), posecodes(b, facing, frame), turn)
 
 
 # ---- 4. Captions and their inverse -----------------------------------------------------------------------------------

@@ -596,7 +596,7 @@ def test_the_tolerance_moves_a_value_over_a_threshold_and_no_further():
 def test_full_captions_are_true_read_back_exactly_and_leave_out_only_what_follows(world):
     """Poses and pairs, by chance or not, of the embedded world and of random joints: no sentence is said twice."""
     wild = tokenizer.aa_to_matrix(torch.randn(200, 22, 3, generator=torch.Generator().manual_seed(0)))
-    wild = data.posecodes(wild, False), data.paircodes(wild[0::2], wild[1::2], False)
+    wild = data.posecodes(wild, False), data.paircodes(wild[0::2], wild[1::2], False, "body")
     for codes, i, chance in itertools.product((world.codes, *world.pairs, *wild), range(100), (True, False)):
         text, units = (tell(codes, i, np.random.default_rng(i) if chance else None)
                        for tell in (data.describe, data.units_of))
@@ -617,6 +617,17 @@ def test_clauses_share_a_sentence_with_the_right_verb():
     assert data.compose([("both feet", near), (hand, near)]) == "both feet and the left hand are near the head"
     assert data.compose([(hand, near), (hand, bent)]) == "the left hand is near the head and bent"
     assert data.compose([("both feet", "raise {a}"), ("both feet", "bend {a}")]) == "raise both feet and bend them"
+
+
+def test_in_its_own_frame_a_body_is_described_alike_however_it_lies(world):
+    """frame="body": turned any way, only what has to do with the floor changes, and that is the room's."""
+    stands, lies = world.poses[:100], world.poses[:100].clone()
+    lies[:, 0] = tokenizer.aa_to_matrix(torch.tensor([[1.4, 0.3, -0.4]])) @ lies[:, 0]
+    floor = np.array([row["kind"] in data.FLOOR for row in data.pose_table().columns])
+    one, two, room = (data.posecodes(*args).value for args in (
+        (stands, True, "body"), (lies, True, "body"), (lies, True)))
+    np.testing.assert_allclose(one[:, ~floor], two[:, ~floor], atol=0.1)
+    assert (two[:, floor] == room[:, floor]).all() and np.abs(room - one)[:, ~floor].max() > 1
 
 
 # ---- data.py: synthetic people ---------------------------------------------------------------------------------------
