@@ -15,6 +15,7 @@ Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic p
 
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3
+    python data.py --speed 10000         # how fast the full captions are, and in how much memory
 """
 import collections
 import dataclasses
@@ -24,6 +25,7 @@ import json
 import math
 import pathlib
 import re
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -788,6 +790,18 @@ def describe(codes, i, rng=None):
     return " ".join(line[0].upper() + line[1:] + "." for line in lines)
 
 
+def captions(poses, seed=0, deterministic=False, frame="world", chunk=1000):
+    """Full captions of a stream of poses (22,3,3), one by one; only a chunk of them is held in memory.
+
+    Number i is a pure function of (pose i, seed, i), or of the pose alone if deterministic. frame: see `posecodes`.
+    """
+    poses = enumerate(poses)
+    while rows := list(itertools.islice(poses, chunk)):
+        codes = posecodes(torch.stack([pose for _, pose in rows]), facing=False, frame=frame)
+        for k, (i, _) in enumerate(rows):
+            yield describe(codes, k, None if deterministic else np.random.default_rng((seed, i)))
+
+
 @functools.cache
 def told():
     """{(subject, template, its verb in either form): the codes that they say}: every clause, compact or full."""
@@ -1135,11 +1149,20 @@ class Config:
     split: str = "train"                                   # train | val | test
     seed: int = 0                                          # which examples
     out: str = "out/world.png"                             # where the photographs of the first 32 people go
+    speed: int = 0                                         # time the full captions of so many poses instead
 
 
 def main():
     """Prints one example of each task and saves a sheet of photographs."""
     config = cli(Config)
+    if config.speed > 0:
+        import resource  # not on Windows
+
+        poses, start = itertools.cycle(populate(config.split, 10_000)[1]), time.process_time()
+        words = sum(len(text.split()) for text in captions(itertools.islice(poses, config.speed), config.seed))
+        rate, peak = config.speed / (time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return print(f"{rate:,.0f} captions of {words / config.speed:.0f} words in a second of processor time, "
+                     f"at most {peak / 1024:,.0f} MB of memory")
     world = World(config.split, 64)
     for task in TASKS:
         print(f"\n{task}")

@@ -619,6 +619,15 @@ def test_clauses_share_a_sentence_with_the_right_verb():
     assert data.compose([("both feet", "raise {a}"), ("both feet", "bend {a}")]) == "raise both feet and bend them"
 
 
+def test_a_caption_is_a_function_of_its_pose_seed_and_number(world):
+    """Chunks do not matter, a stream is read only as far as it is asked for, and without chance seeds do not matter."""
+    poses = world.poses[:40]
+    one, two = (list(data.captions(poses, seed)) for seed in (1, 2))
+    endless = data.captions(itertools.cycle(poses), seed=1, chunk=7)
+    assert one == [next(endless) for _ in poses] and one != two
+    assert len({(*data.captions(poses, seed, True, chunk=3 + seed),) for seed in (1, 2)}) == 1
+
+
 def test_in_its_own_frame_a_body_is_described_alike_however_it_lies(world):
     """frame="body": turned any way, only what has to do with the floor changes, and that is the room's."""
     stands, lies = world.poses[:100], world.poses[:100].clone()
