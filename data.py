@@ -15,7 +15,9 @@ Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic p
 
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3
+    python data.py --speed 10000         # how fast the full captions are, and in how much memory
 """
+import collections
 import dataclasses
 import functools
 import itertools
@@ -23,6 +25,7 @@ import json
 import math
 import pathlib
 import re
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,6 +129,7 @@ PLACES = [*JOINTS, "left_middle2", "right_middle2", "left_hand", "right_hand", "
           *(f"{side}_{part}" for part in list(SEGMENTS)[1:] for side in ("left", "right"))]
 PAIR = "(i) "                                              # marks the category of a paircode
 RELATIONS = ("distance", "relativePos")                    # the kinds that name a second part
+FLOOR = ("relativeVAxis", "onGround", "bodyInclineX", "bodyInclineZ")    # the kinds that have to do with the floor
 
 
 def side_part(name):
@@ -299,8 +303,10 @@ def head_turn(axis, rotmat, top):
     return euler(R)[:, ["XYZ".index(axis)]]
 
 
-def measure(kind, sets, at, rotmat):
-    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places, at (M,35,3), rotmat (M,22,3,3)."""
+def measure(kind, sets, at, rotmat, own=None):
+    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places, at (M,35,3), rotmat (M,22,3,3).
+    own: the last two in the body's own frame, for what has nothing to do with the floor."""
+    at, rotmat = own if own and not kind.endswith(FLOOR) else (at, rotmat)
     name, axis, (a, *others) = kind.removeprefix("pair_"), kind[-1], (at[:, column] for column in sets.T)    # (M,S,3)
     if name == "angle":
         return angle_between(a - others[0], others[1] - others[0])
@@ -319,6 +325,15 @@ def measure(kind, sets, at, rotmat):
     return (a if kind.startswith("pair_") else a - others[0])[..., "XYZ".index(axis)]
 
 
+def stood_up(at, rotmat):
+    """Places and rotations as posecodes read them, turned until the trunk is upright and its hips face front."""
+    pelvis, neck, left, right = (at[:, PLACES.index(name)] for name in ("pelvis", "neck", "left_hip", "right_hip"))
+    up, front = neck - pelvis, np.cross(left - right, neck - pelvis)
+    turn = np.stack([np.cross(up, front), up, front], 1)                                     # (M,3,3)
+    turn /= np.linalg.norm(turn, axis=-1, keepdims=True)
+    return at @ turn.swapaxes(1, 2), np.concatenate([(turn @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
+
+
 @dataclasses.dataclass
 class Codes:
     """What is true of M poses (or pairs of poses), column by column; row i belongs to pose i."""
@@ -329,12 +344,8 @@ class Codes:
     eligibility: np.ndarray                                # (M,S+P) 0 must not be said, 1 may, 2 should
     at: np.ndarray = None                                  # (M,35,3) the places
     rotmat: np.ndarray = None                              # (M,22,3,3)
+    own: tuple = None                                      # these two in the body's own frame, if asked for
     b: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
-
-
-def classify(value, table):
-    """Values (M,S) -> categories (M,S): the first i with value <= threshold i, else the last."""
-    return sum((value > threshold).astype(np.int8) for threshold in table.thresholds.T)
 
 
 def met(low, high, table):
@@ -346,7 +357,9 @@ def met(low, high, table):
 def code_up(value, table, others=()):
     """Values (M,S) -> Codes. others: (Codes of pose B, of pose A) where formulas read them."""
     value = np.nan_to_num(value).astype(np.float32)
-    low, category, high = (classify(value + sign * table.noise, table) for sign in (-1, 0, 1))
+    # the first category i with value <= threshold i, else the last
+    low, category, high = (sum((value + sign * table.noise > threshold).astype(np.int8) for threshold in
+                               table.thresholds.T) for sign in (-1, 0, 1))                   # (M,S) each
 
     def all_columns(mine, name):
         return np.concatenate([mine, *(getattr(other, name)[:, :other.value.shape[1]] for other in others)], 1)
@@ -361,11 +374,12 @@ def code_up(value, table, others=()):
         (category, holds), (low, 0 * holds), (high, near), (eligibility, holds * table.said))))
 
 
-def posecodes_at(at, rotmat):
+def posecodes_at(at, rotmat, frame="world"):
     """Posecodes of places (M,35,3), metres, and local rotations (M,22,3,3), both y up and facing +z. -> Codes"""
     at, rotmat, table = np.asarray(at, np.float32), np.asarray(rotmat, np.float32), pose_table()
-    codes = code_up(np.concatenate([measure(*group, at, rotmat) for group in table.groups], 1), table)
-    codes.at, codes.rotmat = at, rotmat
+    own = {"world": lambda *_: None, "body": stood_up}[frame](at, rotmat)
+    codes = code_up(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
+    codes.at, codes.rotmat, codes.own = at, rotmat, own
     return codes
 
 
@@ -375,13 +389,15 @@ def rest():
     return load_body().rest
 
 
-def posecodes(rotmat, facing=True):
+def posecodes(rotmat, facing=True, frame="world"):
     """All posecodes of M poses, rotmat (M,22,3,3). -> Codes
 
     facing: the people face +z already, as all of the embedded world do. False: they are turned there first.
+    frame: "world" is PoseScript's, where up, left and front are those of the room: "above" is nearer to the ceiling.
+    "body": those of the trunk, so they also fit who lies or stands on the hands: "above" is nearer to the head.
     """
     rotmat = (rotmat if facing else face_front(rotmat)).detach().float().cpu()
-    return posecodes_at(places(forward_kinematics(rotmat, rest())), rotmat)
+    return posecodes_at(places(forward_kinematics(rotmat, rest())), rotmat, frame)
 
 
 # ---- 3. Paircodes ----------------------------------------------------------------------------------------------------
@@ -405,7 +421,8 @@ def helpers(pairs, codes, first):
 def paircodes_at(a, b, turn):
     """Paircodes of Codes a -> b and the turn of the body (M,), degrees about +y from A to B. -> Codes, with `.b`"""
     table, poses = pair_table(), pose_table()
-    value = [measure(*group, a.at, a.rotmat) - measure(*group, b.at, b.rotmat) for group in table.groups[:-1]]
+    value = [measure(*group, a.at, a.rotmat, a.own) - measure(*group, b.at, b.rotmat, b.own)
+             for group in table.groups[:-1]]
     pairs = code_up(np.concatenate([*value, turn[:, None]], 1), table, (b, a))
     width = len(poses.columns)
     demand = poses.absolute[np.arange(width), b.category[:, :width]]
@@ -419,22 +436,23 @@ def vertical_turn(a, b):
     return np.degrees(matrix_to_aa(b[:, 0] @ a[:, 0].mT)[:, 1].detach().float().cpu().numpy())
 
 
-def paircodes(a, b, facing=True):
+def paircodes(a, b, facing=True, frame="world"):
     """All paircodes from poses a to b, rotmat (M,22,3,3) each. -> Codes; `.b` holds the posecodes of b.
 
-    facing: see `posecodes`. False: B may have turned since A; places are compared as if both faced front.
+    facing, frame: see `posecodes`. Not facing: B may have turned since A; places are compared as if both faced front.
     """
     turn = vertical_turn(a, b) if facing else vertical_turn(face_front(a), face_front(b, like=a))
-    return paircodes_at(posecodes(a, facing), posecodes(b, facing), turn)
+    return paircodes_at(posecodes(a, facing, frame), posecodes(b, facing, frame), turn)
 
 
 # ---- 4. Captions and their inverse -----------------------------------------------------------------------------------
-# A text is a list of sentences; a sentence says one code, or the same of both sides. Every sentence that can be said
-# stands in one dictionary, so reading is the exact inverse of writing: look the sentence up.
+# A text is a list of sentences; a sentence says one code, or the same of both sides.
 #
 #   codes of pose i --choose--> [("left", "knee", "straight", "", ""), ...] --say--> "The left knee is straight. ..."
 #                                                                   <--statements--
 MOST_STATEMENTS, MOST_TOKENS = 15, 90
+OPPOSITE = {"at_right": "at_left", "below": "above", "behind": "front"}
+OPPOSITE |= {more: less for less, more in OPPOSITE.items()}
 LIMB_PARTS = {"arm": ("shoulder", "upperarm", "elbow", "forearm", "wrist", "hand"),
               "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot")}
 
@@ -445,9 +463,11 @@ def phrases():
     return json.loads((ASSETS / "phrases.json").read_text())
 
 
-def patterns(code):
-    """The phrase patterns that say a code."""
+def patterns(code, full=False):
+    """The phrase patterns that say a code. full: with the changes of the full captions."""
     book, (side, part, category, _, part2) = phrases(), code
+    if full:
+        book = book | {key: book[key] | more for key, more in book["full"].items()}
     name = category.removeprefix(PAIR)
     if name != category:
         special = "difference plural" if side == "<plural>" else "difference torso"
@@ -461,43 +481,31 @@ def patterns(code):
 
 def called(side, part):
     """What a part is called: ("left", "upperarm") -> "the left upper arm"; side "both" -> "both upper arms"."""
-    name = phrases()["plurals"].get(part) if side == "both" else phrases()["names"].get(part, part)
-    return " ".join(word for word in ("" if side == "both" else "the", side.replace("<plural>", ""), name) if word)
+    several = {"both": "both", "own": "the", "opposite": "the opposite"}.get(side)
+    names, side = (phrases()["plurals"], several) if several else (phrases()["names"], "the " + side)
+    return " ".join([*side.replace("<plural>", "").split(), names.get(part, part)])
 
 
-def sentence(pattern, code, both=False, modal=""):
-    """A pattern filled with a code. both: of the left and the right part at once. modal: "should", "must"."""
+def worded(pattern, code, modal=""):
+    """A pattern with its parts named and its verbs open: "the left knee [is|are] straight". modal: "should", "must"."""
     side, part, _, side2, part2 = code
-    many = both or side == "<plural>" or "{p}" in pattern
     if modal:                                              # [is|are] -> should be, [touches|touch] -> should touch
         pattern = re.sub(r"\[\w+\|(\w+)\]", lambda verb: f"{modal} {verb[1].replace('are', 'be')}", pattern)
-    pattern = re.sub(r"\[(\w+)\|(\w+)\]", lambda verb: verb[2 if many else 1], pattern)
-    return pattern.format(a=called("both" if both else side, part), b=called(side2, part2), x=called("left", part),
-                          y=called("right", part), p="the " + phrases()["plurals"].get(part, ""))
+    return pattern.format(a=called(side, part), b=called(side2, part2), x=called("left", part),
+                          y=called("right", part), p=called("own", part))
+
+
+def agree(text, subject=""):
+    """Open verbs -> the form that a subject asks for, "" for the one that stands before the verb."""
+    subject = subject or text.partition(" [")[0]
+    many = " and " in subject or subject.rpartition(" ")[2] in phrases()["plurals"].values()
+    return re.sub(r"\[(\w+)\|(\w+)\]", lambda verb: verb[2 if many else 1], text)
 
 
 def twin(code):
     """The code that says of the other side what this one says of its own."""
     other = {"left": "right", "right": "left", "at_right": "at_left", "at_left": "at_right"}
     return tuple(other.get(word, word) for word in code)
-
-
-@functools.cache
-def sayings():
-    """-> (ways, meaning). ways: (code, [its twin,] a demand?) -> sentences, shortest first; meaning: back again."""
-    ways, meaning, poses = {}, {line: () for line in silent()}, pose_table()
-    asked = [*poses.absolute, *poses.asked[:, None].repeat(9, 1)]
-    demands = {code for code, found in poses.where.items() if any(asked[s][c] for s, c in found)}
-    for code in [*poses.where, *pair_table().where]:
-        for pattern, modal in itertools.product(patterns(code), ("", "should", "must") if code in demands else ("",)):
-            ways.setdefault((code, modal != ""), []).append(sentence(pattern, code, False, modal))
-            if code[0] == "left" and code[1] != code[4] and "{b}" not in pattern:
-                ways.setdefault((code, twin(code), modal != ""), []).append(sentence(pattern, code, True, modal))
-    for key, lines in ways.items():
-        lines.sort(key=tokens)
-        for line in lines:                                 # a sentence with two readings would have no inverse
-            assert meaning.setdefault(line, key[:-1]) == key[:-1], line
-    return ways, meaning
 
 
 def silent():
@@ -517,15 +525,18 @@ def eligible(table, codes, i):
 
 
 @functools.cache
-def implications():
-    """[(conditions, target)]: where the conditions are said, the target need not be."""
+def implications(key):
+    """[(conditions, targets)] of a list of the tables: where the conditions are said, the targets need not be."""
     def code(text):
         words = text.split()
-        second = side_part(words.pop()) if words[-1] in PLACES else ("", "")
-        return *side_part(words[0]), " ".join(words[1:]), *second
+        side2, part2 = side_part(words.pop()) if words[-1] in PLACES else ("", "")
+        (side, part), category = side_part(words[0]), " ".join(words[1:])
+        if (side, part) == ("right", part2):               # of two sides the left one is named first
+            side, category, side2 = "left", OPPOSITE.get(category, category), "right"
+        return side, part, category, side2, part2
 
-    return [({code(sided(one, side)) for one in conditions}, code(sided(target, side)))
-            for conditions, target in phrases()["implied"] for side in ("left", "right")]
+    return [tuple({code(sided(text, side)) for text in texts} for texts in (conditions, targets))
+            for conditions, *targets in phrases()[key] for side in ("left", "right")]
 
 
 def limb(part):
@@ -558,8 +569,8 @@ def grouped(said):
     units, done = [], set()
     for code in said:
         if code not in done:
-            pair = tuple(sorted((code, twin(code))))       # "left" comes before "right"
-            units.append(pair if (*pair, False) in sayings()[0] and set(pair) <= set(said) else (code,))
+            both = code != twin(code) and twin(code) in said and "{b}" not in patterns(code)[0]
+            units.append(tuple(sorted((code, twin(code)))) if both else (code,))             # "left" before "right"
             done.update(units[-1])
     return units
 
@@ -571,9 +582,9 @@ def select(may, rng, demand=False):
     brings a guess 20 mm nearer than a random choice. A little chance on top: two texts of one pose may differ.
     """
     codes, said, crowded = set(may), [], set()
-    for conditions, target in implications():
+    for conditions, targets in implications("implied"):
         if conditions <= codes:
-            codes.discard(target)
+            codes -= targets
     # eligibility 2 doubles a code's worth (e^0.7), chance changes it by up to a sixth
     score = {code: math.log(worth(code)) + 0.7 * e + 0.15 * rng.random() for code, e in may.items()}
     for code in sorted(codes, key=score.get, reverse=True):
@@ -587,11 +598,6 @@ def select(may, rng, demand=False):
     return sorted(said, key=lambda code: (region(code), code))
 
 
-def choose(codes, i, rng):
-    """Codes -> the statements of a caption of pose i: [(side1, part1, category, side2, part2), ...] in order."""
-    return select(eligible(pose_table(), codes, i), rng)
-
-
 def parts_named(code):
     """The parts that a code names, one side at a time: [(side, part), ...]."""
     single = {many: one for one, many in phrases()["plurals"].items()}
@@ -601,11 +607,10 @@ def parts_named(code):
 
 def touched(code, changed):
     """Does a code name one of the changed (side, part), or a part further down its limb?"""
-    for side, part in parts_named(code):
-        line = ("person", "body", "torso", limb(part), *LIMB_PARTS.get(limb(part), ()))
-        if changed & {(own, above) for above in line[:line.index(part) + 1] for own in ("", side)}:
-            return True
-    return False
+    lines = [(side, part, ("person", "body", "torso", limb(part), *LIMB_PARTS.get(limb(part), ())))
+             for side, part in parts_named(code)]
+    return any((own, above) in changed for side, part, line in lines for above in line[:line.index(part) + 1]
+               for own in ("", side))
 
 
 def choose_difference(pairs, i, rng):
@@ -617,9 +622,13 @@ def choose_difference(pairs, i, rng):
     return select({code: e + 6 for code, e in moves.items()} | ends, rng, demand=True)
 
 
+@functools.cache
 def spellings(unit, demand):
-    """The sentences for one or two codes, the shortest first. demand: see `say`."""
-    return sayings()[0][(*unit, demand and not unit[0][2].startswith(PAIR))]
+    """The sentences for one code, or for those of both sides, the shortest first. demand: see `say`."""
+    name = ("both", *unit[0][1:]) if len(unit) > 1 else unit[0]
+    modals = ("should", "must") if demand and not name[2].startswith(PAIR) else ("",)
+    lines = [agree(worded(pattern, name, modal)) for pattern in patterns(name) for modal in modals]
+    return sorted(lines, key=tokens)
 
 
 def say(said, rng, demand=False):
@@ -637,7 +646,7 @@ def say(said, rng, demand=False):
 
 def caption(codes, i, rng):
     """Pose i in words. codes: of `posecodes`; rng: np.random.Generator. -> at most 15 statements, 90 words and marks"""
-    return say(choose(codes, i, rng), rng)
+    return say(select(eligible(pose_table(), codes, i), rng), rng)
 
 
 def difference(pairs, i, rng):
@@ -645,24 +654,201 @@ def difference(pairs, i, rng):
     return say(choose_difference(pairs, i, rng), rng, demand=True)
 
 
+# ---- 5. The captions of the published pipeline ----------------------------------------------------------------------
+# They say all that is eligible, in sentences that share what they can. Source: PoseScript, PoseFix.
+#
+#   {code: eligibility} --kept--> codes --merged--> {name: codes} --clauses--> (subject, template) --factored--> text
+#
+# A name is a code or stands for several: of both sides, of a limb. Clauses of one template share a sentence ("The left
+# hand and foot are behind the body."), and so do clauses of one subject ("The left hand is near the head and behind the
+# body."). Reading takes a sentence apart and looks every subject up with every template.
+SKIPPED, MERGED = 0.15, 0.95                               # the published probabilities
+MATES = {"hand": "elbow", "forearm": "upperarm", "foot": "knee", "shin": "thigh"}       # of these two, say the limb
+MATES |= {mate: part for part, mate in MATES.items()}
+PREFIX = r"(?:(?:the|both) (?:left |right )?)?"            # of a subject
+COPULA = re.compile(r"\{a\} (?:\[is\|are\]|is|are|should be|must be) ")
+
+
+def kept(may, rng):
+    """{code: eligibility} -> the codes that are said: chance skips some that are not rare, never everything."""
+    return [code for code, e in may.items() if e > 1 or rng is None or rng.random() >= SKIPPED] or list(may)
+
+
+def between(said):
+    """The codes that follow from two others by order: a < c, where a < b and b < c are said."""
+    links = {link: code for code in said if code[2] in OPPOSITE
+             for link in ((code[2], code[:2], code[3:]), (OPPOSITE[code[2]], code[3:], code[:2]))}
+    return {code for (way, a, c), code in links.items()
+            if any((way, a, b) in links and (way, b, c) in links for _, _, b in links)}
+
+
+@functools.cache
+def ways(code):
+    """Under which names a code can be said: [(name, all codes that it stands for), ...], the widest first."""
+    side, part, category, side2, part2 = code
+    mate, mate2, found = MATES.get(part), MATES.get(part2), {code: {code}}
+    for one, two in [(mate, mate2)] if part == part2 else [(mate, part2), (part, mate2)]:
+        if one is not None and two is not None:
+            name = side, part if one == part else limb(part), category, side2, part2 if two == part2 else limb(part2)
+            found[name] = {code, (side, one, category, side2, two)}
+    for name, codes in list(found.items()) if side in ("left", "right") and part != part2 else ():
+        _, one, category, side2, two = name if side == "left" else twin(name)
+        near = {"left": "own", "right": "opposite"}.get(side2, side2)
+        found["both", one, category, near, two] = codes | {*map(twin, codes)}
+    known = pose_table().where.keys() | pair_table().where.keys()
+    return sorted(((name, codes) for name, codes in found.items() if codes <= known), key=lambda way: -len(way[1]))
+
+
+def merged(said, rng):
+    """Codes -> {name: the codes that it stands for}. A name needs them all to be said, so that it can be undone."""
+    units, free = {}, set(said)
+    for code in said:
+        if code in free:
+            name, codes = next(way for way in ways(code) if len(way[1]) == 1
+                               or way[1] <= free and (rng is None or rng.random() < MERGED))
+            units[name] = codes
+            free -= codes
+    return units
+
+
+def units_of(codes, i, rng=None):
+    """What the full caption of pose i, or text of pair i, says: {name: the codes that it stands for}."""
+    may = eligible(pair_table() if codes.b else pose_table(), codes, i)
+    said = kept(may, rng)
+    if codes.b:
+        changed = {part for code in said if code[1] != "person" for part in parts_named(code)}
+        may = {code: e for code, e in eligible(pose_table(), codes.b, i).items() if touched(code, changed)}
+        return merged(said, rng) | merged(kept(may, rng), rng)
+    every, outer = set(said), between(said)
+    rules = [rule for key in ("redundant", "contradicted") for rule in implications(key) if rule[0] <= every]
+    # a name goes where each of its codes follows from codes that it does not stand for
+    return {name: own for name, own in merged([code for code in said if code not in outer], rng).items() if not all(
+        any(code in targets and not conditions & own for conditions, targets in rules) for code in own)}
+
+
+@functools.cache
+def nouns():
+    """A regular expression of a subject, "the left upper arm", or of a list of them, "both feet and the left hand"."""
+    names, many, regions = (phrases()[key] for key in ("names", "plurals", "regions"))
+    words = {"face", *many.values(), *(names.get(part, part) for parts in regions.values() for part in parts)}
+    part = rf"{PREFIX}(?:{'|'.join(sorted(words))})\b"
+    return rf"\b(?=the|both){part}(?:(?:, | and ){part})*"
+
+
+@functools.cache
+def clauses(name, modal="", full=True):
+    """All that can be said by a name: [("the left hand", "{a} [is|are] near the head"), ...]. The subject may be ""."""
+    texts = [worded(pattern, name, modal) for pattern in patterns(name, full)]
+    return [(one, text.replace(one, "{a}", 1)) for text in texts for one in (re.findall(nouns(), text) or [""])[:1]]
+
+
+def listed(words):
+    """["the left hand", "the left foot", "the head"] -> "the left hand, the left foot and the head"."""
+    return " and ".join(", ".join(words).rsplit(", ", 1))
+
+
+def factored(clauses, rng):
+    """Clauses [(subject, template), ...] -> [those of one sentence, ...], in order."""
+    groups, free, out = {}, set(range(len(clauses))), []
+    each_other = {"the " + many for many in phrases()["plurals"].values()}
+    for k, (subject, template) in enumerate(clauses):
+        form = template.startswith("{a} ") and (COPULA.match(template) or [""])[0]  # only like goes with like
+        groups.setdefault((subject, form), []).append(k)
+        # "the hands and knees are close together" would be another thing
+        groups.setdefault((template, subject if subject in each_other else ""), []).append(k)
+    groups = sorted(groups.values(), key=len, reverse=True)
+    if rng:
+        rng.shuffle(groups)
+    for group in groups:
+        group = [k for k in group if k in free][:4]        # a sentence has an end
+        if len(group) > 1:
+            out.append(group)
+            free -= set(group)
+    return [[clauses[k] for k in group] for group in sorted(out + [[k] for k in free])]
+
+
+def compose(group):
+    """Clauses of one subject, or of one template -> a sentence."""
+    subjects, (first, *rest) = (list(dict.fromkeys(column)) for column in zip(*group))
+    start, link = re.match(PREFIX, subjects[0])[0], COPULA.match(first)
+    if {start} == {re.match(PREFIX, subject)[0] for subject in subjects}:
+        subjects[1:] = [subject.removeprefix(start) for subject in subjects[1:]]
+    rest = [more[link.end():] if link else more.removeprefix("{a}").strip() for more in rest]
+    text = listed([first, *(more.replace("{a}", "[it|them]") for more in rest)])
+    return agree(text.replace("{a}", listed(subjects)), listed(subjects))
+
+
+def describe(codes, i, rng=None):
+    """The full caption of pose i, or text of pair i, by the published pipeline. codes: of `posecodes` or `paircodes`.
+
+    rng: np.random.Generator of all that is left to chance: what is skipped, merged, grouped, the words, the order.
+    None: one text for a pose, the most complete: nothing is skipped, all is merged, every phrase is its list's first.
+    """
+    units, chance = units_of(codes, i, rng), collections.defaultdict(rng.random if rng else float)
+    order = [0, *(1 + rng.permutation(3))] if rng else range(4)
+    modals = {name: "" if codes.b is None or name[2].startswith(PAIR) else ("should", "must")[chance["modal"] > 0.5]
+              for name in units}
+    names = sorted(units, key=lambda name: (modals[name], order[region(name)[0]], region(name), name))
+    # the same words for the same thing: they can be shared
+    said = [ways[int(len(ways) * chance[name[2]])] for name in names for ways in [clauses(name, modals[name])]]
+    lines = [compose(group) for group in factored(said, rng)] or [phrases()["nothing"]]
+    return " ".join(line[0].upper() + line[1:] + "." for line in lines)
+
+
+def captions(poses, seed=0, deterministic=False, frame="world", chunk=1000):
+    """Full captions of a stream of poses (22,3,3), one by one; only a chunk of them is held in memory.
+
+    Number i is a pure function of (pose i, seed, i), or of the pose alone if deterministic. frame: see `posecodes`.
+    """
+    poses = enumerate(poses)
+    while rows := list(itertools.islice(poses, chunk)):
+        codes = posecodes(torch.stack([pose for _, pose in rows]), facing=False, frame=frame)
+        for k, (i, _) in enumerate(rows):
+            yield describe(codes, k, None if deterministic else np.random.default_rng((seed, i)))
+
+
+@functools.cache
+def told():
+    """{(subject, template, its verb in either form): the codes that they say}: every clause, compact or full."""
+    known, codes = {("", "{a}" + line): () for line in silent()}, [*pose_table().where, *pair_table().where]
+    for (name, said), modal, full in itertools.product(
+            itertools.chain(*map(ways, codes)), ("", "should", "must"), (False, True)):
+        for (subject, template), thing in itertools.product(clauses(name, modal, full), ("hand", "hands")):
+            key = subject, agree(template, thing)          # two readings would be no reading
+            assert known.setdefault(key, said) == said, key
+    return known
+
+
+@functools.lru_cache(1 << 16)
+def read(line):
+    """A sentence of `sentences` -> the codes that it says; None where it is outside of the grammar."""
+    names = (re.findall(nouns(), line) or [""])[0]
+    first, *rest = re.split(", | and ", line.replace(names, "{a}", 1))
+    start, link = re.match(PREFIX, names)[0], (COPULA.match(first) or [""])[0]
+    pieces = [[first], *([re.sub(r"\b(it|them)\b", "{a}", piece), "{a} " + piece, "{a}" + piece, link + piece]
+                         for piece in rest)]
+    subjects = [one if re.match(PREFIX, one)[0] else start + one for one in re.split(", | and ", names)]
+    said = [next((told()[one, way] for way in piece if (one, way) in told()), None)
+            for one in subjects for piece in pieces]
+    return None if None in said else tuple(itertools.chain(*map(sorted, said)))
+
+
 def sentences(text):
-    """Text -> its sentences as `sayings` spells them: lower case, single spaces, no marks."""
+    """Text -> its sentences as they are spelled here: lower case, single spaces, no marks but commas."""
     # a language model's text may be in any case and have spaces before its full stops
-    pieces = re.split(r"[.!?;\n]+", text.lower())
-    return [line for line in (" ".join(re.findall(r"\w+", piece)) for piece in pieces) if line]
+    pieces = re.split(r"[.!?;\n]+", text.lower().replace(" ,", ","))
+    return [line for line in (" ".join(re.findall(r"\w+,?", piece)) for piece in pieces) if line]
 
 
 def statements(text):
     """Text -> the codes that it says, exactly as they were chosen; sentences outside the grammar are skipped."""
-    return [code for line in sentences(text) for code in sayings()[1].get(line, ())]
+    return [code for line in sentences(text) for code in read(line) or ()]
 
 
 def holds(code, codes, i):
     """Is a code true of row i? -> (within the tolerance, exactly)."""
-    if code[2].startswith(PAIR):
-        table = pair_table()
-    else:
-        table, codes = pose_table(), codes.b or codes      # a demand is about pose B
+    moves = code[2].startswith(PAIR)                       # a demand is about pose B
+    table, codes = (pair_table(), codes) if moves else (pose_table(), codes.b or codes)
     if codes.value.shape[1] != len(table.columns):         # "raise the hand" says nothing true of a single pose
         return False, False
     low, category, high = codes.low[i], codes.category[i], codes.high[i]
@@ -675,9 +861,8 @@ def verdicts(text, codes, i):
 
     A sentence outside the grammar counts as one statement that does not hold.
     """
-    meaning = sayings()[1]
-    return [verdict for line in sentences(text)
-            for verdict in ([holds(code, codes, i) for code in meaning[line]] if line in meaning else [(False, False)])]
+    return [verdict for codes_said in map(read, sentences(text)) for verdict in (
+        [(False, False)] if codes_said is None else [holds(code, codes, i) for code in codes_said])]
 
 
 def check(text, rotmat, source=None):
@@ -690,10 +875,13 @@ def check(text, rotmat, source=None):
 
 def caption_words():
     """Every word that the two grammars can say."""
-    return {word for line in sayings()[1] for word in line.split()}
+    units = {grouped(said)[0] for code in [*pose_table().where, *pair_table().where]
+             for said in ([code], [code, twin(code)])}
+    return {word for unit in units for demand in (False, True) for line in spellings(unit, demand)
+            for word in line.split()} | {*phrases()["nothing"].split()}
 
 
-# ---- 5. Synthetic people ---------------------------------------------------------------------------------------------
+# ---- 6. Synthetic people ---------------------------------------------------------------------------------------------
 LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
 PARTS = ["root", "trunk", "head", *LEGS_ARMS]
 CHANGE = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays
@@ -836,7 +1024,7 @@ def populate(split, n):
     return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
 
 
-# ---- 6. Photographs --------------------------------------------------------------------------------------------------
+# ---- 7. Photographs --------------------------------------------------------------------------------------------------
 sitter = functools.cache(load_body)                        # who stands before the camera
 
 
@@ -885,7 +1073,7 @@ def side_shown(text):
     return next((view for view in VIEWS if show_side(view).lower() in text.lower()), "")
 
 
-# ---- 7. World and Mixture --------------------------------------------------------------------------------------------
+# ---- 8. World and Mixture --------------------------------------------------------------------------------------------
 class World:
     """The embedded data set: n people of a split, in pairs, with everything that can be asked about them.
 
@@ -944,7 +1132,7 @@ class World:
         """The same as somebody would type it: mostly whole, else the activity's name, a few statements, or both."""
         if rng.random() < 0.7:
             return self.caption(i, rng)
-        said = [code for code in choose(self.codes, i, rng) if rng.random() < 0.4]
+        said = [code for code in select(eligible(pose_table(), self.codes, i), rng) if rng.random() < 0.4]
         named = self.activity[i] + "." if i % 2 == 0 and rng.random() < 0.7 else ""    # an edit may be something else
         return " ".join(filter(None, [named[:1].upper() + named[1:], said and say(said, rng)])) or self.caption(i, rng)
 
@@ -1000,18 +1188,27 @@ def words():
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
-# ---- 8. Run it: one example of each task -----------------------------------------------------------------------------
+# ---- 9. Run it: one example of each task -----------------------------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw 32 people."""
     split: str = "train"                                   # train | val | test
     seed: int = 0                                          # which examples
     out: str = "out/world.png"                             # where the photographs of the first 32 people go
+    speed: int = 0                                         # time the full captions of so many poses instead
 
 
 def main():
     """Prints one example of each task and saves a sheet of photographs."""
     config = cli(Config)
+    if config.speed > 0:
+        import resource  # not on Windows
+
+        poses, start = itertools.cycle(populate(config.split, 10_000)[1]), time.process_time()
+        words = sum(len(text.split()) for text in captions(itertools.islice(poses, config.speed), config.seed))
+        rate, peak = config.speed / (time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return print(f"{rate:,.0f} captions of {words / config.speed:.0f} words in a second of processor time, "
+                     f"at most {peak / 1024:,.0f} MB of memory")
     world = World(config.split, 64)
     for task in TASKS:
         print(f"\n{task}")

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -513,13 +514,50 @@ def test_golden_paircodes_demands_on_pose_b_match():
         assert (full[:, at] == gold[f"posecode_eligibility_in_pairs/{kind}"]).all(), kind
 
 
+def golden_list(cell):
+    """The codes of one row of a golden list, written as ours are."""
+    return {tuple(word or "" for word in code) for code in json.loads(str(cell))}
+
+
+def clear(codes, table):
+    """Rows (M,) of which no value is so near to a threshold that rounding decides."""
+    tolerance = np.where(table.noise > 1, 0.05, 1e-4)[:, None]
+    return (np.abs(codes.value[..., None] - table.thresholds) > tolerance).all((1, 2))
+
+
+def test_golden_captions_code_lists_before_and_after_the_redundancy_rules():
+    """What may be said of a pose; what the transitive rule, the 27 rules (and their mirror images), and both leave."""
+    codes, table, gold = golden_codes(), data.pose_table(), golden("captions/code_lists.npz")
+    assert sum(len(targets) for _, targets in data.implications("redundant")) == 2 * 27
+    for i in np.flatnonzero(clear(codes, table)):
+        every = set(data.eligible(table, codes, i))
+        outer = data.between(every)
+        follow = set().union(*(targets for need, targets in data.implications("redundant") if need <= every))
+        for name, mine in (("formatted", every), ("after_transrel", every - outer), ("after_stat", every - follow),
+                           ("after_both", every - outer - follow)):
+            assert mine == golden_list(gold[name][i]), (name, i)
+
+
+def test_golden_paircodes_lists_keep_what_is_asked_of_changed_parts():
+    """All paircodes of a pair, and of the demands on B those on a part that changes, or further down its limb."""
+    pairs, gold, _, two = golden_pairs()
+    for k in np.flatnonzero(clear(pairs, data.pair_table()) & clear(two, data.pose_table())):
+        moves = {code for code in data.eligible(data.pair_table(), pairs, k) if code[1] != "person"}
+        changed = {part for code in moves for part in data.parts_named(code)}
+        demands = golden_list(gold["lists/posecodes_abs"][gold["pairs"][k, 1]])
+        assert moves == golden_list(gold["lists/paircodes"][k]), k
+        ends = {code for code in demands if data.touched(code, changed)}
+        assert moves | ends == golden_list(gold["lists/joined"][k]), k
+
+
 def test_reading_a_text_gives_back_exactly_what_was_said(world):
     """statements() inverts both grammars on 10,000 texts each: at most 15 statements, 90 words and marks, few words."""
     known = data.caption_words()
     assert len(known) < 600
     for i in range(len(world.poses)):
         rng, pairs = np.random.default_rng((1, i)), world.pairs[i % 2]
-        for demand, said in enumerate((data.choose(world.codes, i, rng), data.choose_difference(pairs, i // 2, rng))):
+        may = data.eligible(data.pose_table(), world.codes, i)
+        for demand, said in enumerate((data.select(may, rng), data.choose_difference(pairs, i // 2, rng))):
             text = data.say(said, rng, demand=bool(demand))
             assert sorted(data.statements(text)) == sorted(said) and (demand or said)
             assert text and len(said) <= 15 and len(text.replace(".", " .").split()) <= 90
@@ -553,6 +591,52 @@ def test_the_tolerance_moves_a_value_over_a_threshold_and_no_further():
         codes = data.posecodes_at(at, np.eye(3, dtype=np.float32)[None, None].repeat(50, 0).repeat(22, 1))
         assert np.isfinite(codes.value).all()
         assert {data.holds(("left", "knee", category, "", ""), codes, i) for i in range(50)} == {verdict}, category
+
+
+def test_full_captions_are_true_read_back_exactly_and_leave_out_only_what_follows(world):
+    """Poses and pairs, by chance or not, of the embedded world and of random joints: no sentence is said twice."""
+    wild = tokenizer.aa_to_matrix(torch.randn(200, 22, 3, generator=torch.Generator().manual_seed(0)))
+    wild = data.posecodes(wild, False), data.paircodes(wild[0::2], wild[1::2], False, "body")
+    for codes, i, chance in itertools.product((world.codes, *world.pairs, *wild), range(100), (True, False)):
+        text, units = (tell(codes, i, np.random.default_rng(i) if chance else None)
+                       for tell in (data.describe, data.units_of))
+        said, lines = sorted(itertools.chain(*units.values())), data.sentences(text)
+        assert sorted(data.statements(text)) == said and all(map(all, data.verdicts(text, codes, i)))
+        assert len(set(lines)) == len(lines) and re.fullmatch(r"([A-Z][a-z]+( [a-z]+,?)*\. ?)+", text), text
+        assert not re.search(r"(^|\. )(The (left|right) \w+ (are|touch)|(Both|The) (hands|feet|knees) is) ", text), text
+        if not codes.b and not chance:
+            may = set(data.eligible(data.pose_table(), codes, i))
+            rules = data.implications("redundant") + data.implications("contradicted")
+            assert may - set(said) <= data.between(may).union(*(targets for _, targets in rules))
+
+
+def test_clauses_share_a_sentence_with_the_right_verb():
+    """Of one template the subjects are listed; of one subject name and "is" are said once."""
+    hand, foot, near, bent = "the left hand", "the left foot", "{a} [is|are] near the head", "{a} [is|are] bent"
+    assert data.compose([(hand, near), (foot, near)]) == "the left hand and foot are near the head"
+    assert data.compose([("both feet", near), (hand, near)]) == "both feet and the left hand are near the head"
+    assert data.compose([(hand, near), (hand, bent)]) == "the left hand is near the head and bent"
+    assert data.compose([("both feet", "raise {a}"), ("both feet", "bend {a}")]) == "raise both feet and bend them"
+
+
+def test_a_caption_is_a_function_of_its_pose_seed_and_number(world):
+    """Chunks do not matter, a stream is read only as far as it is asked for, and without chance seeds do not matter."""
+    poses = world.poses[:40]
+    one, two = (list(data.captions(poses, seed)) for seed in (1, 2))
+    endless = data.captions(itertools.cycle(poses), seed=1, chunk=7)
+    assert one == [next(endless) for _ in poses] and one != two
+    assert len({(*data.captions(poses, seed, True, chunk=3 + seed),) for seed in (1, 2)}) == 1
+
+
+def test_in_its_own_frame_a_body_is_described_alike_however_it_lies(world):
+    """frame="body": turned any way, only what has to do with the floor changes, and that is the room's."""
+    stands, lies = world.poses[:100], world.poses[:100].clone()
+    lies[:, 0] = tokenizer.aa_to_matrix(torch.tensor([[1.4, 0.3, -0.4]])) @ lies[:, 0]
+    floor = np.array([row["kind"] in data.FLOOR for row in data.pose_table().columns])
+    one, two, room = (data.posecodes(*args).value for args in (
+        (stands, True, "body"), (lies, True, "body"), (lies, True)))
+    np.testing.assert_allclose(one[:, ~floor], two[:, ~floor], atol=0.1)
+    assert (two[:, floor] == room[:, floor]).all() and np.abs(room - one)[:, ~floor].max() > 1
 
 
 # ---- data.py: synthetic people ---------------------------------------------------------------------------------------
