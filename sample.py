@@ -448,7 +448,7 @@ def main(argv=None):
     if not 1 <= config.n <= 64 or not 0 <= config.temperature <= 100:
         raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} 0 to 100")
     if config.n > 1 and config.decode in ("soft", "vote"):
-        raise Mistake(f"--decode {config.decode} makes one pose of all, so --n must be 1; draw more with --decode argmax")
+        raise Mistake(f"--decode {config.decode} makes one pose of all, so --n must be 1; draw with --decode argmax")
     body, model = load_body(config.body), load(config.weights, find_device(config.device))
     check_decoding(model, config.decode)
     if config.decode == "ar" and model.config["attn"] != "causal":

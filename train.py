@@ -112,7 +112,7 @@ PEOPLE = dict(nano=(256, 64), tiny=(40_000, 16_000))  # synthetic people, and ho
 @dataclass
 class Config:
     """Train UniPose, one stage or all of them."""
-    stage: str = "all"  # backbones | tokenizer | retrieval | align | project | instruct | all
+    stage: str = "all"  # backbones | tokenizer | retrieval | align | project | instruct, several with commas | all
     size: str = "tiny"  # nano | tiny | paper
     out: str = ""  # folder of the checkpoint; empty: out/<size>
     init: str = ""  # start from this folder instead of --out; A,B: from A, with what B alone has been through
@@ -562,7 +562,9 @@ def refuse(config):
     def need(fine, sentence):
         if not fine:
             raise Mistake(sentence)
-    for name, choices in {"stage": (*STAGES, "all"), "size": tuple(SIZES), **CHOICES}.items():
+    for stage in asked(config):
+        need(stage in STAGES, f"--stage {stage} is not one of {', '.join(STAGES)}, all")
+    for name, choices in {"size": tuple(SIZES), **CHOICES}.items():
         given = getattr(config, name)
         fine = given in choices or (name in CHOICES and not given)
         need(fine, f"--{name} {given} is not one of {', '.join(choices)}")
@@ -574,11 +576,17 @@ def refuse(config):
     settle(config)
     need(config.people % 2 == 0 and config.photos % 2 == 0, "--people and --photos must be even: people come in pairs")
     need(config.photos <= config.people, f"--photos {config.photos} is more than --people {config.people}")
-    for stage in STAGES if config.stage == "all" else [config.stage]:
+    for stage in asked(config):
         batch, whole = config.batch or STAGES[stage].schedule[config.size][1], STAGES[stage].whole
         cuts = config.accumulate * (1 if whole else ranks()[1])
         need(batch % cuts == 0, f"--batch {batch} of {stage} does not cut into {cuts} parts (accumulate x processes)")
         need(cuts == 1 or not whole, f"the samples of a batch of {stage} learn from each other; leave --accumulate out")
+
+
+def asked(config):
+    """The stages that --stage names, in their order."""
+    named = config.stage.split(",")
+    return list(STAGES) if named == ["all"] else sorted(named, key=[*STAGES, *named].index)
 
 
 def settle(config):
@@ -594,14 +602,15 @@ def settle(config):
 def start_from(config, out):
     """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
     first, *others = config.init.split(",")
-    folder, needs = pathlib.Path(first or out), STAGES[config.stage].needs if config.stage != "all" else ()
+    folder, stages = pathlib.Path(first or out), asked(config)
+    needs = [need for stage in stages for need in STAGES[stage].needs if need not in stages]
     exists = (folder / "config.json").exists()
     if config.stage == "all" and (config.init or (exists and not config.resume)):
         raise Mistake(f"--stage all starts afresh, and {folder} holds a model; give --resume, or another --out")
     if config.init or exists:
         return go_on_from(folder, others, needs, config)
     if needs:
-        raise Mistake(f"stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
+        raise Mistake(f"--stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
                       f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
     torch.manual_seed(config.seed)
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
@@ -617,7 +626,7 @@ def go_on_from(folder, others, needs, config):
         state |= trained_alone(other, notes)
     missing = [stage for stage in needs if stage not in notes.get("stages", [])]
     if missing:
-        raise Mistake(f"stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
+        raise Mistake(f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
                       f"run `python train.py --stage {missing[0]} --out {folder}` first")
     if notes["size"] != config.size:
         raise Mistake(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
@@ -681,11 +690,9 @@ def run_stage(config, model, ruler, frozen, notes, out):
 
 def finish(config, model, ruler, notes, out, seconds):
     """Write the checkpoint after a stage, note what made it, and draw the curves."""
-    order = list(STAGES)
-    # what was trained on top of an older version of this stage no longer stands; the ruler stands by itself
-    stand = [stage for stage in notes["stages"] if "retrieval" in (stage, config.stage)
-             or order.index(stage) < order.index(config.stage)]
-    notes["stages"] = [*(stage for stage in stand if stage != config.stage), config.stage]
+    def rests(stage):  # on an older version of the one that was trained now: it no longer stands
+        return stage == config.stage or any(map(rests, STAGES[stage].needs))
+    notes["stages"] = [*(stage for stage in notes["stages"] if not rests(stage)), config.stage]
     notes["seconds"][config.stage], notes["commands"][config.stage] = round(seconds), provenance()["command"]
     told = {key: notes[key] for key in ("stages", "seconds", "commands")}
     extra = {}
@@ -735,7 +742,7 @@ def main(argv=None):
     model, ruler, notes = start_from(config, out)
     config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
-    stages = [s for s in STAGES if config.stage in (s, "all") and not (config.resume and done(s, config, notes, out))]
+    stages = [s for s in asked(config) if not (config.resume and done(s, config, notes, out))]
     if not stages:
         print(f"{out} has been through {config.stage} already; there is nothing to resume")
     frozen = Frozen(model, World("train", config.people, model.vision.clip_size), config.photos)
