@@ -23,28 +23,44 @@ import json
 import math
 import pathlib
 import re
-from dataclasses import dataclass
+import sys
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from tokenizer import (
     JOINTS,
+    MOTION,
     PARENTS,
     Mistake,
+    SafeUnpickler,
     aa_to_matrix,
+    as_rotations,
     body_colors,
     camera,
     cli,
+    files_in,
     forward_kinematics,
+    frame_of,
+    from_camera,
     load_body,
+    load_json,
     matrix_to_aa,
     mirror,
+    motion,
+    open_image,
+    read_arrays,
+    reason,
     render,
     saving,
     script,
+    skipping,
     turn_y,
 )
 
@@ -948,24 +964,240 @@ class Mixture:
         return {"pose2text": (self.pose[i], told), "text2pose": (told, self.pose[i])}.get(task) or (self.photo(i), told)
 
 
-def words():
-    """Sorted list of every word and mark, in lower case, that templates and captions can say."""
-    said = " ".join(SLOT.sub(" ", line) for task in TASKS for line in templates(task))
+def words(texts=()):
+    """Sorted list of every word and mark, in lower case, that templates, captions and the texts say."""
+    said = " ".join([*(SLOT.sub(" ", line) for task in TASKS for line in templates(task)), *texts])
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
-# ---- 8. Run it: one example of each task -----------------------------------------------------------------------------
+# ---- 8. Readers ------------------------------------------------------------------------------------------------------
+# A reader is a generator over one release on disk and yields records, dicts with the same keys in all of them:
+#
+#   id, source    the entry and its data set; split: "train" | "val" | "test" where the release says so
+#   pose, start   (22,3,3) float32, y up, of a picture as its camera sees it (+z towards the camera); start: pose A
+#                 where `pose` is pose B of a pair; together: are both frames of one sequence?
+#   texts         of the pose, or of the way from start to pose
+#   image, box    [file, first byte, bytes (-1: all)], a square in it, [middle x, middle y, side]; start_image: of A
+#
+# A release that cannot be read is a Mistake. An entry that cannot is left out, and `skipped` says which and why.
+def amass(path, skipped):
+    """AMASS, SMPL+H or SMPL-X, a file, a subset or everything: 12 poses a second (every 10th where the file does not
+    say how many it has) of the middle 60 % of each motion, since many begin and end in a T (TokenHMR)."""
+    names = load_json(ASSETS / "amass.json")               # its folders, then and now
+    for file in files_in(path, ".npz"):
+        if file.name == "shape.npz" or file.stem.endswith("stagei"):
+            continue                                       # a subject's shape: every folder has one
+        with skipping(skipped, file):
+            poses, rate = motion(read_arrays(file, MOTION), file)
+            subset, step = file.resolve().parts[-3], max(1, round(rate / 12)) if rate else 10    # subset/subject/file
+            for row in range(len(poses) // 5, len(poses) - len(poses) // 5, step):
+                with skipping(skipped, file):
+                    yield {"id": f"{file}:{row}", "source": f"amass-{names.get(subset, subset)}",
+                           "pose": frame_of(poses, row, file).numpy()}
+
+
+def located(folder, root, wanted):
+    """PoseScript's numbers of poses -> {number: (pose, sequence), or [why not]}, from AMASS by old names or new."""
+    index, found = load_json([*folder.glob("ids_2_dataset*index*.json"), folder / "ids_2_dataset_index.json"][0]), {}
+    names = load_json(ASSETS / "amass.json")
+    opened = functools.lru_cache(1)(lambda file: motion(read_arrays(file, MOTION), file)[0])
+    for key in tqdm(sorted(wanted, key=lambda key: str(index.get(key))), "AMASS", leave=False):      # a file at a time
+        with skipping(why := [], f"pose {key}"):
+            _, name, frame = index[key]
+            first, _, rest = name.partition("/")
+            homes = [first, names.get(first, first), *(old for old, new in names.items() if new == first)]
+            file = next((path for home in homes if (path := root / home / rest).is_file()), root / name)
+            why = frame_of(opened(file), frame, file).numpy(), name
+        found[key] = why
+    return found
+
+
+def posescript(path, root, skipped, patterns):
+    """PoseScript v1 or v2, or PoseFix, whose entries are two of its poses, and the AMASS SMPL+H that both point into.
+    patterns: files with texts, which are automatic, or written by people."""
+    folder, texts, pairs = pathlib.Path(path), {}, pathlib.Path(path) / "pair_id_2_pose_ids.json"
+    for file in (file for name in patterns for file in sorted(folder.glob(f"{name}.json"))):
+        for key, said in load_json(file).items():
+            texts.setdefault(key, []).extend([said] if isinstance(said, str) else said)
+    split = {str(k): split for split in SPLITS for file in folder.glob(f"{split}_*ids*.json") for k in load_json(file)}
+    poses = {str(k): two for k, two in enumerate(load_json(pairs))} if pairs.exists() else {key: [key] for key in texts}
+    found = located(folder, pathlib.Path(root), {str(k) for key in texts for k in poses.get(key, [])})
+    for key, said in texts.items():
+        with skipping(skipped, f"entry {key}"):
+            both = [found[str(k)] for k in (2 * poses[key])[:2]]
+            if min(map(len, both)) < 2:
+                raise Mistake(*min(both, key=len))
+            (start, one), (pose, two) = both
+            record = {"id": key, "source": "posescript", "split": split.get(key, ""), "pose": pose, "texts": said}
+            yield record | ({"source": "posefix", "start": start, "together": one == two} if pairs.exists() else {})
+
+
+def from_picture(image, middle=None, sides=None, pose=None):
+    """What a picture gives to its record: image; the square that 4D-Humans cuts around a box (pixels; it grows the box
+    to 3:4); the pose, which is given with its root in the camera's frame. Raises Mistake."""
+    record = {"image": [str(image[0]), *image[1:]]}
+    open_image(image, (64, 64))                            # it decodes, or is no entry
+    if sides is not None:
+        x, y, wide, high = np.ravel([middle, sides]).astype(float).tolist()
+        if not (1 <= max(wide, high) < 1e5 and max(abs(x), abs(y)) < 1e5):    # false for NaN too
+            raise Mistake(f"its box is {wide} x {high} pixels around ({x}, {y})")
+        record["box"] = [x, y, max(high, wide * 4 / 3)]
+    return record if pose is None else record | {"pose": from_camera(pose, "its pose").numpy()}
+
+
+def tars(path, skipped):
+    """4D-Humans' training tars, one or a folder of them: for each picture NNN.jpg a list of people, NNN.data.pyd."""
+    for file in files_in(path, ".tar"):
+        with skipping(skipped, file), tarfile.open(file, "r:") as tar:       # a torn one gives what came before
+            for key, group in itertools.groupby(tar, lambda member: re.match(r"(.*/)?[^/.]*", member.name)[0]):
+                with skipping(skipped, f"{file}/{key}"):
+                    group = {member.name[len(key):].lower(): member for member in group}
+                    photo = group[next((kind for kind in (".jpeg", ".png") if kind in group), ".jpg")]
+                    for person in SafeUnpickler(tar.extractfile(group[".data.pyd"]), encoding="latin1").load():
+                        with skipping(skipped, f"{file}/{key}"):
+                            yield {"id": f"{file.name}/{key}", "source": file.resolve().parent.name,
+                                   **usable(person, [file, photo.offset_data, photo.size])}
+
+
+def usable(person, image):
+    """A person of a tar, whose scale is the box / 200, by `from_picture`. Raises Mistake where HMR2 drops it, too."""
+    seen = (np.asarray(person["keypoints_2d"])[:, 2] > 0.3).sum()
+    fit = np.asarray(person.get("extra_info", {}).get("fitting_loss", {})).item()
+    if not np.all(person["has_body_pose"]) or seen <= 4 or np.max(fit.get("reprojection_loss", 0)) >= 31_000:
+        raise Mistake(f"somebody has no pose, a bad fit, or only {seen} joints that are seen")
+    return from_picture(image, person["center"], 200 * np.asarray(person["scale"]), np.asarray(person["body_pose"]))
+
+
+def evaluation(path, root, skipped):
+    """4D-Humans' evaluation .npz (3DPW, Human3.6M) and the folder of its images; here scales are pixels, one or two."""
+    a = read_arrays(path, ("imgname", "center", "scale", "body_pose", "has_body_pose"))
+    scale = a["scale"].reshape(len(a["imgname"]), -1) * np.ones(2)                      # (N,2)
+    scale *= 200 if np.median(scale) < 20 else 1           # nobody is 20 pixels large: the unit of the tars
+    for k, name in enumerate(a["imgname"]):
+        with skipping(skipped, f"{path}, row {k}"):
+            name = name.decode() if isinstance(name, bytes) else str(name)
+            pose = a["body_pose"][k] if "body_pose" in a and a.get("has_body_pose", np.ones(k + 1))[k] else None
+            yield {"id": f"{name}:{k}", "source": pathlib.Path(path).stem, "split": "test",
+                   **from_picture([pathlib.Path(root) / name, 0, -1], a["center"][k], scale[k], pose)}
+
+
+def images(path, skipped):
+    """A folder of pictures; boxes.json in it may name people: {"a.jpg": [left, top, wide, high], or a list of such}."""
+    folder = pathlib.Path(path)
+    boxes = load_json(folder / "boxes.json") if (folder / "boxes.json").exists() else {}
+    for file in files_in(path, ".jpg", ".jpeg", ".png", ".bmp"):
+        name = file.relative_to(folder).as_posix()
+        with skipping(skipped, file):
+            for box in np.reshape(boxes.get(name, 4 * [0.0]), (-1, 4)).astype(float):
+                where = [box[:2] + box[2:] / 2, box[2:]] if name in boxes else []
+                yield {"id": name, "source": folder.resolve().name, **from_picture([file, 0, -1], *where)}
+
+
+def built(path, skipped, refined=False):
+    """What `--build` wrote, or only its refined texts."""
+    for file in files_in(path, ".jsonl"):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            with skipping(skipped, f"{file}, line {number}"):
+                row = json.loads(line)
+                for of, pose in (("", "pose"), ("start_", "start")) if "start" in row else (("", "pose"),):
+                    row[pose] = as_rotations(np.array(row[pose]), pose).numpy()
+                    row[of + "image"] = from_picture([file.parent / row[of + "image"], 0, -1])["image"]
+                if "refined" in row or not refined:
+                    yield row | ({"texts": [row["refined"]]} if refined else {})
+
+
+def embedded(path, skipped):
+    """People of the embedded world, `train:2000`, as their camera sees them."""
+    split, _, n = path.partition(":")
+    for i, pose in enumerate(World(split, int(n)).seen.numpy()):
+        yield {"id": str(i), "source": f"world-{split}", "split": split, "pose": pose}
+
+
+SAID = {"a": ["posescript_auto_*", "automatic_*", "posefix_auto_*"],             # by whom: A automatic, H people
+        "h": ["posescript_human_*", "human*", "posefix_human_*", "posefix_paraphrases_*"]}
+READERS = {"amass:PATH": amass, "tars:PATH": tars, "evaluation:NPZ,IMAGES": evaluation, "images:FOLDER": images,
+           **{f"{name}_{who}:RELEASE,AMASS": functools.partial(posescript, patterns=SAID[who])
+              for name in ("posescript", "posefix") for who in SAID},
+           "built:FOLDER": built, "refined:FOLDER": functools.partial(built, refined=True), "world:SPLIT:N": embedded}
+
+
+def read(specs):
+    """Data sets, ["KIND:PATH", ...] as in READERS -> all records; prints what was left out, and why. Raises Mistake."""
+    found = []
+    for spec in specs:
+        kind, _, path = spec.partition(":")
+        usage = next((usage for usage in READERS if usage.startswith(kind + ":")), "")
+        paths, skipped, before = path.rsplit(",", usage.count(",")), [], len(found)
+        if not usage or len(paths) <= usage.count(","):
+            raise Mistake(f"{spec!r} is no data set: give {usage or ', '.join(READERS)}")
+        try:
+            found += tqdm(READERS[usage](*paths, skipped), spec, leave=False)
+        except Exception as error:                         # whatever a release of another layout leads to
+            raise Mistake(f"{spec} cannot be read: {reason(error)}") from error
+        if skipped:
+            print(f"{spec}: {len(skipped)} entries are left out, such as", *skipped[:3], sep="\n    ", file=sys.stderr)
+        if len(found) == before:
+            raise Mistake(f"{spec} holds nothing that can be read: check the path")
+    return found
+
+
+def posed(specs):
+    """Records of single poses, and these poses (M,22,3,3). Raises Mistake."""
+    records = [record for record in read(specs) if "pose" in record and "start" not in record]
+    if not records:
+        raise Mistake("there are no poses: give --poses KIND:PATH")
+    return records, torch.tensor(np.stack([record["pose"] for record in records]))
+
+
+def cut(record, size, of=""):
+    """The picture of a record (of="start_": of its pose A), its square or else the middle one -> PIL (size,size)."""
+    picture = open_image(record[of + "image"])
+    x, y, side = not of and record.get("box") or (picture.width / 2, picture.height / 2, min(picture.size))
+    return picture.crop([round(at + k * side / 2) for k in (-1, 1) for at in (x, y)]).resize((size, size))
+
+
+def survey(records, path, size=128):
+    """Prints counts and ranges of records, and draws 16 of them: their pictures, then their poses."""
+    for (source, split), n in Counter((r["source"], r.get("split", "")) for r in records).most_common(20):
+        print(f"{source:<28}{split:<6}{n:>9} entries")
+    poses = np.array([r[key] for r in records for key in ("start", "pose") if key in r])
+    poses = torch.tensor(poses).view(-1, 22, 3, 3)
+    for what, values in {
+            "words in a text": [len(text.split()) for r in records for text in r.get("texts", ())],
+            "pixels, side of a box": [r["box"][2] for r in records if "box" in r],
+            "degrees, bend of a joint": matrix_to_aa(poses[:, 1:]).norm(dim=-1).rad2deg().flatten().tolist(),
+            "degrees, pelvis off upright": poses[:, 0, 1, 1].clamp(-1, 1).arccos().rad2deg().tolist()}.items():
+        if values:
+            print(f"{what:<30}{len(values):>11}   {min(values):.0f} to {max(values):.0f}, mean {np.mean(values):.0f}")
+    strips, body = [], sitter()
+    for r in records[::-(-len(records) // 16)]:
+        strips.append([cut(r, size, of) for of in ("start_", "") if of + "image" in r] + [
+            Image.fromarray(render(body(torch.tensor(r[key])[None])[1][0], body.faces, body_colors(body), size))
+            for key in ("start", "pose") if key in r])
+    wide = size * max(map(len, strips))
+    sheet = Image.new("RGB", (4 * wide, -(-len(strips) // 4) * size), "white")
+    for k, c, cell in ((k, c, cell) for k, strip in enumerate(strips) for c, cell in enumerate(strip)):
+        sheet.paste(cell, (k % 4 * wide + c * size, k // 4 * size))
+    with saving(path) as new:
+        sheet.save(new, format="PNG")
+
+
+# ---- 9. Run it: one example of each task -----------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Print one example of each task and draw 32 people."""
-    split: str = "train"                                   # train | val | test
+    """Print one example of each task and draw 32 people; or look at real data."""
+    split: str = "train"                                   # of the embedded world: train | val | test
     seed: int = 0                                          # which examples
-    out: str = "out/world.png"                             # where the photographs of the first 32 people go
+    out: str = ""                                          # folder of what is written; empty: out
+    check: list[str] = field(default_factory=list)         # KIND:PATH, a data set to count, measure and draw
 
 
-def main():
-    """Prints one example of each task and saves a sheet of photographs."""
-    config = cli(Config)
+def main(argv=None):
+    """Prints one example of each task and saves a sheet of photographs, or checks a data set."""
+    config = cli(Config, argv)
+    config.out = pathlib.Path(config.out or "out")
+    if config.check:
+        return survey(read(config.check), config.out / "check.png")
     world = World(config.split, 64)
     for task in TASKS:
         print(f"\n{task}")
@@ -973,12 +1205,12 @@ def main():
             shown = value.strip() if kind == "text" else f"<{kind}> {' x '.join(map(str, value.shape))}"
             print(f"  {'->' if is_target else '  '} {shown}")
     rows = [np.concatenate([world.image(i) for i in range(k, k + 8)], 1) for k in range(0, 32, 8)]
-    with saving(config.out) as path:
+    with saving(config.out / "world.png") as path:
         Image.fromarray(np.concatenate(rows)).save(path, format="PNG")
     joints = forward_kinematics(World(config.split, 4000).poses, rest())
     apart = 1000 * (joints[0::2] - joints[1::2]).norm(dim=-1).mean()
     print(f"\n{len(people().activities)} activities, {len(words())} words, {len(TASKS)} x {TEMPLATES} instructions; "
-          f"the two of a pair are {apart:.0f} mm apart (mean over 2,000 pairs); the first 32 people: {config.out}")
+          f"the two of a pair are {apart:.0f} mm apart (2,000 pairs); 32 of them: {config.out / 'world.png'}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import math
 import os
 import pathlib
@@ -53,7 +54,17 @@ class Mistake(Exception):
 
 def reason(error):
     """The first line of what an exception says: libraries like to go on."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return (said or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def skipping(skipped, where):
+    """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
+    try:
+        yield
+    except Exception as error:                             # a damaged file can raise nearly anything
+        skipped.append(f"{where}: {reason(error)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,6 +141,33 @@ def saving(path):
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
             raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
         raise
+
+
+def files_in(path, *suffixes):
+    """The file itself, or all files below a folder that end in one of the suffixes, in order."""
+    path = pathlib.Path(path)
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+
+
+def load_json(path):
+    """What a JSON file holds. Raises Mistake."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{path} is not a complete JSON file: {reason(error)}") from None
+
+
+def open_image(where, near=None):
+    """[file, first byte, bytes (-1: all)] -> PIL RGB picture. near: a JPEG may be decoded coarsely, to no less than
+    this size. Raises Mistake."""
+    try:
+        with open(where[0], "rb") as file:
+            file.seek(where[1])
+            picture = Image.open(io.BytesIO(file.read(where[2])))
+        picture.draft("RGB", near)
+        return picture.convert("RGB")
+    except Exception as error:                             # a damaged file can fail anywhere inside a decoder
+        raise Mistake(f"{where[0]} holds an image that cannot be decoded ({type(error).__name__})") from None
 
 
 # ---- 2. The skeleton: 22 joints --------------------------------------------------------------------------------------
@@ -536,8 +574,8 @@ MOTION = ("poses", "root_orient", "pose_body", "mocap_framerate", "mocap_frame_r
 
 
 def motion(arrays, where):
-    """Arrays of an AMASS .npz, SMPL+H (`poses`) or SMPL-X (`root_orient`, `pose_body`) -> axis-angles (T,66), z up, and
-    frames a second, 0 where the file does not say. Raises Mistake."""
+    """Arrays of an AMASS .npz, SMPL+H (`poses`) or SMPL-X (`root_orient`, `pose_body`) -> axis-angles (T,66), z up,
+    and frames a second, 0 where the file does not say. Raises Mistake."""
     if {"root_orient", "pose_body"} <= arrays.keys():
         root, limbs = arrays["root_orient"], arrays["pose_body"]
         if root.shape[1:] != (3,) or limbs.shape != (len(root), 63):
@@ -557,6 +595,14 @@ def frame_of(poses, frame, where):
         raise Mistake(f"{where} has no frame {frame}: it holds {len(poses)}, counted from 0")
     rotmat = as_rotations(poses[frame], f"frame {frame} of {where}")
     rotmat[0] = UP @ rotmat[0]
+    return rotmat
+
+
+def from_camera(array, where):
+    """A pose as `as_rotations` takes it, its root as a camera sees it (z ahead, y down) -> rotmat (22,3,3) in our
+    frame, where +z comes towards the camera. Raises Mistake."""
+    rotmat = as_rotations(np.asarray(array), where)
+    rotmat[0] *= torch.tensor([[1.0], [-1.0], [-1.0]])     # half a turn about x
     return rotmat
 
 
