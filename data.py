@@ -1182,22 +1182,166 @@ def survey(records, path, size=128):
         sheet.save(new, format="PNG")
 
 
-# ---- 9. Run it: one example of each task -----------------------------------------------------------------------------
+# ---- 9. ImageScript and ImageDiff ------------------------------------------------------------------------------------
+# UniPose appendix A: all poses --farthest points--> poses B --one of the 100 nearest, that differs--> poses A --> texts
+SIDE = 336                                                 # pixels of a picture, as CLIP takes it
+ASK = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
+       "part that it names, and whether it is the left or the right one. Answer with the description alone. ")
+
+
+def farthest(points, n, start=0):
+    """Farthest-point sampling of bodies (M,22,3), n <= M: the next one has the largest mean joint error to all before.
+
+    -> indices, a list. Exact: whoever lies `near` a choice, and that choice twice as far from a new one, stays with it
+    (triangle inequality), so most of the n x M distances are never measured.
+    """
+    near, owner = np.full(len(points), np.inf, np.float32), np.zeros(len(points), np.int32)
+    chosen, order = np.empty((n, *points.shape[1:]), np.float32), []
+
+    def apart(some):
+        gap = (some - chosen[k]) ** 2
+        return np.sqrt(gap[..., 0] + gap[..., 1] + gap[..., 2]).mean(-1)     # .sum(-1) of three is slow
+
+    for k in tqdm(range(n), "farthest points", leave=False):
+        order.append(int(near.argmax()) if k else int(start))
+        chosen[k] = points[order[k]]
+        rows = np.flatnonzero(apart(chosen[:k + 1])[owner] < 2.001 * near)   # .001 is for rounding
+        gap = apart(points[rows])
+        closer = gap < near[rows]
+        near[rows[closer]], owner[rows[closer]] = gap[closer], k
+        near[order[k]] = -1                                # never again, though its double may come last
+    return order
+
+
+def differing(one, others):
+    """In how many codes others (n,S+P) differ from one (S+P,); the turn of the head is not counted, as in PoseFix."""
+    counted = [not row["kind"].startswith("relativeRot") for row in pose_table().columns]
+    return (others != one)[:, counted + [True] * (len(one) - len(counted))].sum(1)
+
+
+def partners(chosen, features, category, least, rng):
+    """To poses B, indices, a pose A each: any of the 100 nearest by cosine of features (M,d) that differs in `least` or
+    more codes (M,S+P), but no pair twice -> {b: a}; a B without one is left out."""
+    features, pairs = torch.nn.functional.normalize(torch.as_tensor(features).float()), {}
+    for part in torch.as_tensor(chosen).split(128):
+        nearest = (features[part] @ features.T).topk(min(101, len(features))).indices.numpy()       # B itself is there
+        for b, near in zip(part.tolist(), nearest):
+            near = rng.permutation(near[(differing(category[b], category[near]) >= least) & (near != b)]).tolist()
+            pairs |= {b: a for a in near if pairs.get(a) != b}
+    return pairs
+
+
+def named(text):
+    """The parts that a text names, with their sides: {("left", "knee"), ...}; "both knees" are two."""
+    found = re.findall(r"\b(?:(left|right)\s+)?(?:upper\s+)?(hand|wrist|(?:fore)?arm|elbow|shoulder|foot|ankle|shin|"
+                       r"knee|thigh|leg|hip|head|neck|torso|body)(s?)\b", text.lower().replace("feet", "foots"))
+    return {(own, part) for side, part, many in found for own in (("left", "right") if many and not side else (side,))}
+
+
+def refiner(path):
+    """A local Hugging Face chat model -> refine(text), which says a text anew, None where a part or its side got lost.
+    In the paper GPT-4 does it. Raises Mistake."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        spell = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
+        spell.apply_chat_template([{"role": "user", "content": ""}])
+    except Exception as error:                             # transformers raises nearly anything
+        raise Mistake(f"--refine {path} is no folder of a chat model and its tokenizer: {reason(error)}") from error
+
+    @torch.no_grad()
+    def refine(text):
+        ask = [{"role": "user", "content": ASK + text}]
+        given = spell.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = model.generate(**given.to(model.device), max_new_tokens=200, do_sample=False)[0]
+        made = " ".join(spell.decode(made[given["input_ids"].size(1):], skip_special_tokens=True).split())
+        return made if named(text) <= named(made) else None
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return refine
+
+
+def choose_rows(config, records, front):
+    """What the quotas ask for -> [(split, b, a), ...], indices of records; a is None in ImageScript. Raises Mistake."""
+    level = torch.cat([torch.eye(3).expand(len(front), 1, 3, 3), front[:, 1:]], 1)           # orientation zero
+    joints = torch.cat([forward_kinematics(part, rest()) for part in level.split(10_000)]).numpy()
+    rng, rows, free = np.random.default_rng(config.seed), [], np.ones(len(records), bool)
+    if config.build == "imagediff":
+        features = read_arrays(config.features, ()).get("", np.empty(0))
+        if features.ndim != 2 or len(features) != len(records):
+            raise Mistake(f"--features {config.features} must hold a row for each of the {len(records)} poses: make it "
+                          "by eval.py --features with the same --poses")
+        category = np.concatenate([posecodes(part).category for part in front.split(1000)])
+    for quota in config.quota or [f"={len(records)}"]:
+        source, n, split = (re.fullmatch(r"(.*)=(\d+):?(train|val|test|)", quota) or re.match("()()()", "")).groups()
+        pool = np.flatnonzero(free & [record["source"].startswith(source) for record in records])
+        if not 0 < int(n or 0) <= len(pool):
+            raise Mistake(f"--quota {quota} is not SOURCE=NUMBER[:SPLIT], or more than the {len(pool)} poses left")
+        chosen = farthest(joints[pool], int(n), rng.integers(len(pool)))
+        free[pool[chosen]] = False
+        pairs = dict.fromkeys(chosen)
+        if config.build == "imagediff":
+            pairs = partners(chosen, features[pool], category[pool], config.differ, rng)
+        rows += [(split or "train", pool[b], None if a is None else pool[a]) for b, a in pairs.items()]
+        print(f"{len(pairs)} rows out of {len(pool)} poses {quota}")
+    return rows
+
+
+def build(config):
+    """ImageScript or ImageDiff out of any poses: rows in OUT/imagescript.jsonl, their pictures below OUT/images."""
+    records, poses = posed(config.poses)
+    front, refine, kept = face_front(poses), refiner(config.refine) if config.refine else None, 0
+    rows = choose_rows(config, records, front)
+    refined = np.random.default_rng(config.seed).permutation(len(rows))[:config.refined or len(rows)]
+
+    def half(k, of=""):
+        """One pose of a row, and its picture, written."""
+        record, name = records[k], f"images/{k:06d}.jpg"
+        picture = cut(record, SIDE) if "image" in record else Image.fromarray(
+            photograph(poses[k], SIDE, *(np.random.default_rng((config.seed, k, i)) for i in range(2)))[0])
+        with saving(config.out / name) as new:
+            picture.save(new, format="JPEG", quality=92)
+        return {of + "id": record["id"], of + "image": name,
+                "start" if of else "pose": matrix_to_aa(poses[k]).double().numpy().ravel().round(6).tolist()}
+
+    with saving(config.out / f"{config.build}.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+        for k, (split, b, a) in enumerate(tqdm(rows, config.build, leave=False)):
+            row = half(b) | {"source": records[b]["source"], "split": split} | ({} if a is None else half(a, "start_"))
+            rng, pose, start = np.random.default_rng((config.seed, k)), front[b][None], front[[b if a is None else a]]
+            codes, say = (posecodes(pose), caption) if a is None else (paircodes(start, pose), difference)
+            row["texts"] = [say(codes, 0, rng) for _ in range(3)]
+            if refine and k in refined:
+                made = refine(row["texts"][0])
+                row["refined"], kept = made or row["texts"][0], kept + (not made)
+            file.write(json.dumps(row) + "\n")
+    print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
+
+
+# ---- 10. Run it: one example of each task ----------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Print one example of each task and draw 32 people; or look at real data."""
+    """Print one example of each task and draw 32 people; or look at real data; or build a data set."""
     split: str = "train"                                   # of the embedded world: train | val | test
     seed: int = 0                                          # which examples
     out: str = ""                                          # folder of what is written; empty: out
     check: list[str] = field(default_factory=list)         # KIND:PATH, a data set to count, measure and draw
+    build: str = ""                                        # imagescript | imagediff
+    poses: list[str] = field(default_factory=list)         # --build: KIND:PATH, where poses come from
+    quota: list[str] = field(default_factory=list)         # --build: SOURCE=NUMBER[:SPLIT], how many; none: all
+    features: str = ""                                     # imagediff: what eval.py --features makes of these --poses
+    differ: int = 10                                       # imagediff: least number of codes that differ in a pair
+    refine: str = ""                                       # --build: folder of a chat model that rewrites texts
+    refined: int = 0                                       # --refine: of so many rows, drawn evenly; 0: of all
 
 
 def main(argv=None):
-    """Prints one example of each task and saves a sheet of photographs, or checks a data set."""
+    """Prints one example of each task and saves a sheet of photographs, or checks or builds a data set."""
     config = cli(Config, argv)
-    config.out = pathlib.Path(config.out or "out")
-    if config.check:
-        return survey(read(config.check), config.out / "check.png")
+    config.out = pathlib.Path(config.out or f"out/{config.build}")
+    if config.build not in ("", "imagescript", "imagediff") or min(config.differ, config.refined) < 0:
+        raise Mistake("--build is imagescript or imagediff, --differ and --refined are numbers from 0 on")
+    if config.build or config.check:
+        return build(config) if config.build else survey(read(config.check), config.out / "check.png")
     world = World(config.split, 64)
     for task in TASKS:
         print(f"\n{task}")

@@ -37,7 +37,21 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TASKS, World, caption, difference, fill, paircodes, posecodes, statements, templates, verdicts, words
+from data import (
+    TASKS,
+    World,
+    caption,
+    difference,
+    face_front,
+    fill,
+    paircodes,
+    posecodes,
+    posed,
+    statements,
+    templates,
+    verdicts,
+    words,
+)
 from sample import Reader, generate
 from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
 from unipose import (
@@ -594,6 +608,8 @@ class Config:
     body: str = ""  # an SMPL file whose joints are measured; empty: the free body
     json: str = ""  # write all figures here
     speed: bool = False  # measure time instead of quality
+    features: str = ""  # write retrieval features of --poses here (.npy), for data.py --build imagediff
+    poses: list[str] = field(default_factory=list)  # --features: data sets, KIND:PATH as for data.py
 
 
 def refuse(config):
@@ -620,6 +636,13 @@ def main(argv=None):
         model, ruler = load(config.weights, device), load_ruler(config.weights)
     if "soft" in config.decode.split(",") and model.config["attn"] == "causal":
         raise Mistake("--decode soft needs the queries of a model trained with --attn mixed; this one is causal")
+    if config.features:
+        if ruler is None:
+            raise Mistake(f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
+        parts = face_front(posed(config.poses)[1]).split(256)
+        with torch.no_grad(), saving(config.features) as path, open(path, "wb") as file:
+            np.save(file, torch.cat([ruler.to(device).embed_pose(part.to(device)).cpu() for part in parts]).numpy())
+        return
     if config.speed:
         report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
         lines = show_speed(report["speed"])

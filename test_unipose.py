@@ -830,6 +830,90 @@ def test_a_data_set_can_be_looked_at_before_it_is_trained_on(real, tmp_path, cap
     assert "pixels, side of a box" in said and np.asarray(Image.open(tmp_path / "check.png")).std() > 20
 
 
+def test_golden_mining_farthest_points_and_differing_codes():
+    """The order from pose 0 and the numbers of differing codes are the public code's, but for values on a threshold."""
+    gold, codes = golden("captions/mining.npz"), golden_codes()
+    for points, order in ((golden("captions/poses.npz")["coords22"], "fps_order_heading_normalised"),
+                          (gold["coords22_root0"], "fps_order_root0")):
+        assert data.farthest(points, len(points)) == gold[order].tolist()
+    off = np.stack([data.differing(row, codes.category) for row in codes.category]) - gold["n_different_posecodes"]
+    assert np.abs(off).max() <= 1 and (off == 0).mean() > 0.9
+
+
+def test_farthest_points_are_those_of_plain_search(body):
+    """Leaving out what cannot change leaves the order as it is; doubles come last, and nobody comes twice."""
+    level = torch.cat([torch.eye(3).expand(600, 1, 3, 3), data.World("train", 600).poses[:, 1:]], 1)
+    points = body.joints(torch.cat([level, level[:50]])).numpy()
+    near, order = np.full(len(points), np.inf), [7]
+    for _ in range(559):
+        near = np.minimum(near, np.linalg.norm(points - points[order[-1]], axis=-1).mean(-1))
+        order.append(int(near.argmax()))
+    made = data.farthest(points, len(points), 7)
+    assert made[:560] == order and sorted(made) == list(range(650))
+
+
+def build(out, *flags):
+    """data.py --build in this process -> its rows as the reader gives them, and as they stand in the file."""
+    data.main(["--out", str(out), "--poses", "world:train:400", *map(str, flags)])
+    rows = next(out.glob("*.jsonl")).read_text().splitlines()
+    return data.read([f"built:{out}"]), [json.loads(row) for row in rows]
+
+
+def test_imagescript_is_built_by_quotas_and_read_back(tmp_path, real):
+    """Farthest poses, three true captions, a picture and a split each; the same seed gives the same file."""
+    flags = ["--build", "imagescript", "--poses", real[1]["tars"], *"--quota world=30 --quota world=5:test".split()]
+    found, rows = build(tmp_path / "a", *flags, "--quota", "h36m=2")
+    assert rows == build(tmp_path / "b", *flags, "--quota", "h36m=2")[1]
+    assert [row["split"] for row in rows] == ["train"] * 30 + ["test"] * 5 + ["train"] * 2
+    assert len({(row["source"], row["id"]) for row in rows}) == 37 and len(set(rows[0]["texts"])) == 3
+    for record in found[::6]:
+        front = data.face_front(torch.tensor(record["pose"])[None])[0]
+        assert all(exact for text in record["texts"] for _, exact in data.check(text, front))
+        assert data.cut(record, 336).size == (336, 336)
+    close(torch.tensor(np.stack([record["pose"] for record in found[35:]])).sum(0), real[0][:2].sum(0))
+    for quota in ("world=401", "dance=1", "world", "world=2:exam"):
+        with pytest.raises(tokenizer.Mistake, match=quota):
+            build(tmp_path / "c", "--build", "imagescript", "--quota", quota)
+
+
+def test_imagediff_pairs_are_near_in_features_and_differ_in_codes(tmp_path, trained):
+    """A is among the 100 nearest by eval.py's features and differs in 10 codes or more; no pair comes twice."""
+    path, flags = tmp_path / "f.npy", ["--build", "imagediff", "--quota", "world=60", "--features"]
+    evaluation.main(["--weights", str(trained[0]), "--poses", "world:train:400", "--features", str(path)])
+    found, rows = build(tmp_path / "a", *flags, path)
+    category = data.posecodes(data.face_front(data.World("train", 400).seen)).category
+    pairs, features = [(int(row["start_id"]), int(row["id"])) for row in rows], np.load(path)
+    assert len(pairs) > 50 and len({frozenset(pair) for pair in pairs}) == len(pairs)
+    for (a, b), record in list(zip(pairs, found))[::9]:
+        cosine = features @ features[b]
+        assert data.differing(category[a], category[[b]])[0] >= 10 and (cosine > cosine[a]).sum() <= 100 and a != b
+        start, pose = data.face_front(torch.tensor(np.stack([record["start"], record["pose"]])))
+        assert all(exact for text in record["texts"] for _, exact in data.check(text, pose, start))
+    np.save(path, features[:9])
+    with pytest.raises(tokenizer.Mistake, match="each of the 400 poses"):
+        build(tmp_path / "b", *flags, path)
+
+
+def test_a_chat_model_may_refine_texts_but_not_lose_a_side(tmp_path, capsys):
+    """Random weights lose every part: the texts are kept, and counted. What keeps all parts and sides is taken."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    spell = unipose.word_tokenizer(data.words())
+    spell.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    spell.save_pretrained(tmp_path / "llm")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(spell), **sizes)).save_pretrained(tmp_path / "llm")
+    flags = ["--build", "imagescript", "--quota", "world=4", "--refined", "3", "--refine"]
+    rows = build(tmp_path / "a", *flags, tmp_path / "llm")[1]
+    assert [row.get("refined", row["texts"][0]) for row in rows] == [row["texts"][0] for row in rows]
+    assert "3 refined, 3 kept" in capsys.readouterr().out and len(data.read([f"refined:{tmp_path / 'a'}"])) == 3
+    before = data.named("Both knees are bent. The left hand is up. The head is low.")
+    assert before == {("left", "knee"), ("right", "knee"), ("left", "hand"), ("", "head")}
+    assert before <= data.named("With the left knee and the right knee bent, they raise the left hand over the head.")
+    assert not before <= data.named("Both knees are bent and the right hand is up, the head low.")
+    with pytest.raises(tokenizer.Mistake, match="chat model"):
+        build(tmp_path / "b", *flags, tmp_path)
+
+
 # ---- unipose.py ------------------------------------------------------------------------------------------------------
 WORDS = "the left right knee elbow hand is bent straight raise move lower make this pose show describe . , ?".split()
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
