@@ -1317,7 +1317,59 @@ def build(config):
     print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
 
 
-# ---- 10. Run it: one example of each task ----------------------------------------------------------------------------
+# ---- 10. Real data to train on ---------------------------------------------------------------------------------------
+def tasks_of(record):
+    """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
+    kind, pair = "image" if "image" in record else "pose", "start" in record
+    if "texts" in record:
+        return {("pose", False): ("pose2text", "text2pose"), ("pose", True): ("posediff", "edit"),
+                ("image", False): ("image2text",), ("image", True): ("imagediff",)}[kind, pair]
+    return ("image2pose",) if {"image", "pose"} <= record.keys() else ()
+
+
+class Recorded:
+    """Real data in the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
+
+    weights: {"KIND:PATH": how often an example comes from it}, of which the train split is taken. Everything is read,
+    and every image decoded, before anything else happens. tasks: none = poses are drawn. Raises Mistake.
+    """
+
+    def __init__(self, weights, tasks=(), seed=0, templates=TEMPLATES):
+        self.tasks, self.seed, self.templates, self.groups = set(tasks), seed, templates, []
+        for spec, weight in weights.items():
+            rows = [r for r in read([spec]) if r.get("split", "train") == "train"
+                    and (self.tasks & set(tasks_of(r)) if tasks else "pose" in r)]
+            if not rows:
+                raise Mistake(f"{spec} offers nothing of a train split for {', '.join(tasks) or 'the tokenizer'}")
+            for offered, n in Counter(map(tasks_of, rows)).items():
+                self.groups.append((set(offered), [r for r in rows if tasks_of(r) == offered], weight * n / len(rows)))
+
+    def draw(self, k, *tasks):
+        """Example k of some tasks, none: of all of them -> record, generator. Raises Mistake."""
+        rng, wanted = np.random.default_rng((self.seed, k)), set(tasks) or self.tasks
+        weights = np.array([weight * (not wanted or bool(offered & wanted)) for offered, _, weight in self.groups])
+        if not weights.sum() > 0:
+            raise Mistake(f"no data set of --data offers {' or '.join(sorted(wanted)) or 'poses'}")
+        rows = self.groups[rng.choice(len(weights), p=weights / weights.sum())][1]
+        return rows[rng.integers(len(rows))], rng
+
+    def example(self, k, *tasks):
+        """The same -> task, [its inputs in order, its target], generator."""
+        record, rng = self.draw(k, *tasks)
+        task = str(rng.choice(sorted((set(tasks) or self.tasks) & set(tasks_of(record)))))
+        poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
+        if task != "image2pose":                           # texts are about people who face front
+            poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
+        given = {"pose": (pose[0] for pose in poses), "text": (str(rng.choice(record["texts"])) for _ in range(1)),
+                 "image": (cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)}
+        return task, [next(given[kind]) for kind in (*TASKS[task].inputs, TASKS[task].target)], rng
+
+    def __getitem__(self, k):
+        task, values, rng = self.example(k)
+        return task, fill(task, values, templates(task)[rng.integers(self.templates)])
+
+
+# ---- 11. Run it: one example of each task ----------------------------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw 32 people; or look at real data; or build a data set."""

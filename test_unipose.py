@@ -914,6 +914,31 @@ def test_a_chat_model_may_refine_texts_but_not_lose_a_side(tmp_path, capsys):
         build(tmp_path / "b", *flags, tmp_path)
 
 
+def test_real_data_is_mixed_by_weight_and_trains_every_stage(real, trained, tmp_path):
+    """Example k is a function of (seed, k); tasks follow from what a record holds; nano takes steps of each stage."""
+    specs, path = real[1], tmp_path / "data.json"
+    np.save(tmp_path / "eye.npy", np.eye(400))
+    build(tmp_path / "script", "--build", "imagescript", "--quota", "world=4")
+    build(tmp_path / "diff", "--build", "imagediff", "--quota", "world=6", "--features", tmp_path / "eye.npy")
+    table = {"tokenizer": {specs["amass"]: 0.8, specs["smplx"]: 0.2}, "retrieval": {specs["v2"]: 1, specs["fix"]: 1},
+             "align": {specs["v2"]: 70, specs["fix"]: 30},
+             "project": {f"built:{tmp_path}/script": 1, f"built:{tmp_path}/diff": 1, specs["tars"]: 2}}
+    one, two = (data.Recorded(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
+    tasks = [one[k][0] for k in range(300)]
+    assert 0.6 < np.mean([task in ("pose2text", "text2pose") for task in tasks]) < 0.8 and str(one[77]) == str(two[77])
+    assert set(tasks) == set(train.POSE_TASKS)
+    path.write_text(json.dumps(table))
+    for stage in table:
+        run_train(tmp_path / "w", "--init", trained[0], "--steps", 2, "--batch", 4, "--data", path, "--stage", stage)
+    for wrong, told in (({"dance": {}}, "name stages"), ({"align": {}}, "name stages"), ([], "name stages"),
+                        ({"align": {specs["tars"]: 1}}, "offers nothing"), ({"align": {"amass:no": 1}}, "the path"),
+                        ({"align": {specs["v2"]: "a"}}, "name stages"), ({"retrieval": {specs["v2"]: 1}}, "posediff")):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(tokenizer.Mistake, match=told):
+            run_train(tmp_path / "x", "--data", path, "--stage", "retrieval" if "retrieval" in wrong else "align")
+    assert not (tmp_path / "x").exists()
+
+
 # ---- unipose.py ------------------------------------------------------------------------------------------------------
 WORDS = "the left right knee elbow hand is bent straight raise move lower make this pose show describe . , ?".split()
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
