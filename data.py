@@ -15,6 +15,8 @@ Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic p
 
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3
+    python data.py --check amass:/data/AMASS/CMU               # real data: counts, ranges, a picture
+    python data.py --build imagescript --poses world:train:2000 --quota world=500 --quota world=50:test
 """
 import dataclasses
 import functools
