@@ -16,8 +16,9 @@ Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic p
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3
     python data.py --speed 10000         # how fast the full captions are, and in how much memory
+    python data.py --check amass:/data/AMASS/CMU               # real data: counts, ranges, a picture
+    python data.py --build imagescript --poses world:train:2000 --quota world=500 --quota world=50:test
 """
-import collections
 import dataclasses
 import functools
 import itertools
@@ -25,30 +26,46 @@ import json
 import math
 import pathlib
 import re
+import sys
+import tarfile
 import time
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 from tokenizer import (
     JOINTS,
+    MOTION,
     PARENTS,
     Mistake,
+    SafeUnpickler,
     aa_to_matrix,
+    as_rotations,
     body_colors,
     camera,
     cli,
+    files_in,
     forward_kinematics,
+    frame_of,
+    from_camera,
     load_body,
+    load_json,
     matrix_to_aa,
     mirror,
+    motion,
+    open_image,
+    read_arrays,
+    reason,
     render,
     saving,
     script,
+    skipping,
     turn_y,
 )
 
@@ -784,7 +801,7 @@ def describe(codes, i, rng=None):
     rng: np.random.Generator of all that is left to chance: what is skipped, merged, grouped, the words, the order.
     None: one text for a pose, the most complete: nothing is skipped, all is merged, every phrase is its list's first.
     """
-    units, chance = units_of(codes, i, rng), collections.defaultdict(rng.random if rng else float)
+    units, chance = units_of(codes, i, rng), defaultdict(rng.random if rng else float)
     order = [0, *(1 + rng.permutation(3))] if rng else range(4)
     modals = {name: "" if codes.b is None or name[2].startswith(PAIR) else ("should", "must")[chance["modal"] > 0.5]
               for name in units}
@@ -820,7 +837,7 @@ def told():
 
 
 @functools.lru_cache(1 << 16)
-def read(line):
+def codes_in(line):
     """A sentence of `sentences` -> the codes that it says; None where it is outside of the grammar."""
     names = (re.findall(nouns(), line) or [""])[0]
     first, *rest = re.split(", | and ", line.replace(names, "{a}", 1))
@@ -842,7 +859,7 @@ def sentences(text):
 
 def statements(text):
     """Text -> the codes that it says, exactly as they were chosen; sentences outside the grammar are skipped."""
-    return [code for line in sentences(text) for code in read(line) or ()]
+    return [code for line in sentences(text) for code in codes_in(line) or ()]
 
 
 def holds(code, codes, i):
@@ -861,7 +878,7 @@ def verdicts(text, codes, i):
 
     A sentence outside the grammar counts as one statement that does not hold.
     """
-    return [verdict for codes_said in map(read, sentences(text)) for verdict in (
+    return [verdict for codes_said in map(codes_in, sentences(text)) for verdict in (
         [(False, False)] if codes_said is None else [holds(code, codes, i) for code in codes_said])]
 
 
@@ -1181,26 +1198,438 @@ class Mixture:
         return self.pose[i], self.world.caption(i, rng)
 
 
-def words():
-    """Sorted list of every word and mark, in lower case, that templates and captions can say."""
-    said = " ".join(SLOT.sub(" ", line) for task in TASKS for line in templates(task))
-    said = " ".join([said, *map(show_side, VIEWS), *people().activities])
+def words(texts=()):
+    """Sorted list of every word and mark, in lower case, that templates, captions and the texts say."""
+    said = " ".join([*(SLOT.sub(" ", line) for task in TASKS for line in templates(task)), *map(show_side, VIEWS),
+                     *people().activities, *texts])
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
-# ---- 9. Run it: one example of each task -----------------------------------------------------------------------------
+# ---- 9. Readers ------------------------------------------------------------------------------------------------------
+# A reader is a generator over one release on disk and yields records, dicts with the same keys in all of them:
+#
+#   id, source    the entry and its data set; split: "train" | "val" | "test" where the release says so
+#   pose, start   (22,3,3) float32, y up, of a picture as its camera sees it (+z towards the camera); start: pose A
+#                 where `pose` is pose B of a pair; together: are both frames of one sequence?
+#   texts         of the pose, or of the way from start to pose
+#   image, box    [file, first byte, bytes (-1: all)], a square in it, [middle x, middle y, side]; start_image: of A
+#
+# A release that cannot be read is a Mistake. An entry that cannot is left out, and `skipped` says which and why.
+def amass(path, skipped):
+    """AMASS, SMPL+H or SMPL-X, a file, a subset or everything: 12 poses a second (every 10th where the file does not
+    say how many it has) of the middle 60 % of each motion, since many begin and end in a T (TokenHMR)."""
+    names = load_json(ASSETS / "amass.json")               # its folders, then and now
+    for file in files_in(path, ".npz"):
+        if file.name == "shape.npz" or file.stem.endswith("stagei"):
+            continue                                       # a subject's shape: every folder has one
+        with skipping(skipped, file):
+            poses, rate = motion(read_arrays(file, MOTION), file)
+            subset, step = file.resolve().parts[-3], max(1, round(rate / 12)) if rate else 10    # subset/subject/file
+            for row in range(len(poses) // 5, len(poses) - len(poses) // 5, step):
+                with skipping(skipped, file):
+                    yield {"id": f"{file}:{row}", "source": f"amass-{names.get(subset, subset)}",
+                           "pose": frame_of(poses, row, file).numpy()}
+
+
+def located(folder, root, wanted):
+    """PoseScript's numbers of poses -> {number: (pose, sequence), or [why not]}, from AMASS by old names or new."""
+    index, found = load_json([*folder.glob("ids_2_dataset*index*.json"), folder / "ids_2_dataset_index.json"][0]), {}
+    names = load_json(ASSETS / "amass.json")
+    opened = functools.lru_cache(1)(lambda file: motion(read_arrays(file, MOTION), file)[0])
+    for key in tqdm(sorted(wanted, key=lambda key: str(index.get(key))), "AMASS", leave=False):      # a file at a time
+        with skipping(why := [], f"pose {key}"):
+            _, name, frame = index[key]
+            first, _, rest = name.partition("/")
+            homes = [first, names.get(first, first), *(old for old, new in names.items() if new == first)]
+            file = next((path for home in homes if (path := root / home / rest).is_file()), root / name)
+            why = frame_of(opened(file), frame, file).numpy(), name
+        found[key] = why
+    return found
+
+
+def posescript(path, root, skipped, patterns):
+    """PoseScript v1 or v2, or PoseFix, whose entries are two of its poses, and the AMASS SMPL+H that both point into.
+    patterns: files with texts, which are automatic, or written by people."""
+    folder, texts, pairs = pathlib.Path(path), {}, pathlib.Path(path) / "pair_id_2_pose_ids.json"
+    for file in (file for name in patterns for file in sorted(folder.glob(f"{name}.json"))):
+        for key, said in load_json(file).items():
+            texts.setdefault(key, []).extend([said] if isinstance(said, str) else said)
+    split = {str(k): split for split in SPLITS for file in folder.glob(f"{split}_*ids*.json") for k in load_json(file)}
+    poses = {str(k): two for k, two in enumerate(load_json(pairs))} if pairs.exists() else {key: [key] for key in texts}
+    found = located(folder, pathlib.Path(root), {str(k) for key in texts for k in poses.get(key, [])})
+    for key, said in texts.items():
+        with skipping(skipped, f"entry {key}"):
+            both = [found[str(k)] for k in (2 * poses[key])[:2]]
+            if min(map(len, both)) < 2:
+                raise Mistake(*min(both, key=len))
+            (start, one), (pose, two) = both
+            record = {"id": key, "source": "posescript", "split": split.get(key, ""), "pose": pose, "texts": said}
+            yield record | ({"source": "posefix", "start": start, "together": one == two} if pairs.exists() else {})
+
+
+def from_picture(image, middle=None, sides=None, pose=None):
+    """What a picture gives to its record: image; the square that 4D-Humans cuts around a box (pixels; it grows the box
+    to 3:4); the pose, which is given with its root in the camera's frame. Raises Mistake."""
+    record = {"image": [str(image[0]), *image[1:]]}
+    open_image(image, (64, 64))                            # it decodes, or is no entry
+    if sides is not None:
+        x, y, wide, high = np.ravel([middle, sides]).astype(float).tolist()
+        if not (1 <= max(wide, high) < 1e5 and max(abs(x), abs(y)) < 1e5):    # false for NaN too
+            raise Mistake(f"its box is {wide} x {high} pixels around ({x}, {y})")
+        record["box"] = [x, y, max(high, wide * 4 / 3)]
+    return record if pose is None else record | {"pose": from_camera(pose, "its pose").numpy()}
+
+
+def tars(path, skipped):
+    """4D-Humans' training tars, one or a folder of them: for each picture NNN.jpg a list of people, NNN.data.pyd."""
+    for file in files_in(path, ".tar"):
+        with skipping(skipped, file), tarfile.open(file, "r:") as tar:       # a torn one gives what came before
+            for key, group in itertools.groupby(tar, lambda member: re.match(r"(.*/)?[^/.]*", member.name)[0]):
+                with skipping(skipped, f"{file}/{key}"):
+                    group = {member.name[len(key):].lower(): member for member in group}
+                    photo = group[next((kind for kind in (".jpeg", ".png") if kind in group), ".jpg")]
+                    for person in SafeUnpickler(tar.extractfile(group[".data.pyd"]), encoding="latin1").load():
+                        with skipping(skipped, f"{file}/{key}"):
+                            yield {"id": f"{file.name}/{key}", "source": file.resolve().parent.name,
+                                   **usable(person, [file, photo.offset_data, photo.size])}
+
+
+def usable(person, image):
+    """A person of a tar, whose scale is the box / 200, by `from_picture`. Raises Mistake where HMR2 drops it, too."""
+    seen = (np.asarray(person["keypoints_2d"])[:, 2] > 0.3).sum()
+    fit = np.asarray(person.get("extra_info", {}).get("fitting_loss", {})).item()
+    if not np.all(person["has_body_pose"]) or seen <= 4 or np.max(fit.get("reprojection_loss", 0)) >= 31_000:
+        raise Mistake(f"somebody has no pose, a bad fit, or only {seen} joints that are seen")
+    return from_picture(image, person["center"], 200 * np.asarray(person["scale"]), np.asarray(person["body_pose"]))
+
+
+def evaluation(path, root, skipped):
+    """4D-Humans' evaluation .npz (3DPW, Human3.6M) and the folder of its images; here scales are pixels, one or two."""
+    a = read_arrays(path, ("imgname", "center", "scale", "body_pose", "has_body_pose"))
+    scale = a["scale"].reshape(len(a["imgname"]), -1) * np.ones(2)                      # (N,2)
+    scale *= 200 if np.median(scale) < 20 else 1           # nobody is 20 pixels large: the unit of the tars
+    for k, name in enumerate(a["imgname"]):
+        with skipping(skipped, f"{path}, row {k}"):
+            name = name.decode() if isinstance(name, bytes) else str(name)
+            pose = a["body_pose"][k] if "body_pose" in a and a.get("has_body_pose", np.ones(k + 1))[k] else None
+            yield {"id": f"{name}:{k}", "source": pathlib.Path(path).stem, "split": "test",
+                   **from_picture([pathlib.Path(root) / name, 0, -1], a["center"][k], scale[k], pose)}
+
+
+def images(path, skipped):
+    """A folder of pictures; boxes.json in it may name people: {"a.jpg": [left, top, wide, high], or a list of such}."""
+    folder = pathlib.Path(path)
+    boxes = load_json(folder / "boxes.json") if (folder / "boxes.json").exists() else {}
+    for file in files_in(path, ".jpg", ".jpeg", ".png", ".bmp"):
+        name = file.relative_to(folder).as_posix()
+        with skipping(skipped, file):
+            for box in np.reshape(boxes.get(name, 4 * [0.0]), (-1, 4)).astype(float):
+                where = [box[:2] + box[2:] / 2, box[2:]] if name in boxes else []
+                yield {"id": name, "source": folder.resolve().name, **from_picture([file, 0, -1], *where)}
+
+
+def built(path, skipped, refined=False):
+    """What `--build` wrote, or only its refined texts."""
+    for file in files_in(path, ".jsonl"):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            with skipping(skipped, f"{file}, line {number}"):
+                row = json.loads(line)
+                for of, pose in (("", "pose"), ("start_", "start")) if "start" in row else (("", "pose"),):
+                    row[pose] = as_rotations(np.array(row[pose]), pose).numpy()
+                    row[of + "image"] = from_picture([file.parent / row[of + "image"], 0, -1])["image"]
+                if "refined" in row or not refined:
+                    yield row | ({"texts": [row["refined"]]} if refined else {})
+
+
+def embedded(path, skipped):
+    """People of the embedded world, `train:2000`, as their camera sees them."""
+    split, _, n = path.partition(":")
+    for i, pose in enumerate(World(split, int(n)).seen.numpy()):
+        yield {"id": str(i), "source": f"world-{split}", "split": split, "pose": pose}
+
+
+SAID = {"a": ["posescript_auto_*", "automatic_*", "posefix_auto_*"],             # by whom: A automatic, H people
+        "h": ["posescript_human_*", "human*", "posefix_human_*", "posefix_paraphrases_*"]}
+READERS = {"amass:PATH": amass, "tars:PATH": tars, "evaluation:NPZ,IMAGES": evaluation, "images:FOLDER": images,
+           **{f"{name}_{who}:RELEASE,AMASS": functools.partial(posescript, patterns=SAID[who])
+              for name in ("posescript", "posefix") for who in SAID},
+           "built:FOLDER": built, "refined:FOLDER": functools.partial(built, refined=True), "world:SPLIT:N": embedded}
+
+
+def read(specs):
+    """Data sets, ["KIND:PATH", ...] as in READERS -> all records; prints what was left out, and why. Raises Mistake."""
+    found = []
+    for spec in specs:
+        kind, _, path = spec.partition(":")
+        usage = next((usage for usage in READERS if usage.startswith(kind + ":")), "")
+        paths, skipped, before = path.rsplit(",", usage.count(",")), [], len(found)
+        if not usage or len(paths) <= usage.count(","):
+            raise Mistake(f"{spec!r} is no data set: give {usage or ', '.join(READERS)}")
+        try:
+            found += tqdm(READERS[usage](*paths, skipped), spec, leave=False)
+        except Exception as error:                         # whatever a release of another layout leads to
+            raise Mistake(f"{spec} cannot be read: {reason(error)}") from error
+        if skipped:
+            print(f"{spec}: {len(skipped)} entries are left out, such as", *skipped[:3], sep="\n    ", file=sys.stderr)
+        if len(found) == before:
+            raise Mistake(f"{spec} holds nothing that can be read: check the path")
+    return found
+
+
+def posed(specs):
+    """Records of single poses, and these poses (M,22,3,3). Raises Mistake."""
+    records = [record for record in read(specs) if "pose" in record and "start" not in record]
+    if not records:
+        raise Mistake("there are no poses: give --poses KIND:PATH")
+    return records, torch.tensor(np.stack([record["pose"] for record in records]))
+
+
+def cut(record, size, of=""):
+    """The picture of a record (of="start_": of its pose A), its square or else the middle one -> PIL (size,size)."""
+    picture = open_image(record[of + "image"])
+    x, y, side = not of and record.get("box") or (picture.width / 2, picture.height / 2, min(picture.size))
+    return picture.crop([round(at + k * side / 2) for k in (-1, 1) for at in (x, y)]).resize((size, size))
+
+
+def survey(records, path, size=128):
+    """Prints counts and ranges of records, and draws 16 of them: their pictures, then their poses."""
+    for (source, split), n in Counter((r["source"], r.get("split", "")) for r in records).most_common(20):
+        print(f"{source:<28}{split:<6}{n:>9} entries")
+    poses = np.array([r[key] for r in records for key in ("start", "pose") if key in r])
+    poses = torch.tensor(poses).view(-1, 22, 3, 3)
+    for what, values in {
+            "words in a text": [len(text.split()) for r in records for text in r.get("texts", ())],
+            "pixels, side of a box": [r["box"][2] for r in records if "box" in r],
+            "degrees, bend of a joint": matrix_to_aa(poses[:, 1:]).norm(dim=-1).rad2deg().flatten().tolist(),
+            "degrees, pelvis off upright": poses[:, 0, 1, 1].clamp(-1, 1).arccos().rad2deg().tolist()}.items():
+        if values:
+            print(f"{what:<30}{len(values):>11}   {min(values):.0f} to {max(values):.0f}, mean {np.mean(values):.0f}")
+    strips, body = [], sitter()
+    for r in records[::-(-len(records) // 16)]:
+        strips.append([cut(r, size, of) for of in ("start_", "") if of + "image" in r] + [
+            Image.fromarray(render(body(torch.tensor(r[key])[None])[1][0], body.faces, body_colors(body), size))
+            for key in ("start", "pose") if key in r])
+    wide = size * max(map(len, strips))
+    sheet = Image.new("RGB", (4 * wide, -(-len(strips) // 4) * size), "white")
+    for k, c, cell in ((k, c, cell) for k, strip in enumerate(strips) for c, cell in enumerate(strip)):
+        sheet.paste(cell, (k % 4 * wide + c * size, k // 4 * size))
+    with saving(path) as new:
+        sheet.save(new, format="PNG")
+
+
+# ---- 10. ImageScript and ImageDiff ------------------------------------------------------------------------------------
+# UniPose appendix A: all poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
+SIDE = 336                                                 # pixels of a picture, as CLIP takes it
+ASK = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
+       "part that it names, and whether it is the left or the right one. Answer with the description alone. ")
+
+
+def farthest(points, n, start=0):
+    """Farthest-point sampling of bodies (M,22,3), n <= M: the next one has the largest mean joint error to all before.
+
+    -> indices, a list. Exact: whoever lies `near` a choice, and that choice twice as far from a new one, stays with it
+    (triangle inequality), so most of the n x M distances are never measured.
+    """
+    near, owner = np.full(len(points), np.inf, np.float32), np.zeros(len(points), np.int32)
+    chosen, order = np.empty((n, *points.shape[1:]), np.float32), []
+
+    def apart(some):
+        gap = (some - chosen[k]) ** 2
+        return np.sqrt(gap[..., 0] + gap[..., 1] + gap[..., 2]).mean(-1)     # .sum(-1) of three is slow
+
+    for k in tqdm(range(n), "farthest points", leave=False):
+        order.append(int(near.argmax()) if k else int(start))
+        chosen[k] = points[order[k]]
+        rows = np.flatnonzero(apart(chosen[:k + 1])[owner] < 2.001 * near)   # .001 is for rounding
+        gap = apart(points[rows])
+        closer = gap < near[rows]
+        near[rows[closer]], owner[rows[closer]] = gap[closer], k
+        near[order[k]] = -1                                # never again, though its double may come last
+    return order
+
+
+def differing(one, others):
+    """In how many codes others (n,S+P) differ from one (S+P,); the turn of the head is not counted, as in PoseFix."""
+    counted = [not row["kind"].startswith("relativeRot") for row in pose_table().columns]
+    return (others != one)[:, counted + [True] * (len(one) - len(counted))].sum(1)
+
+
+def partners(chosen, features, category, least, rng):
+    """To poses B, indices, a pose A each: any of the 100 nearest by cosine of features (M,d) that differs in `least` or
+    more codes (M,S+P), but no pair twice -> {b: a}; a B without one is left out."""
+    features, pairs = F.normalize(torch.as_tensor(features).float()), {}
+    for part in torch.as_tensor(chosen).split(128):
+        nearest = (features[part] @ features.T).topk(min(101, len(features))).indices.numpy()       # B itself is there
+        for b, near in zip(part.tolist(), nearest):
+            near = rng.permutation(near[(differing(category[b], category[near]) >= least) & (near != b)]).tolist()
+            pairs |= {b: a for a in near if pairs.get(a) != b}
+    return pairs
+
+
+def named(text):
+    """The parts that a text names, with their sides: {("left", "knee"), ...}; "both knees" are two."""
+    found = re.findall(r"\b(?:(left|right)\s+)?(?:upper\s+)?(hand|wrist|(?:fore)?arm|elbow|shoulder|foot|ankle|shin|"
+                       r"knee|thigh|leg|hip|head|neck|torso|body)(s?)\b", text.lower().replace("feet", "foots"))
+    return {(own, part) for side, part, many in found for own in (("left", "right") if many and not side else (side,))}
+
+
+def refiner(path):
+    """A local Hugging Face chat model -> refine(text), which says a text anew, None where a part or its side got lost.
+    In the paper GPT-4 does it. Raises Mistake."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        spell = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
+        spell.apply_chat_template([{"role": "user", "content": ""}])
+    except Exception as error:                             # transformers raises nearly anything
+        raise Mistake(f"--refine {path} is no folder of a chat model and its tokenizer: {reason(error)}") from error
+
+    @torch.no_grad()
+    def refine(text):
+        ask = [{"role": "user", "content": ASK + text}]
+        given = spell.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = model.generate(**given.to(model.device), max_new_tokens=200, do_sample=False)[0]
+        made = " ".join(spell.decode(made[given["input_ids"].size(1):], skip_special_tokens=True).split())
+        return made if named(text) <= named(made) else None
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return refine
+
+
+def choose_rows(config, records, front):
+    """What the quotas ask for -> [(split, b, a), ...], indices of records; a is None in ImageScript. Raises Mistake."""
+    level = torch.cat([torch.eye(3).expand(len(front), 1, 3, 3), front[:, 1:]], 1)           # orientation zero
+    joints = torch.cat([forward_kinematics(part, rest()) for part in level.split(10_000)]).numpy()
+    rng, rows, free = np.random.default_rng(config.seed), [], np.ones(len(records), bool)
+    if config.build == "imagediff":
+        features = read_arrays(config.features, ()).get("", np.empty(0))
+        if features.ndim != 2 or len(features) != len(records):
+            raise Mistake(f"--features {config.features} must hold a row for each of the {len(records)} poses: make it "
+                          "by eval.py --features with the same --poses")
+        category = np.concatenate([posecodes(part).category for part in front.split(1000)])
+    for quota in config.quota or [f"={len(records)}"]:
+        source, n, split = (re.fullmatch(r"(.*)=(\d+):?(train|val|test|)", quota) or re.match("()()()", "")).groups()
+        pool = np.flatnonzero(free & [record["source"].startswith(source) for record in records])
+        if not 0 < int(n or 0) <= len(pool):
+            raise Mistake(f"--quota {quota} is not SOURCE=NUMBER[:SPLIT], or more than the {len(pool)} poses left")
+        chosen = farthest(joints[pool], int(n), rng.integers(len(pool)))
+        free[pool[chosen]] = False
+        pairs = dict.fromkeys(chosen)
+        if config.build == "imagediff":
+            pairs = partners(chosen, features[pool], category[pool], config.differ, rng)
+        rows += [(split or "train", pool[b], None if a is None else pool[a]) for b, a in pairs.items()]
+        print(f"{len(pairs)} rows out of {len(pool)} poses {quota}")
+    return rows
+
+
+def build(config):
+    """ImageScript or ImageDiff out of any poses: rows in OUT/imagescript.jsonl, their pictures below OUT/images."""
+    records, poses = posed(config.poses)
+    front, refine, kept = face_front(poses), refiner(config.refine) if config.refine else None, 0
+    rows = choose_rows(config, records, front)
+    refined = np.random.default_rng(config.seed).permutation(len(rows))[:config.refined or len(rows)]
+
+    def half(k, of=""):
+        """One pose of a row, and its picture, written."""
+        record, name = records[k], f"images/{k:06d}.jpg"
+        picture = cut(record, SIDE) if "image" in record else Image.fromarray(
+            photograph(poses[k], SIDE, *(np.random.default_rng((config.seed, k, i)) for i in range(2)))[0])
+        with saving(config.out / name) as new:
+            picture.save(new, format="JPEG", quality=92)
+        return {of + "id": record["id"], of + "image": name,
+                "start" if of else "pose": matrix_to_aa(poses[k]).double().numpy().ravel().round(6).tolist()}
+
+    with saving(config.out / f"{config.build}.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+        for k, (split, b, a) in enumerate(tqdm(rows, config.build, leave=False)):
+            row = half(b) | {"source": records[b]["source"], "split": split} | ({} if a is None else half(a, "start_"))
+            rng, pose, start = np.random.default_rng((config.seed, k)), front[b][None], front[[b if a is None else a]]
+            codes = posecodes(pose) if a is None else paircodes(start, pose)
+            row["texts"] = [describe(codes, 0, rng) for _ in range(3)]
+            if refine and k in refined:
+                made = refine(row["texts"][0])
+                row["refined"], kept = made or row["texts"][0], kept + (not made)
+            file.write(json.dumps(row) + "\n")
+    print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
+
+
+# ---- 11. Real data to train on ---------------------------------------------------------------------------------------
+def tasks_of(record):
+    """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
+    kind, pair = "image" if "image" in record else "pose", "start" in record
+    if "texts" in record:
+        return {("pose", False): ("pose2text", "text2pose"), ("pose", True): ("posediff", "edit"),
+                ("image", False): ("image2text",), ("image", True): ("imagediff",)}[kind, pair]
+    return ("image2pose",) if {"image", "pose"} <= record.keys() else ()
+
+
+class Recorded:
+    """Real data in the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
+
+    weights: {"KIND:PATH": how often an example comes from it}, of which the train split is taken. Everything is read,
+    and every image decoded, before anything else happens. tasks: none = poses are drawn. Raises Mistake.
+    """
+
+    def __init__(self, weights, tasks=(), seed=0, templates=TEMPLATES):
+        self.tasks, self.seed, self.templates, self.groups = set(tasks), seed, templates, []
+        for spec, weight in weights.items():
+            rows = [r for r in read([spec]) if r.get("split", "train") == "train"
+                    and (self.tasks & set(tasks_of(r)) if tasks else "pose" in r)]
+            if not rows:
+                raise Mistake(f"{spec} offers nothing of a train split for {', '.join(tasks) or 'the tokenizer'}")
+            for offered, n in Counter(map(tasks_of, rows)).items():
+                self.groups.append((set(offered), [r for r in rows if tasks_of(r) == offered], weight * n / len(rows)))
+
+    def draw(self, k, *tasks):
+        """Example k of some tasks, none: of all of them -> record, generator. Raises Mistake."""
+        rng, wanted = np.random.default_rng((self.seed, k)), set(tasks) or self.tasks
+        weights = np.array([weight * (not wanted or bool(offered & wanted)) for offered, _, weight in self.groups])
+        if not weights.sum() > 0:
+            raise Mistake(f"no data set of --data offers {' or '.join(sorted(wanted)) or 'poses'}")
+        rows = self.groups[rng.choice(len(weights), p=weights / weights.sum())][1]
+        return rows[rng.integers(len(rows))], rng
+
+    def example(self, k, *tasks):
+        """The same -> task, [its inputs in order, its target], generator."""
+        record, rng = self.draw(k, *tasks)
+        task = str(rng.choice(sorted((set(tasks) or self.tasks) & set(tasks_of(record)))))
+        poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
+        if task != "image2pose":                           # texts are about people who face front
+            poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
+        given = {"pose": (pose[0] for pose in poses), "text": (str(rng.choice(record["texts"])) for _ in range(1)),
+                 "image": (cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)}
+        return task, [next(given[kind]) for kind in (*TASKS[task].inputs, TASKS[task].target)], rng
+
+    def __getitem__(self, k):
+        task, values, rng = self.example(k)
+        return task, fill(task, values, templates(task)[rng.integers(self.templates)])
+
+
+# ---- 12. Run it: one example of each task ----------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Print one example of each task and draw 32 people."""
-    split: str = "train"                                   # train | val | test
+    """Print one example of each task and draw 32 people; or look at real data; or build a data set."""
+    split: str = "train"                                   # of the embedded world: train | val | test
     seed: int = 0                                          # which examples
-    out: str = "out/world.png"                             # where the photographs of the first 32 people go
+    out: str = ""                                          # folder of what is written; empty: out
     speed: int = 0                                         # time the full captions of so many poses instead
+    check: list[str] = field(default_factory=list)         # KIND:PATH, a data set to count, measure and draw
+    build: str = ""                                        # imagescript | imagediff
+    poses: list[str] = field(default_factory=list)         # --build: KIND:PATH, where poses come from
+    quota: list[str] = field(default_factory=list)         # --build: SOURCE=NUMBER[:SPLIT], how many; none: all
+    features: str = ""                                     # imagediff: what eval.py --features makes of these --poses
+    differ: int = 10                                       # imagediff: least number of codes that differ in a pair
+    refine: str = ""                                       # --build: folder of a chat model that rewrites texts
+    refined: int = 0                                       # --refine: of so many rows, drawn evenly; 0: of all
 
 
-def main():
-    """Prints one example of each task and saves a sheet of photographs."""
-    config = cli(Config)
+def main(argv=None):
+    """Prints one example of each task and saves a sheet of photographs, or checks or builds a data set."""
+    config = cli(Config, argv)
+    config.out = pathlib.Path(config.out or f"out/{config.build}")
+    if config.build not in ("", "imagescript", "imagediff") or min(config.differ, config.refined) < 0:
+        raise Mistake("--build is imagescript or imagediff, --differ and --refined are numbers from 0 on")
+    if config.build or config.check:
+        return build(config) if config.build else survey(read(config.check), config.out / "check.png")
     if config.speed > 0:
         import resource  # not on Windows
 
@@ -1216,12 +1645,12 @@ def main():
             shown = value.strip() if kind == "text" else f"<{kind}> {' x '.join(map(str, value.shape))}"
             print(f"  {'->' if is_target else '  '} {shown}")
     rows = [np.concatenate([world.image(i) for i in range(k, k + 8)], 1) for k in range(0, 32, 8)]
-    with saving(config.out) as path:
+    with saving(config.out / "world.png") as path:
         Image.fromarray(np.concatenate(rows)).save(path, format="PNG")
     joints = forward_kinematics(World(config.split, 4000).poses, rest())
     apart = 1000 * (joints[0::2] - joints[1::2]).norm(dim=-1).mean()
     print(f"\n{len(people().activities)} activities, {len(words())} words, {len(TASKS)} x {TEMPLATES} instructions; "
-          f"the two of a pair are {apart:.0f} mm apart (mean over 2,000 pairs); the first 32 people: {config.out}")
+          f"the two of a pair are {apart:.0f} mm apart (2,000 pairs); 32 of them: {config.out / 'world.png'}")
 
 
 if __name__ == "__main__":

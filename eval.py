@@ -42,9 +42,11 @@ from data import (
     World,
     caption,
     difference,
+    face_front,
     fill,
     paircodes,
     posecodes,
+    posed,
     show_side,
     side_shown,
     statements,
@@ -623,6 +625,8 @@ class Config:
     body: str = ""  # an SMPL file whose joints are measured; empty: the free body
     json: str = ""  # write all figures here
     speed: bool = False  # measure time instead of quality
+    features: str = ""  # write retrieval features of --poses here (.npy), for data.py --build imagediff
+    poses: list[str] = field(default_factory=list)  # --features: data sets, KIND:PATH as for data.py
 
 
 def refuse(config):
@@ -648,6 +652,13 @@ def main(argv=None):
     else:
         model, ruler = load(config.weights, device), load_ruler(config.weights)
     check_decoding(model, *config.decode.split(","))
+    if config.features:
+        if ruler is None:
+            raise Mistake(f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
+        parts = face_front(posed(config.poses)[1]).split(256)
+        with torch.no_grad(), saving(config.features) as path, open(path, "wb") as file:
+            np.save(file, torch.cat([ruler.to(device).embed_pose(part.to(device)).cpu() for part in parts]).numpy())
+        return
     if config.speed:
         report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
         lines = show_speed(report["speed"])

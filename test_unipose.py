@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import types
 
@@ -741,6 +742,311 @@ def test_example_k_of_a_mixture_depends_on_seed_and_k_alone():
     assert {plain[k][1][0][1] for k in range(50)} == {data.templates("pose2text")[0].split("<")[0]}
     said = " ".join(value for _, segments in drawn for kind, value, _ in segments if kind == "text").lower()
     assert set(re.findall(r"[^\s.,?]+|[.,?]", said)) <= set(known) and known == sorted(set(known)) and len(known) < 1200
+
+
+# ---- data.py: readers, builders, real data in training --------------------------------------------------------------
+def bytes_of(write):
+    """What write(file) writes."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def npz(**arrays):
+    """The bytes of a .npz."""
+    return bytes_of(lambda file: np.savez(file, **arrays))
+
+
+def jpeg():
+    """The bytes of a picture of 100 x 60 pixels."""
+    return bytes_of(lambda file: Image.fromarray(PICTURES[0]).resize((100, 60)).save(file, format="JPEG"))
+
+
+def tar(members):
+    """{name: bytes} -> the bytes of a tar."""
+    def write(file):
+        with tarfile.open(fileobj=file, mode="w") as made:
+            for name, content in sorted(members.items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                made.addfile(info, io.BytesIO(content))
+    return bytes_of(write)
+
+
+def person(rotmat, **changes):
+    """One of the people in 4D-Humans' tars: single numpy numbers, a dict in an array, the root in a camera's axes."""
+    aa = tokenizer.matrix_to_aa(torch.cat([torch.diag(-FLIP) @ rotmat[:1], rotmat[1:]])).flatten()
+    fit = np.array({"reprojection_loss": np.float32(7)}, dtype=object)
+    return {"body_pose": F.pad(aa, (0, 6)).numpy(), "has_body_pose": np.float32(1), "center": np.array([50.0, 30.0]),
+            "scale": np.array([0.1, 0.2]), "keypoints_2d": np.ones((44, 3)), "extra_info": {"fitting_loss": fit},
+            **changes}
+
+
+def in_amass(seen):
+    """Poses (T,22,3,3) as AMASS's SMPL+H keeps them: z up, with fingers (T,156)."""
+    aa = tokenizer.matrix_to_aa(torch.cat([tokenizer.UP.T @ seen[:, :1], seen[:, 1:]], 1)).double().flatten(1)
+    return F.pad(aa, (0, 90)).numpy()
+
+
+def in_evaluation(seen, **changes):
+    """An evaluation .npz; its scale is in pixels."""
+    return npz(**{"imgname": np.array(["ü.jpg", "b.jpg"]), "scale": np.full(2, 40.0), "center": np.full((2, 2), 50.0),
+                  "body_pose": np.stack([person(pose)["body_pose"] for pose in seen[:2]])} | changes)
+
+
+A_FILE, INDEX, TAR = "AMASS/BioMotionLab_NTroje/s 1/a_poses.npz", "ids_2_dataset_sequence_and_frame_index", "h36m/0.tar"
+RELEASES = {"amass": "amass:{}/AMASS/BioMotionLab_NTroje", "smplx": "amass:{}/X", "v1": "posescript_a:{}/v1,{}/AMASS",
+            "v1 human": "posescript_h:{}/v1,{}/AMASS", "v2": "posescript_a:{}/v2,{}/AMASS",
+            "v2 human": "posescript_h:{}/v2,{}/AMASS", "fix": "posefix_h:{}/fix,{}/AMASS", "tars": "tars:{}/h36m",
+            "evaluation": "evaluation:{}/3dpw.npz,{}/Bilder", "images": "images:{}/Bilder", "built": "built:{}/built"}
+
+
+def releases(seen):
+    """{file: bytes, or what becomes JSON} in exactly the formats of all data sets, of poses (40,22,3,3)."""
+    aa, frames = in_amass(seen), {str(k): ["AMASS", "BMLrub/s 1/a_poses.npz", 3 * k] for k in range(4)}
+    rows = [{"id": "a", "source": "x", "image": "b.jpg", "texts": ["a"], "pose": [0.1] * 66} for _ in range(2)]
+    return {
+        A_FILE: npz(poses=aa, gender=np.array(b"male"), mocap_framerate=24.0), "AMASS/CMU/1/b_poses.npz": npz(poses=aa),
+        "X/CMU/1/b_stageii.npz": npz(root_orient=aa[:, :3], pose_body=aa[:, 3:66], mocap_frame_rate=120,
+                                     latent_labels=np.array(["a", None], dtype=object)),
+        "AMASS/BioMotionLab_NTroje/s 1/shape.npz": npz(betas=np.zeros(16)),
+        f"v1/{INDEX}.json": frames, "v1/train_ids.json": [0, 1], "v1/val_ids.json": [2],
+        "v1/automatic_A.json": {str(k): f"A {k}" for k in range(3)}, "v1/automatic_B.json": {"0": ["B 0"]},
+        "v1/human6293.json": {"1": ["by hand"]},
+        f"v2/{INDEX}_100k.json": frames, "v2/train_ids_100k.json": [0, 1], "v2/test_ids_100k.json": [2, 3],
+        "v2/posescript_auto_100k.json": {str(k): ["eins", "zwei", "drei"] for k in range(4)},
+        "v2/posescript_human_6293.json": {"3": "ein Mensch"},
+        f"fix/{INDEX}_100k.json": frames | {"3": ["AMASS", "CMU/1/b_poses.npz", 9]},
+        "fix/pair_id_2_pose_ids.json": [[0, 1], [3, 2]], "fix/train_in_sequence_pair_ids.json": [0],
+        "fix/train_out_sequence_pair_ids.json": [1], "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
+        "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Lower it."]},
+        TAR: tar({f"train/{k}.{end}": content for k in range(2) for end, content in (
+            ("jpg", jpeg()), ("data.pyd", pickle.dumps([person(seen[k])], protocol=2 + 3 * k)))}),
+        "3dpw.npz": in_evaluation(seen), "Bilder/ü.jpg": jpeg(), "Bilder/b.jpg": jpeg(),
+        "Bilder/boxes.json": {"ü.jpg": [10, 5, 30, 50]}, "built/b.jpg": jpeg(),
+        "built/imagescript.jsonl": "\n".join(map(json.dumps, rows)).encode()}
+
+
+def lay_out(folder, contents):
+    """Writes {file: bytes, or what becomes JSON; None: no such file} -> {name: data set in this folder}."""
+    for name, content in contents.items():
+        if content is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return {name: spec.replace("{}", str(folder)) for name, spec in RELEASES.items()}
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Poses of people who look all ways (40,22,3,3), and {name: the data set that holds them}."""
+    seen = data.World("train", 40).seen
+    return seen, lay_out(tmp_path_factory.mktemp("real") / "groß und klein", releases(seen))
+
+
+def test_every_release_is_read_into_the_same_records_in_our_frame(real):
+    """Poses of all formats come back as they were written, whatever their axes; so do texts, splits, pairs, boxes."""
+    (seen, specs), rows = real, {
+        "amass": range(8, 32, 2), "smplx": range(8, 32, 10), "v1": [0, 3, 6], "v1 human": [3], "v2": [0, 3, 6, 9],
+        "v2 human": [9], "fix": [3, 6], "tars": [0, 1], "evaluation": [0, 1]}
+    found = {name: data.read([spec]) for name, spec in specs.items()}
+    for name, at in rows.items():
+        close(torch.tensor(np.stack([record["pose"] for record in found[name]])), seen[list(at)])
+    assert {record["source"] for record in found["amass"]} == {"amass-BMLrub"}
+    assert [r["texts"] for r in found["v1"]] == [["A 0", "B 0"], ["A 1"], ["A 2"]]
+    assert [r["split"] for r in found["v1"] + found["v2"]] == ["train"] * 2 + ["val"] + ["train"] * 2 + ["test"] * 2
+    one, two = found["fix"]
+    assert one["texts"] == ["Raise it.", "Lift it."] and one["together"] and not two["together"]
+    close(torch.tensor(np.stack([one["start"], two["start"]])), seen[[0, 9]])
+    assert [r["box"] for r in found["tars"]] == [[50, 30, 40]] * 2 and "box" not in found["images"][0]
+    assert found["images"][1]["box"] == [25, 30, 50] and found["evaluation"][0]["box"] == [50, 50, 40 * 4 / 3]
+    assert data.cut(found["tars"][1], 48).size == (48, 48)
+
+
+@pytest.mark.skipif("AMASS_SAMPLE" not in os.environ, reason="set AMASS_SAMPLE to a public AMASS file")
+def test_a_public_amass_file_holds_upright_people():
+    """Rotations, and in most frames a pelvis that is nearly upright in our frame."""
+    found = torch.tensor(np.stack([record["pose"] for record in data.read([f"amass:{os.environ['AMASS_SAMPLE']}"])]))
+    close(found @ found.mT, torch.eye(3).expand_as(found))
+    assert (found[:, 0, 1, 1] > 0.7).float().mean() > 0.5
+
+
+def damages(seen, trap):
+    """(data set, damaged file, its content, how many entries are left or a word of the Mistake), one by one."""
+    def people(members=(), **changes):
+        pickles = {f"{k}.data.pyd": pickle.dumps([person(seen[k], **(changes if k else {}))]) for k in range(2)}
+        return tar({"0.jpg": jpeg(), "1.jpg": jpeg()} | pickles | dict(members))
+
+    good, aa, html, none = releases(seen), in_amass(seen), b"<!DOCTYPE html><html>log in</html>", "holds nothing"
+    ids, row = f"v2/{INDEX}_100k.json", good["built/imagescript.jsonl"].splitlines()[0]
+    for content in (good[A_FILE][:9000], html, b"", npz(trans=aa), npz(poses=aa[:, :60]), npz(poses=aa[:0]),
+                    npz(poses=aa.astype(object)), npz(poses=np.array("poses")), npz(poses=aa * np.nan)):
+        yield from (("amass", A_FILE, content, none), ("v2", A_FILE, content, none))
+    yield "amass", A_FILE, npz(poses=np.where(np.arange(40)[:, None] == 10, np.nan, aa), mocap_framerate=24.0), 11
+    yield "amass", A_FILE, npz(poses=aa, mocap_framerate=np.nan), none
+    for file, frame in (("a", 999), ("a", -1), ("none", 0), ("a", "one"), ("a", None)):
+        yield "v2", ids, good[ids] | {"3": ["AMASS", f"BMLrub/s 1/{file}_poses.npz", frame]}, 3
+    for file in (ids, "v2/posescript_auto_100k.json", "v2/train_ids_100k.json"):
+        yield "v2", file, b'{"0": ["eins"', file.split("/")[1]
+    yield from (("v2", ids, None, "JSON"), ("v2", ids, good[ids] | {"3": ["AMASS"]}, 3),
+                ("v2", "v2/posescript_auto_100k.json", [1], "cannot be read"),
+                ("v2", "v2/posescript_auto_100k.json", None, none))
+    for pairs, left in (([[0, 1]], 1), ([[0, 1], [0, 7]], 1), ([[0, 1], 5], "cannot be read")):
+        yield "fix", "fix/pair_id_2_pose_ids.json", pairs, left
+    for content in (people([("1.jpg", b"no picture")]), people([("1.jpg", jpeg()[:700])]), people(center="x"),
+                    people([("1.data.pyd", b"no pickle")]), people([("1.data.pyd", pickle.dumps(Evil(trap)))]),
+                    people([("1.data.pyd", pickle.dumps({"a": 1}))]), people(body_pose=None), people(has_body_pose=0),
+                    people(body_pose=np.full(72, np.nan)), people(body_pose=np.zeros(60)), people(scale=np.zeros(2)),
+                    people(keypoints_2d=np.zeros((44, 3))), people()[:people().rindex(b"1.data.pyd") + 900],
+                    people(extra_info={"fitting_loss": np.array({"reprojection_loss": 1e6}, object)})):
+        yield "tars", TAR, content, 1
+    for changes, left in (({"scale": np.zeros(3)}, "cannot be read"), ({"body_pose": np.full((2, 72), np.nan)}, none),
+                          ({"imgname": np.array(["ü.jpg", "c.jpg"])}, 1), ({"center": np.zeros((1, 2))}, 1),
+                          ({"imgname": np.array(["ü.jpg", None])}, "cannot be read"), ({"scale": np.zeros(2)}, none)):
+        yield "evaluation", "3dpw.npz", in_evaluation(seen, **changes), left
+    yield from (("tars", TAR, html, none), ("evaluation", "3dpw.npz", html, "cannot read"),
+                ("evaluation", "3dpw.npz", npz(a=aa), "it has no"), ("evaluation", "Bilder/b.jpg", jpeg()[:700], 1),
+                ("images", "Bilder/b.jpg", html, 1), ("images", "Bilder/boxes.json", b"{", "JSON"),
+                ("images", "Bilder/boxes.json", {"ü.jpg": [1, 2]}, 1), ("built", "built/b.jpg", html, none),
+                ("images", "Bilder/boxes.json", {"ü.jpg": [0, 0, -5, -5]}, 1))
+    for line in (row[:-9], row.replace(b"0.1, ", b"", 1), row.replace(b"0.1, ", b"1e9, "), row.replace(b"b.j", b"c.j")):
+        yield "built", "built/imagescript.jsonl", row + b"\n" + line, 1
+
+
+def test_damaged_data_is_left_out_and_counted_or_refused_in_a_sentence(real, tmp_path, capsys):
+    """Cut off, misshapen, NaN, web pages, ids past the end: an entry is lost, or a sentence says what is wrong."""
+    trap, tried = tmp_path / "ran", 0
+    for tried, (name, file, content, left) in enumerate(damages(real[0], trap), 1):
+        spec = lay_out(tmp_path / f"{tried} ü", releases(real[0]) | {file: content})[name]
+        if isinstance(left, str):
+            with pytest.raises(tokenizer.Mistake, match=re.escape(left)) as mistake:
+                data.read([spec])
+            assert "\n" not in str(mistake.value)
+        else:
+            assert len(data.read([spec])) == left and ": 1 entries are left out" in capsys.readouterr().err, file
+    (tmp_path / "empty").mkdir()
+    for spec in (*RELEASES.values(), "posefix_a:{}", "world:{}", "world:train", "world:train:3", "dance:{}", "{}", ""):
+        for path in ("empty", "nowhere"):
+            with pytest.raises(tokenizer.Mistake):
+                data.read([spec.replace("{}", str(tmp_path / path))])
+    assert tried > 60 and not trap.exists()
+
+
+def test_a_data_set_can_be_looked_at_before_it_is_trained_on(real, tmp_path, capsys):
+    """--check counts entries, words, boxes and angles, and draws pictures and poses, where there are any."""
+    data.main(["--check", real[1]["images"], "--out", str(tmp_path)])
+    data.main(["--check", real[1]["tars"], "--check", real[1]["fix"], "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert re.search(r"h36m +2 entries\nposefix +train +2 entries\nwords in a text +3 +2 to 2", said), said
+    assert "pixels, side of a box" in said and np.asarray(Image.open(tmp_path / "check.png")).std() > 20
+
+
+def test_golden_mining_farthest_points_and_differing_codes():
+    """The order from pose 0 and the numbers of differing codes are the public code's, but for values on a threshold."""
+    gold, codes = golden("captions/mining.npz"), golden_codes()
+    for points, order in ((golden("captions/poses.npz")["coords22"], "fps_order_heading_normalised"),
+                          (gold["coords22_root0"], "fps_order_root0")):
+        assert data.farthest(points, len(points)) == gold[order].tolist()
+    off = np.stack([data.differing(row, codes.category) for row in codes.category]) - gold["n_different_posecodes"]
+    assert np.abs(off).max() <= 1 and (off == 0).mean() > 0.9
+
+
+def test_farthest_points_are_those_of_plain_search(body):
+    """Leaving out what cannot change leaves the order as it is; doubles come last, and nobody comes twice."""
+    level = torch.cat([torch.eye(3).expand(600, 1, 3, 3), data.World("train", 600).poses[:, 1:]], 1)
+    points = body.joints(torch.cat([level, level[:50]])).numpy()
+    near, order = np.full(len(points), np.inf), [7]
+    for _ in range(559):
+        near = np.minimum(near, np.linalg.norm(points - points[order[-1]], axis=-1).mean(-1))
+        order.append(int(near.argmax()))
+    made = data.farthest(points, len(points), 7)
+    assert made[:560] == order and sorted(made) == list(range(650))
+
+
+def build(out, *flags):
+    """data.py --build in this process -> its rows as the reader gives them, and as they stand in the file."""
+    data.main(["--out", str(out), "--poses", "world:train:400", *map(str, flags)])
+    rows = next(out.glob("*.jsonl")).read_text().splitlines()
+    return data.read([f"built:{out}"]), [json.loads(row) for row in rows]
+
+
+def test_imagescript_is_built_by_quotas_and_read_back(tmp_path, real):
+    """Farthest poses, three true captions, a picture and a split each; the same seed gives the same file."""
+    flags = ["--build", "imagescript", "--poses", real[1]["tars"], *"--quota world=30 --quota world=5:test".split()]
+    found, rows = build(tmp_path / "a", *flags, "--quota", "h36m=2")
+    assert rows == build(tmp_path / "b", *flags, "--quota", "h36m=2")[1]
+    assert [row["split"] for row in rows] == ["train"] * 30 + ["test"] * 5 + ["train"] * 2
+    assert len({(row["source"], row["id"]) for row in rows}) == 37 and len(set(rows[0]["texts"])) == 3
+    for record in found[::6]:
+        front = data.face_front(torch.tensor(record["pose"])[None])[0]
+        assert all(exact for text in record["texts"] for _, exact in data.check(text, front))
+        assert data.cut(record, 336).size == (336, 336)
+    close(torch.tensor(np.stack([record["pose"] for record in found[35:]])).sum(0), real[0][:2].sum(0))
+    for quota in ("world=401", "dance=1", "world", "world=2:exam"):
+        with pytest.raises(tokenizer.Mistake, match=quota):
+            build(tmp_path / "c", "--build", "imagescript", "--quota", quota)
+
+
+def test_imagediff_pairs_are_near_in_features_and_differ_in_codes(tmp_path, trained):
+    """A is among the 100 nearest by eval.py's features and differs in 10 codes or more; no pair comes twice."""
+    path, flags = tmp_path / "f.npy", ["--build", "imagediff", "--quota", "world=60", "--features"]
+    evaluation.main(["--weights", str(trained[0]), "--poses", "world:train:400", "--features", str(path)])
+    found, rows = build(tmp_path / "a", *flags, path)
+    category = data.posecodes(data.face_front(data.World("train", 400).seen)).category
+    pairs, features = [(int(row["start_id"]), int(row["id"])) for row in rows], np.load(path)
+    assert len(pairs) > 50 and len({frozenset(pair) for pair in pairs}) == len(pairs)
+    for (a, b), record in list(zip(pairs, found))[::9]:
+        cosine = features @ features[b]
+        assert data.differing(category[a], category[[b]])[0] >= 10 and (cosine > cosine[a]).sum() <= 100 and a != b
+        start, pose = data.face_front(torch.tensor(np.stack([record["start"], record["pose"]])))
+        assert all(exact for text in record["texts"] for _, exact in data.check(text, pose, start))
+    np.save(path, features[:9])
+    with pytest.raises(tokenizer.Mistake, match="each of the 400 poses"):
+        build(tmp_path / "b", *flags, path)
+
+
+def test_a_chat_model_may_refine_texts_but_not_lose_a_side(tmp_path, capsys):
+    """Random weights lose every part: the texts are kept, and counted. What keeps all parts and sides is taken."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    spell = unipose.word_tokenizer(data.words())
+    spell.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    spell.save_pretrained(tmp_path / "llm")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(spell), **sizes)).save_pretrained(tmp_path / "llm")
+    flags = ["--build", "imagescript", "--quota", "world=4", "--refined", "3", "--refine"]
+    rows = build(tmp_path / "a", *flags, tmp_path / "llm")[1]
+    assert [row.get("refined", row["texts"][0]) for row in rows] == [row["texts"][0] for row in rows]
+    assert "3 refined, 3 kept" in capsys.readouterr().out and len(data.read([f"refined:{tmp_path / 'a'}"])) == 3
+    before = data.named("Both knees are bent. The left hand is up. The head is low.")
+    assert before == {("left", "knee"), ("right", "knee"), ("left", "hand"), ("", "head")}
+    assert before <= data.named("With the left knee and the right knee bent, they raise the left hand over the head.")
+    assert not before <= data.named("Both knees are bent and the right hand is up, the head low.")
+    with pytest.raises(tokenizer.Mistake, match="chat model"):
+        build(tmp_path / "b", *flags, tmp_path)
+
+
+def test_real_data_is_mixed_by_weight_and_trains_every_stage(real, trained, tmp_path):
+    """Example k is a function of (seed, k); tasks follow from what a record holds; nano takes steps of each stage."""
+    specs, path = real[1], tmp_path / "data.json"
+    np.save(tmp_path / "eye.npy", np.eye(400))
+    build(tmp_path / "script", "--build", "imagescript", "--quota", "world=4")
+    build(tmp_path / "diff", "--build", "imagediff", "--quota", "world=6", "--features", tmp_path / "eye.npy")
+    table = {"tokenizer": {specs["amass"]: 0.8, specs["smplx"]: 0.2}, "retrieval": {specs["v2"]: 1, specs["fix"]: 1},
+             "align": {specs["v2"]: 70, specs["fix"]: 30},
+             "project": {f"built:{tmp_path}/script": 1, f"built:{tmp_path}/diff": 1, specs["tars"]: 2}}
+    one, two = (data.Recorded(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
+    tasks = [one[k][0] for k in range(300)]
+    assert 0.6 < np.mean([task in ("pose2text", "text2pose") for task in tasks]) < 0.8 and str(one[77]) == str(two[77])
+    assert set(tasks) == set(train.POSE_TASKS)
+    path.write_text(json.dumps(table))
+    for stage in table:
+        run_train(tmp_path / "w", "--init", trained[0], "--steps", 2, "--batch", 4, "--data", path, "--stage", stage)
+    for wrong, told in (({"dance": {}}, "name stages"), ({"align": {}}, "name stages"), ([], "name stages"),
+                        ({"align": {specs["tars"]: 1}}, "offers nothing"), ({"align": {"amass:no": 1}}, "the path"),
+                        ({"align": {specs["v2"]: "a"}}, "name stages"), ({"retrieval": {specs["v2"]: 1}}, "posediff")):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(tokenizer.Mistake, match=told):
+            run_train(tmp_path / "x", "--data", path, "--stage", "retrieval" if "retrieval" in wrong else "align")
+    assert not (tmp_path / "x").exists()
 
 
 # ---- unipose.py ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import math
 import os
 import pathlib
@@ -53,7 +54,17 @@ class Mistake(Exception):
 
 def reason(error):
     """The first line of what an exception says: libraries like to go on."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return (said or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def skipping(skipped, where):
+    """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
+    try:
+        yield
+    except Exception as error:                             # a damaged file can raise nearly anything
+        skipped.append(f"{where}: {reason(error)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,6 +141,33 @@ def saving(path):
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
             raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
         raise
+
+
+def files_in(path, *suffixes):
+    """The file itself, or all files below a folder that end in one of the suffixes, in order."""
+    path = pathlib.Path(path)
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+
+
+def load_json(path):
+    """What a JSON file holds. Raises Mistake."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{path} is not a complete JSON file: {reason(error)}") from None
+
+
+def open_image(where, near=None):
+    """[file, first byte, bytes (-1: all)] -> PIL RGB picture. near: a JPEG may be decoded coarsely, to no less than
+    this size. Raises Mistake."""
+    try:
+        with open(where[0], "rb") as file:
+            file.seek(where[1])
+            picture = Image.open(io.BytesIO(file.read(where[2])))
+        picture.draft("RGB", near)
+        return picture.convert("RGB")
+    except Exception as error:                             # a damaged file can fail anywhere inside a decoder
+        raise Mistake(f"{where[0]} holds an image that cannot be decoded ({type(error).__name__})") from None
 
 
 # ---- 2. The skeleton: 22 joints --------------------------------------------------------------------------------------
@@ -246,17 +284,25 @@ def latin1(text, encoding="latin1"):
     return text.encode("latin1")
 
 
+def number(dtype, data):
+    """How numpy pickles a single number. Its own maker would take bytes for pointers to objects."""
+    return np.frombuffer(data, dtype)[0]
+
+
 RECONSTRUCT = np.ndarray(0).__reduce__()[0]                # numpy's own maker of empty arrays, wherever it lives now
+FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]              # the same of newer pickles
 ALLOWED = {
     "chumpy.ch Ch": Pickled, "chumpy.reordering Select": Pickled,
     "scipy.sparse.csc csc_matrix": Pickled, "scipy.sparse._csc csc_matrix": Pickled,
     "numpy.core.multiarray _reconstruct": RECONSTRUCT, "numpy._core.multiarray _reconstruct": RECONSTRUCT,
     "numpy ndarray": np.ndarray, "numpy dtype": np.dtype, "__builtin__ set": set, "_codecs encode": latin1,
+    "numpy.core.multiarray scalar": number, "numpy._core.multiarray scalar": number,
+    "numpy.core.numeric _frombuffer": FROM_BUFFER, "numpy._core.numeric _frombuffer": FROM_BUFFER,
 }
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Reads the arrays of an SMPL .pkl. A pickle is a program; this one may call nothing outside ALLOWED."""
+    """Reads arrays, as of an SMPL .pkl. A pickle is a program; this one may call nothing outside ALLOWED."""
 
     def find_class(self, module, name):
         if f"{module} {name}" not in ALLOWED:
@@ -524,6 +570,42 @@ def as_rotations(array, where):
     return (left @ right).float()                          # the nearest rotation, in the least-squares sense
 
 
+MOTION = ("poses", "root_orient", "pose_body", "mocap_framerate", "mocap_frame_rate")    # both spellings occur
+
+
+def motion(arrays, where):
+    """Arrays of an AMASS .npz, SMPL+H (`poses`) or SMPL-X (`root_orient`, `pose_body`) -> axis-angles (T,66), z up,
+    and frames a second, 0 where the file does not say. Raises Mistake."""
+    if {"root_orient", "pose_body"} <= arrays.keys():
+        root, limbs = arrays["root_orient"], arrays["pose_body"]
+        if root.shape[1:] != (3,) or limbs.shape != (len(root), 63):
+            raise Mistake(f"{where}: root_orient must be (frames,3) and pose_body (frames,63), as in AMASS")
+        poses = np.concatenate([root, limbs], 1)
+    elif "poses" in arrays and arrays["poses"].ndim == 2 and arrays["poses"].shape[1] >= 66:
+        poses = arrays["poses"][:, :66]
+    else:
+        raise Mistake(f"{where} holds no motion: poses (frames, 66 or more) is needed, as in AMASS")
+    rate = next((arrays[name] for name in MOTION[3:] if name in arrays), np.zeros(1))
+    return poses, float(rate.item()) if rate.size == 1 and rate.dtype.kind in "iuf" else 0.0
+
+
+def frame_of(poses, frame, where):
+    """One frame of a motion (T,66), z up -> rotmat (22,3,3), y up. Raises Mistake."""
+    if not 0 <= frame < len(poses):
+        raise Mistake(f"{where} has no frame {frame}: it holds {len(poses)}, counted from 0")
+    rotmat = as_rotations(poses[frame], f"frame {frame} of {where}")
+    rotmat[0] = UP @ rotmat[0]
+    return rotmat
+
+
+def from_camera(array, where):
+    """A pose as `as_rotations` takes it, its root as a camera sees it (z ahead, y down) -> rotmat (22,3,3) in our
+    frame, where +z comes towards the camera. Raises Mistake."""
+    rotmat = as_rotations(np.asarray(array), where)
+    rotmat[0] *= torch.tensor([[1.0], [-1.0], [-1.0]])     # half a turn about x
+    return rotmat
+
+
 def read_pose(path):
     """Reads one pose -> rotmat (22,3,3). Raises Mistake on a file that is missing, damaged, or not one pose.
 
@@ -531,25 +613,13 @@ def read_pose(path):
     .npz: AMASS keys (`poses`, or `root_orient` + `pose_body`), z up, turned to y up here. `walk.npz:120` is frame 120.
     """
     path, _, frame = str(path).rpartition(":") if re.search(r"\.npz:\d+$", str(path)) else (path, "", "")
-    arrays = read_arrays(path, ("poses", "root_orient", "pose_body"))
+    arrays = read_arrays(path, MOTION)
     if "" in arrays:
         return as_rotations(arrays[""], path)
-    if {"root_orient", "pose_body"} <= arrays.keys():
-        root, limbs = arrays["root_orient"], arrays["pose_body"]
-        if root.shape != (len(root), 3) or limbs.shape != (len(root), 63):
-            raise Mistake(f"{path}: root_orient must be (frames,3) and pose_body (frames,63), as in AMASS")
-        poses = np.concatenate([root, limbs], 1)
-    elif "poses" in arrays and arrays["poses"].ndim == 2 and arrays["poses"].shape[1] >= 66:
-        poses = arrays["poses"][:, :66]
-    else:
-        raise Mistake(f"{path} holds no motion: poses (frames, 66 or more) is needed, as in AMASS")
-    if int(frame or 0) >= len(poses):
-        raise Mistake(f"{path} has no frame {frame or 0}: it holds {len(poses)}, counted from 0")
+    poses, _ = motion(arrays, path)
     if not frame and len(poses) > 1:
         raise Mistake(f"{path} holds {len(poses)} frames, and one pose is wanted: name the frame, as in {path}:0")
-    rotmat = as_rotations(poses[int(frame or 0)], path)
-    rotmat[0] = UP @ rotmat[0]
-    return rotmat
+    return frame_of(poses, int(frame or 0), path)
 
 
 def write_pose(path, rotmat):

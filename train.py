@@ -39,13 +39,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from data import TASKS, Mixture, World, words
+from data import TASKS, Mixture, Recorded, World, words
 from eval import Retrieval, load_ruler, read_texts
 from tokenizer import (
     MIRROR,
     Mistake,
     cli,
     load_body,
+    load_json,
     matrix_to_sixd,
     mirror,
     noisy,
@@ -125,6 +126,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     save_every: int = 500  # steps between two states to resume from
     device: str = ""  # cpu | cuda | …; empty: the GPU where there is one
+    data: str = ""  # JSON file of real data: {stage: {"KIND:PATH": weight}}; empty: the embedded world
     people: int = 0  # synthetic people; 0: as in PEOPLE
     photos: int = 0  # how many of them are photographed; 0: as in PEOPLE
     attn: str = ""  # mixed (paper) | mixed_all | causal; empty: as the checkpoint, or the paper
@@ -142,8 +144,8 @@ class Frozen:
 
     One object serves a whole run: no stage asks for codes or features before the stages that train those parts."""
 
-    def __init__(self, model, world, photos):
-        self.model, self.world, self.n_photos = model, world, photos
+    def __init__(self, model, world, photos, recorded=()):
+        self.model, self.world, self.n_photos, self.recorded = model, world, photos, dict(recorded)
 
     @cached_property
     def codes(self):
@@ -277,12 +279,13 @@ def tokenizer(model, ruler, frozen, config):
     """Reconstruction through the codebook on the posed body (paper eq. 7), half of the people turned as a camera sees
     them. Embedded sizes pose an area-weighted subset of the vertices, `paper` all of them."""
     world, body = frozen.world, load_body().to(model.device)
-    poses, total = torch.cat([world.poses, world.seen]), schedule(config)[0]
+    poses, total, real = torch.cat([world.poses, world.seen]), schedule(config)[0], frozen.recorded.get("tokenizer")
     chosen = None if config.size == "paper" else some_vertices(body)
 
     def loss(rows, step):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        target = poses[[spread(len(poses), k, config.seed) for k in rows]].to(model.device)
+        target = (torch.tensor(np.stack([real.draw(k)[0]["pose"] for k in rows])) if real else
+                  poses[[spread(len(poses), k, config.seed) for k in rows]]).to(model.device)
         given, target = noisy(target, generator, config.root_noise, config.part_noise, step / total)
         loss, logs = tokenizer_loss(model.tokenizer, target, body, chosen, given, generator)
         return loss, {**logs, "terms": len(rows)}
@@ -292,16 +295,26 @@ def tokenizer(model, ruler, frozen, config):
 
 def retrieval(model, ruler, frozen, config):
     """Contrast of poses with captions, and of the pairs that they belong to with differences."""
-    world = frozen.world
+    world, real = frozen.world, frozen.recorded.get("retrieval")
 
-    def loss(rows, step):
+    def examples(rows):
+        """Poses (B,22,3,3) and their captions, pairs (B,2,22,3,3) and their differences."""
+        if real:
+            poses, captions = zip(*(real.example(k, "pose2text")[1] for k in rows))
+            starts, ends, changes = zip(*(real.example(k, "posediff")[1] for k in rows))
+            return torch.stack(poses), captions, torch.stack([torch.stack(starts), torch.stack(ends)], 1), changes
         people = [spread(len(world.poses), k, config.seed) for k in rows]
         partners, rngs = [i ^ 1 for i in people], [np.random.default_rng((config.seed, k)) for k in rows]
-        ids, mask = read_texts(model.text, [world.caption(i, rng) for i, rng in zip(people, rngs)])
-        one, logs = ruler(world.poses[people].to(model.device), ids.to(model.device), mask.to(model.device))
-        ids, mask = read_texts(model.text, [world.difference(*pair) for pair in zip(people, partners, rngs)])
-        both = torch.stack([world.poses[people], world.poses[partners]], 1).to(model.device)    # (B,2,22,3,3)
-        two, pair_logs = ruler(both, ids.to(model.device), mask.to(model.device))
+        captions = [world.caption(i, rng) for i, rng in zip(people, rngs)]
+        changes = [world.difference(*pair) for pair in zip(people, partners, rngs)]
+        return world.poses[people], captions, torch.stack([world.poses[people], world.poses[partners]], 1), changes
+
+    def loss(rows, step):
+        poses, captions, both, changes = examples(rows)
+        ids, mask = read_texts(model.text, captions)
+        one, logs = ruler(poses.to(model.device), ids.to(model.device), mask.to(model.device))
+        ids, mask = read_texts(model.text, changes)
+        two, pair_logs = ruler(both.to(model.device), ids.to(model.device), mask.to(model.device))
         return one + two, {"top1": logs["top1"], "pair_top1": pair_logs["top1"], "terms": len(rows)}
 
     return Job({RULER.rstrip("."): ruler}, loss)
@@ -321,14 +334,15 @@ def meet_codes(model):
 
 def language(model, ruler, frozen, config):
     """align, project, instruct: the next word and the codes of asked-for poses, over a mixture of tasks."""
-    stage = STAGES[config.stage]
+    stage, mixture = STAGES[config.stage], frozen.recorded.get(config.stage)
     if config.stage == "align" and config.size != "paper":
         meet_codes(model)
-    lookups = {"pose": frozen.codes}
-    if set(stage.tasks) & set(IMAGE_TASKS):
-        lookups |= {"seen": frozen.seen_codes, "image": frozen.features}
-    mixture = Mixture(stage.tasks, config.seed, frozen.world, templates=stage.templates, photos=frozen.n_photos,
-                      **lookups)
+    if not mixture:
+        lookups = {"pose": frozen.codes}
+        if set(stage.tasks) & set(IMAGE_TASKS):
+            lookups |= {"seen": frozen.seen_codes, "image": frozen.features}
+        mixture = Mixture(stage.tasks, config.seed, frozen.world, templates=stage.templates, photos=frozen.n_photos,
+                          **lookups)
 
     def loss(rows, step):
         return model(collate([model.encode(mixture[k][1]) for k in rows]))
@@ -496,7 +510,7 @@ def report(out, row):
 # ---- 5. States to resume from ------------------------------------------------------------------------------------
 
 # what a resumed run must not change
-FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "people", "photos", "attn", "lora_r",
+FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos", "attn", "lora_r",
          "root_noise", "part_noise")
 
 
@@ -599,7 +613,24 @@ def settle(config):
                                                   and ranks()[1] > 1 else ""))
 
 
-def start_from(config, out):
+def real_data(config):
+    """--data -> {stage: what it learns from}, all of it read and found readable. Raises Mistake."""
+    weights = load_json(config.data) if config.data else {}
+    stages = [stage for stage in STAGES if stage != "backbones"]
+    right = isinstance(weights, dict) and weights.keys() <= set(stages) and all(
+        isinstance(sets, dict) and sets and all(isinstance(x, (int, float)) and x > 0 for x in sets.values())
+        for sets in weights.values())
+    if not right:
+        raise Mistake(f"{config.data} must name stages, of {', '.join(stages)}, and weights of the data sets of each")
+    real = {stage: Recorded(weights[stage], {"retrieval": ("pose2text", "posediff")}.get(stage, STAGES[stage].tasks),
+                            config.seed, STAGES[stage].templates)
+            for stage in stages if stage in weights and stage in asked(config)}
+    for task in ("pose2text", "posediff") if "retrieval" in real else ():
+        real["retrieval"].draw(0, task)                    # a batch needs both: better to find out now
+    return real
+
+
+def start_from(config, out, recorded):
     """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
     first, *others = config.init.split(",")
     folder, stages = pathlib.Path(first or out), asked(config)
@@ -614,7 +645,8 @@ def start_from(config, out):
                       f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
     torch.manual_seed(config.seed)
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
-    model = UniPose(model_config(config.size, **chosen), word_tokenizer(words()))
+    said = (row.get("texts", ()) for real in recorded.values() for _, rows, _ in real.groups for row in rows)
+    model = UniPose(model_config(config.size, **chosen), word_tokenizer(words(text for some in said for text in some)))
     return model, fresh_ruler(model, config), {"stages": [], "seconds": {}, "commands": {}}
 
 
@@ -739,13 +771,14 @@ def main(argv=None):
     if ranks()[1] > 1 and not torch.distributed.is_initialized():  # patient: whole stages are the first's alone
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=2))
     out = pathlib.Path(config.out)
-    model, ruler, notes = start_from(config, out)
+    recorded = real_data(config)
+    model, ruler, notes = start_from(config, out, recorded)
     config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
     stages = [s for s in asked(config) if not (config.resume and done(s, config, notes, out))]
     if not stages:
         print(f"{out} has been through {config.stage} already; there is nothing to resume")
-    frozen = Frozen(model, World("train", config.people, model.vision.clip_size), config.photos)
+    frozen = Frozen(model, World("train", config.people, model.vision.clip_size), config.photos, recorded)
     for stage in stages:
         if is_first() or not STAGES[stage].whole:
             run_stage(dataclasses.replace(config, stage=stage), model, ruler, frozen, notes, out)
