@@ -7,7 +7,7 @@ UniPose is trained in a fixed order, each stage on top of what the ones before h
     retrieval   the ruler of eval.py           not a part of UniPose                                     (appendix B.2)
     align       LLM                            poses and text share one vocabulary
     project     projector                      what the eyes see becomes words too
-    instruct    projector and LLM by LoRA      seven tasks, 200 phrasings each
+    instruct    projector and LLM (LoRA)       seven tasks, 200 phrasings each
 
 A stage is a row of STAGES plus a function that returns its modules and its loss. The loop below knows nothing else:
 sample numbers are a function of (seed, step), so a run that was cut off goes on bit by bit as if it had not been.
@@ -105,7 +105,7 @@ STAGES = {
                      dict(nano=(20, 8, 2e-3), tiny=(500, 16, 2e-3), paper=(12_500, 32, 5e-5))),
     # images come twice as often: the LLM has not met them before
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), (*TASKS, *IMAGE_TASKS), ("project",), 200, False,
-                      dict(nano=(30, 8, 1e-3), tiny=(6000, 16, 1e-3), paper=(1_900, 32, 5e-5))),
+                      dict(nano=(30, 8, 1e-3), tiny=(3500, 16, 1e-3), paper=(1_900, 32, 5e-5))),
 }
 PEOPLE = dict(nano=(256, 64), tiny=(40_000, 16_000))  # synthetic people, and how many are photographed
 
@@ -609,6 +609,7 @@ def settle(config):
     config.people = config.people or people
     config.photos = config.photos or min(photos, config.people)
     config.out = config.out or f"out/{config.size}"
+    config.lora_r = SIZES[config.size]["lora_r"] if config.lora_r < 0 else config.lora_r
     config.device = find_device(config.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available()
                                                   and ranks()[1] > 1 else ""))
 
@@ -665,7 +666,7 @@ def go_on_from(folder, others, needs, config):
     for name in ("vision", "projector"):
         if getattr(config, name) not in ("", notes[name]):
             raise Mistake(f"{folder} was made with --{name} {notes[name]}; another one needs a run from the beginning")
-    if notes["lora"] and config.lora_r not in (-1, notes["lora_r"]):
+    if notes["lora"] and "instruct" in asked(config) and config.lora_r != notes["lora_r"]:
         raise Mistake(f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs a folder "
                       "that has not been through instruct")
     model = load(folder)
@@ -702,8 +703,8 @@ def fresh_ruler(model, config):
 
 def run_stage(config, model, ruler, frozen, notes, out):
     """Train one stage and write the checkpoint with everything trained so far."""
-    if config.stage == "instruct" and config.lora_r != 0:
-        model.config["lora_r"] = config.lora_r if config.lora_r > 0 else model.config["lora_r"]
+    if config.stage == "instruct" and config.lora_r:
+        model.config["lora_r"] = config.lora_r
         torch.manual_seed(config.seed)
         model.grow_lora()
     model.to(config.device)

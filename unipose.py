@@ -41,7 +41,7 @@ from tokenizer import Mistake, PoseTokenizer, TokenizerConfig, cli, reason, savi
 
 # What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
 # with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
-# slots: see `UniPose.embed`.
+# slots: see `UniPose.embed`; lora_r 0: `instruct` trains all weights, since a tiny LLM leaves nothing to be saved.
 SIZES = {
     "nano": dict(
         llm=dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -60,7 +60,7 @@ SIZES = {
         pose_vit=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=[128, 96],
                       patch_size=[16, 16]),
         tokenizer=dict(codes=512, code_dim=64, hidden=128, upsample_step=1),
-        slots=True, lora_r=32, lora_alpha=32),
+        slots=True, lora_r=0, lora_alpha=32),
     "paper": dict(
         llm=dict(model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
                  num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=32768, rms_norm_eps=1e-5,
@@ -600,7 +600,8 @@ def main():
     if config.size:
         with torch.device("meta"):
             model = UniPose(model_config(config.size))
-            model.grow_lora()
+            if model.config["lora_r"]:
+                model.grow_lora()
     else:
         model = load(config.weights)
     v = model.vocab
