@@ -726,8 +726,8 @@ def fill(model, files, device, dtype, made=(), text_rows=0):
     text_rows: take so many rows of embedding and head; the others begin at their mean. Strict both ways: raises Mistake
     where names, shapes or values are not as they must be.
     """
-    slots = {name.replace(".base.", "."): name for name in model.state_dict() if not name.startswith(made)}
-    want, held = {name: model.state_dict()[slot].shape for name, slot in slots.items()}, census(files)
+    homes = {name.replace(".base.", "."): name for name in model.state_dict() if not name.startswith(made)}
+    want, held = {name: model.state_dict()[home].shape for name, home in homes.items()}, census(files)
     have = {name: want[name] if text_rows and name in TABLES else shape for name, (shape, _) in held.items()}
     compare(want, have, ", ".join(dict.fromkeys(str(path) for path, _ in files)))
 
@@ -740,7 +740,7 @@ def fill(model, files, device, dtype, made=(), text_rows=0):
         return tensor.to(device, torch.float32 if name.startswith("tokenizer.") else dtype, copy=True)
 
     for path, names in tqdm(files, desc="weights", leave=False, delay=2):  # any tensor left over would hold its file
-        part = {slots[name]: settled(name, tensor, path) for name, tensor in translate(path, names).items()
+        part = {homes[name]: settled(name, tensor, path) for name, tensor in translate(path, names).items()
                 if held[name][1] == path}
         model.load_state_dict(part, strict=False, assign=True)
     rotary, eye = model.llm.model.rotary_emb, model.vision.clip.embeddings  # constants, which the meta device lacks
@@ -864,8 +864,8 @@ def official_config(cache, **vit):
     layers = max(int(name.split(".")[3]) for name in held if name.startswith("tokenizer.encoder."))
     tokens = dict(hidden=held["tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
                   upsample_step=(layers - 7) // 3, z_up=True)  # three layers each time the axis is doubled
-    return {"size": "official", "projector": "mlp", "vision": "both", "attn": "mixed", "lora": True, **sizes,
-            "tokenizer": tokens, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
+    return {"size": "official", "projector": "mlp", "vision": "both", "attn": "mixed", **sizes, "tokenizer": tokens,
+            "slots": False, "lora": True, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
             "stages": ["backbones", "tokenizer", "align", "project", "instruct"], "seconds": {}, "commands": {}}
 
 
