@@ -121,6 +121,11 @@ def templates(task):
     return tuple(dict.fromkeys([plain, *filter(None, itertools.chain(*turns))]))[:TEMPLATES]
 
 
+def released(task):
+    """The instruction by which the official weights first learnt a task, before they met many phrasings."""
+    return json.loads((ASSETS / "instructions.json").read_text())["released"][task]
+
+
 def fill(task, values, template):
     """A template filled with an example -> segments [(kind, value, is_target)], the answer last.
 

@@ -26,6 +26,7 @@ import json
 import math
 import pathlib
 import re
+import resource
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -43,20 +44,19 @@ from data import (
     caption,
     difference,
     face_front,
-    fill,
     paircodes,
     posecodes,
     posed,
     show_side,
     side_shown,
     statements,
-    templates,
     verdicts,
     words,
 )
-from sample import DECODINGS, Reader, check_decoding, generate
+from sample import DECODINGS, Reader, check_decoding, generate, question
 from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
 from unipose import (
+    PAPER_TEXT,
     RULER,
     SIZES,
     TINY,
@@ -351,13 +351,13 @@ class Exam:
             self.poses = world.seen[self.rows]
             self.turns = self.poses[:, 0] @ world.poses[self.rows, 0].mT
 
-    def question(self, k):
-        """The k-th prompt: the task's plain template, filled in, without its answer."""
+    def question(self, k, model=None):
+        """The k-th prompt: the task's plain template (of that model), filled in, without its answer."""
         row = int(self.rows[k])
         people = (row - 1, row) if self.task in PAIRS else (row,)
         values = [self.texts[k] if kind == "text" else self.world.poses[i] if kind == "pose" else self.world.image(i)
                   for kind, i in zip(TASKS[self.task].inputs, people)]
-        return fill(self.task, [*values, None], templates(self.task)[0])[:-1]
+        return question(self.task, values, model)
 
     def facing(self, poses):
         """Poses in the answer's frame, turned back to face +z, which is where statements are made."""
@@ -470,7 +470,7 @@ def answer(model, exam, decode, batch):
     """The model's answers to an exam: poses (n,22,3,3) or a list of n texts."""
     made, n = [], len(exam.texts)
     for k in tqdm(range(0, n, batch), desc=f"{exam.task}: {decode}", leave=False):
-        questions = [exam.question(i) for i in range(k, min(k + batch, n))]
+        questions = [exam.question(i, model) for i in range(k, min(k + batch, n))]
         made += generate(model, questions, [exam.target] * len(questions), decode=decode)
     return torch.stack([a.pose for a in made]) if exam.target == "pose" else [a.text for a in made]
 
@@ -572,10 +572,22 @@ def medians(repeats, **runs):
     return dict(zip(runs, (1000 * np.median(rounds, axis=0)).tolist()))
 
 
+def copy_speed(device, size=1 << 28):
+    """Bytes a second that this machine copies, read and written counted, at its best. No step of an LLM is faster than
+    reading its weights once."""
+    source, seconds = torch.ones(size, dtype=torch.uint8, device=device), []
+    target = torch.zeros_like(source)
+    for _ in range(7):
+        begun = time.perf_counter()
+        target.copy_(source)[-1].item()                    # .item() waits for a GPU
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size / min(seconds)
+
+
 def speed(model, seed=0, repeats=7):
     """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every task's latency."""
     exams = {task: Exam(World("test", 2, model.vision.clip_size), task, 1, seed) for task in TASKS}
-    row, reader = model.encode(exams["text2pose"].question(0)), Reader(model, 1)
+    row, reader = model.encode(exams["text2pose"].question(0, model)), Reader(model, 1)
     prompt = torch.tensor([row.ids], device=model.device)                                # (1,T)
     causal = torch.full_like(prompt, -1)
     with torch.no_grad():
@@ -583,16 +595,22 @@ def speed(model, seed=0, repeats=7):
 
     def whole(task, decode="argmax"):
         # an untrained model does not know when to stop: a pose answer gets no more steps than it needs
-        steps = 160 if exams[task].target == "text" else model.tokenizer.n_tokens + 3 if decode == "ar" else 2
-        question, begun = exams[task].question(0), time.perf_counter()
-        generate(model, [question], [exams[task].target], decode=decode, max_new=steps)
+        steps = 160 if exams[task].target == "text" else model.tokenizer.n_tokens + 3 if decode == "ar" else 3
+        prompt, begun = exams[task].question(0, model), time.perf_counter()
+        generate(model, [prompt], [exams[task].target], decode=decode, max_new=steps)
         return time.perf_counter() - begun
 
+    read = [*model.llm.model.layers.parameters(), model.llm.lm_head.weight]
+    weights = sum(p.numel() * p.element_size() for p in read)
     pose = medians(repeats, parallel=lambda: pose_seconds(model, reader, False),
                    one_by_one=lambda: pose_seconds(model, reader, True))
     full = medians(repeats, parallel=lambda: whole("text2pose"), one_by_one=lambda: whole("text2pose", "ar"))
     latency = medians(repeats, **{task: functools.partial(whole, task) for task in TASKS})
+    copied, held = copy_speed(model.device), torch.cuda.max_memory_allocated() if model.device.type == "cuda" else (
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return {"prompt_tokens": len(row.ids), "pose_tokens": model.tokenizer.n_tokens, "latency_ms": latency,
+            "llm_gb": weights / 1e9, "copy_gb_per_s": copied / 1e9, "read_once_ms": 1000 * weights / copied,
+            "peak_memory_gb": held / 1e9,
             "pose_ms": pose, "pose_ratio": pose["one_by_one"] / pose["parallel"],
             "answer_ms": full, "answer_ratio": full["one_by_one"] / full["parallel"]}
 
@@ -604,6 +622,8 @@ def show_speed(figures):
     for key, what in (("pose", "the pose, from the cached prompt"), ("answer", "the whole answer, prompt included")):
         times, ratio = figures[f"{key}_ms"], figures[f"{key}_ratio"]
         lines.append(f"{what:<36}{times['parallel']:>10.1f}{times['one_by_one']:>12.1f}{ratio:>7.1f}x")
+    lines.append("the LLM is {llm_gb:.2f} GB: {read_once_ms:.1f} ms to read once at {copy_gb_per_s:.0f} GB/s, measured "
+                 "by copying; peak memory {peak_memory_gb:.1f} GB".format(**figures))
     return [*lines, "latency of one answer: " + ", ".join(f"{t} {ms:.0f}" for t, ms in figures["latency_ms"].items())]
 
 
@@ -612,7 +632,7 @@ def show_speed(figures):
 @dataclass
 class Config:
     """Measure a model on its embedded test split."""
-    weights: str = TINY  # the folder of the model
+    weights: str = TINY  # the folder of the model, or the official release's `cache`
     size: str = ""  # nano | tiny | paper: random weights of this size instead, for --speed
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task
@@ -627,6 +647,20 @@ class Config:
     speed: bool = False  # measure time instead of quality
     features: str = ""  # write retrieval features of --poses here (.npy), for data.py --build imagediff
     poses: list[str] = field(default_factory=list)  # --features: data sets, KIND:PATH as for data.py
+
+
+def untrained(size, seed, device):
+    """Random weights of a size, made where they are used; on a GPU all but the pose tokenizer in bfloat16."""
+    torch.manual_seed(seed)
+    text = word_tokenizer(words())
+    if size == "paper":                                    # a head as large as the paper's, though few words are known
+        text = word_tokenizer([*words(), *(f"word{i}" for i in range(PAPER_TEXT - len(text)))])
+    with torch.device(device):
+        model = UniPose(model_config(size), text).eval()
+    for name, parameter in model.named_parameters():
+        if device.startswith("cuda") and not name.startswith("tokenizer."):
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def refuse(config):
@@ -647,8 +681,7 @@ def main(argv=None):
     refuse(config)
     device, ruler = find_device(config.device), None
     if config.size:
-        torch.manual_seed(config.seed)
-        model = UniPose(model_config(config.size), word_tokenizer(words())).to(device).eval()
+        model = untrained(config.size, config.seed, device)
     else:
         model, ruler = load(config.weights, device), load_ruler(config.weights)
     check_decoding(model, *config.decode.split(","))
@@ -662,6 +695,7 @@ def main(argv=None):
     if config.speed:
         report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
         lines = show_speed(report["speed"])
+        lines += ["(the paper, on an A100: 200 ms in parallel, 2500 one by one)"] * (config.size == "paper")
     else:
         judge = Judge(load_body(config.body), ruler, model.text)
         report = evaluate(model, judge, config.tasks or tuple(TASKS), config.split, config.n, config.decode,

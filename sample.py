@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, face_front, fill, rest, templates
+from data import TASKS, World, check, face_front, fill, released, rest, templates
 from tokenizer import (
     Mistake,
     body_colors,
@@ -40,7 +40,7 @@ from tokenizer import (
     script,
     write_pose,
 )
-from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask, tidy
+from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask
 
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------
 
@@ -53,6 +53,12 @@ class Answer:
     codes: list = field(default_factory=list)
     ids: list = field(default_factory=list)
     finished: bool = False  # the row ended by itself, not at the length limit
+    room: int = 160  # that limit, in tokens
+
+    @property
+    def silent(self):
+        """Will it say no more?"""
+        return self.finished or len(self.ids) >= self.room
 
 
 class Reader:
@@ -87,16 +93,16 @@ def pick(logits, temperature=0.0, generator=None):
 def allowed_next(model, answer, want, stepwise):
     """Slices of the vocabulary in which this row's next token lies.
 
-    Text may stop or open one pose; `want` = "pose" opens it at once, "text" never. Inside a pose that is read off code
-    by code only codes may come, and after N of them only </p>, whose place is known.
+    Text may stop or open one pose; `want` = "pose" opens it at once (after the model's `lead`), "text" never. Inside a
+    pose that is read off code by code only codes may come, and after N of them only </p>, whose place is known.
     """
     v = model.vocab
     texts, codes = slice(0, v.n_text), slice(v.pose0, v.p_open)
     p_open, p_close = slice(v.p_open, v.p_open + 1), slice(v.p_close, v.p_close + 1)
     if stepwise and v.p_open in answer.ids and v.p_close not in answer.ids:
         return [p_close] if len(answer.codes) == model.tokenizer.n_tokens else [codes]
-    if want == "pose" and not answer.ids:
-        return [p_open]
+    if want == "pose" and len(answer.ids) < len(begin := [*model.lead, v.p_open]):
+        return [slice(begin[len(answer.ids)], begin[len(answer.ids)] + 1)]
     return [texts] if want == "text" or v.p_open in answer.ids else [texts, p_open]
 
 
@@ -111,26 +117,28 @@ def check_decoding(model, *ways):
 
 
 @torch.no_grad()
-def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None, max_new=160):
+def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None, max_new=0):
     """Answer a batch of prompts (segments without targets), each row as it would be answered alone.
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
     "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
     A model trained with --attn causal
     has no queries and always answers code by code; "ar" on any other is a clock, since it never saw its own codes.
-    temperature 0 is greedy. Returns a list of Answer; at most max_new steps a row.
+    temperature 0 is greedy. Returns a list of Answer; a row stops after max_new tokens at the latest (0: 160, and the
+    release's 512 for a model of word pieces).
     """
     model.eval()
+    max_new = max_new or (160 if model.worded else 512)
     stepwise = decode == "ar" or model.config["attn"] == "causal"
     assert not (stepwise and decode in ("soft", "vote")), "both need all distributions at once"
     rows = collate([model.encode(prompt) for prompt in prompts], side="left")
     rows = {k: v if v is None else v.to(model.device) for k, v in rows.items()}
     wants = wants or [None] * len(prompts)
-    answers, reader = [Answer() for _ in prompts], Reader(model, len(prompts))
+    answers, reader = [Answer(room=max_new) for _ in prompts], Reader(model, len(prompts))
     h = reader.read_ids(*(rows[key] for key in ("ids", "block", "slot", "valid", "images")))[:, -1]  # (B,D)
     for _ in range(max_new):
         say_next(model, answers, h, wants, stepwise, temperature, generator)
-        if all(a.finished for a in answers):
+        if all(a.silent for a in answers):
             break
         ids, block, slot, valid = next_columns(model, answers, stepwise)                   # (B,q)
         hidden = reader.read_ids(ids, block, slot, valid)                                  # (B,q,D)
@@ -147,7 +155,7 @@ def say_next(model, answers, h, wants, stepwise, temperature, generator):
     """Each unfinished row says one more token, written into its Answer. h (B,D): the last hidden state of each row."""
     logits, v = model.llm.lm_head(h), model.vocab                                          # (B,vocabulary)
     for answer, row, want in zip(answers, logits, wants):
-        if answer.finished:
+        if answer.silent:
             continue
         open_ = torch.full_like(row, -torch.inf)
         for part in allowed_next(model, answer, want, stepwise):
@@ -169,7 +177,7 @@ def next_columns(model, answers, stepwise):
     ids, block = torch.zeros(len(answers), q, dtype=torch.long), torch.full((len(answers), q), -1)
     slot, valid = torch.full_like(block, -1), torch.zeros(len(answers), q, dtype=torch.bool)
     for i, answer in enumerate(answers):
-        ids[i, 0], valid[i, 0] = answer.ids[-1], not answer.finished
+        ids[i, 0], valid[i, 0] = answer.ids[-1], not answer.silent
         if v.pose0 <= answer.ids[-1] < v.p_open:
             slot[i, 0] = len(answer.codes) - 1
         if begins[i]:
@@ -211,7 +219,7 @@ def finish(model, answer):
         codes = torch.tensor([answer.codes], device=model.device)
         answer.pose = model.tokenizer.decode(codes)[0].cpu()                               # (22,3,3)
     words = [i for i in answer.ids if i < model.vocab.n_text and i != model.text.eos_token_id]
-    answer.text = tidy(model.text.decode(words))
+    answer.text = model.in_words(words)
 
 
 # ---- 2. Questions ------------------------------------------------------------------------------------------------
@@ -267,9 +275,10 @@ def infer_task(given, task=""):
     raise Mistake(f"no task takes {told(given)}; there are: {takes}")
 
 
-def question(task, inputs):
-    """Inputs of a task in order -> the prompt, in the plain wording."""
-    return fill(task, [*inputs, None], templates(task)[0])[:-1]
+def question(task, inputs, model=None):
+    """Inputs of a task in order -> the prompt, in the plain wording: ours, or that of the official weights."""
+    official = model is not None and model.config["size"] == "official"
+    return fill(task, [*inputs, None], released(task) if official else templates(task)[0])[:-1]
 
 
 def read_inputs(config, model):
@@ -356,7 +365,7 @@ def tour(model, body, config):
     world, sheet, out = World("test", 2 * len(TASKS), model.vision.clip_size), Sheet(body), pathlib.Path(config.out)
     exams = {task: exam(world, task, 2 * k) for k, task in enumerate(TASKS)}
     begun = time.perf_counter()
-    answers = generate(model, [question(task, inputs) for task, (inputs, _, _) in exams.items()],
+    answers = generate(model, [question(task, inputs, model) for task, (inputs, _, _) in exams.items()],
                        [TASKS[task].target for task in exams], config.decode)
     spent = time.perf_counter() - begun
     for answer, (task, (inputs, truth, poses)) in zip(answers, exams.items()):
@@ -405,7 +414,7 @@ class Config:
     image: list[str] = field(default_factory=list)  # a picture of a person; twice for two
     pose: list[str] = field(default_factory=list)  # a pose file, .npz (AMASS keys) or .npy; twice for two
     task: str = ""  # which task, where the inputs fit two: image2text or image2pose
-    weights: str = TINY  # a trained folder
+    weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
     decode: str = "argmax"  # argmax (paper) | soft | vote | ar
     n: int = 1  # how many answers; more than one are drawn at --temperature
@@ -420,7 +429,7 @@ def answer_question(model, body, config):
     task, inputs = read_inputs(config, model)
     temperature = config.temperature or 0.7 * (config.n > 1)
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    prompts = [question(task, inputs)] * config.n
+    prompts = [question(task, inputs, model)] * config.n
     answers = generate(model, prompts, [TASKS[task].target] * config.n, config.decode, temperature, generator)
     sheet, out = Sheet(body), pathlib.Path(config.out)
     cells = list(zip(("given", "and") if len(inputs) == 2 else ("given",), inputs))

@@ -53,8 +53,8 @@ def golden(name):
     path = GOLDEN / name
     if not path.exists():
         pytest.skip(f"no golden data at {path}: set UNIPOSE_GOLDEN")
-    if "/cache/" in name:
-        return path
+    if "/cache/" in name or path.suffix == ".json":
+        return path if "/cache/" in name else json.loads(path.read_text())
     return load_file(path) if path.suffix == ".safetensors" else np.load(path)
 
 
@@ -1273,6 +1273,284 @@ def test_damaged_weights_are_named_in_one_sentence(tmp_path):
         wider = old.replace(b'"intermediate_size": 64', b'"intermediate_size": 96')
         (tmp_path / "w" / name).write_bytes(wider if told == "expected" else old[:len(old) // 2])
         assert told in refusals(lambda folder: unipose.load(tmp_path / folder), ["w"])["w"]
+
+
+# ---- unipose.py: other people's weights ------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def official():
+    """The golden release: its model, LoRA kept, and its tasks {name: segments, the answer last}."""
+    cache, eyes = golden("official/cache/unipose").parent, golden("official/llm/visual.safetensors")
+    given = golden("official/llm/toy_inputs.safetensors")
+    pictures, tasks = golden("official/llm/toy_images.npz")["images_u8_hwc"], {}
+    for heads in range(1, 17):  # no file of a release tells how many heads its pose ViT has
+        with contextlib.suppress(tokenizer.Mistake):       # not a divisor
+            model = unipose.load_official(cache, merge=False, num_attention_heads=heads)
+            seen = model.vision(pictures[:2])[..., eyes["clip_features"].size(-1):]
+            if (seen - eyes["pose_features"]).abs().max() < 1e-4:
+                break
+    ours = tokenizer.turn_root(given["poses"], tokenizer.UP)  # z up there, y up here
+    for i, row in enumerate(golden("official/llm/toy_tasks.json")):
+        a, b = (("pose", ours[given[k][i]]) for k in ("A_idx", "B_idx"))
+        values = {"<caption>": ("text", row["caption"]), "<pose>": a, "<poseA>": a, "<poseB>": b}
+        shown = iter([("image", pictures[given[k][i]]) for k in ("imgA", "imgB")])
+        tasks[f"s{i}_{row['name']}"] = [
+            (*(next(shown) if part == "<image>" else values.get(part, ("text", part))), side == "output")
+            for side in ("input", "output") for part in data.SLOT.split(row["task"][side]) if part]
+    return model, tasks
+
+
+def official_ids(model, row):
+    """Ids of an encoded row as the official files have them: a picture is one -200, queries are what they say."""
+    said = [label if i >= model.vocab.query0 else i for i, label in zip(row.ids, row.labels)]
+    return [-200 if i == unipose.IMAGE else i for k, i in enumerate(said) if i != unipose.IMAGE or said[k - 1] != i]
+
+
+def unpacked(gold, name):
+    """A packed mask of the golden files -> bool."""
+    wide = gold[f"{name}_shape"].tolist()[-1]
+    return torch.from_numpy(np.unpackbits(gold[f"{name}_allowed_packed"].numpy(), axis=-1)[..., :wide]).bool()
+
+
+def test_golden_official_prompts_and_answers_have_the_official_ids(official, tmp_path, monkeypatch):
+    """As the slow tokenizer cut them, with its setting `legacy` on and off."""
+    model, gold = official[0], golden("official/llm/tokenizer.json")
+    shutil.copytree(golden("official/cache/unipose"), tmp_path / "off")
+    told = json.loads((tmp_path / "off/tokenizer_config.json").read_text())
+    (tmp_path / "off/tokenizer_config.json").write_text(json.dumps(told | {"legacy": False}))
+    known = {"{POSE_A}": ("pose", gold["poseA_ids"]), "{POSE_B}": ("pose", gold["poseB_ids"]),
+             "<im_start><image><im_end>": ("image", torch.zeros(model.vision.n_patches, model.vision.width)),
+             **{mark: ("ids", [i]) for mark, i in gold["specials"].items()}}
+    marks = re.compile(f"({'|'.join(map(re.escape, known))})")
+    for text, name in ((model.text, "ids"), (unipose.word_pieces(tmp_path / "off"), "ids_legacy_false")):
+        monkeypatch.setattr(model, "text", text)
+        for row in gold["items"] + gold["training_full"]:
+            prompt, _, answer = row.get("prompt", row.get("full_prompt")).partition(" [/INST]")
+            halves = (prompt.removeprefix("[INST] "), False), (answer.removeprefix(" ").removesuffix(" </s>"), True)
+            segments = [(*known.get(part, ("text", part)), said) for half, said in halves
+                        for part in marks.split(half) if part]
+            assert official_ids(model, model.encode(segments)) == row[name], row
+            asked = official_ids(model, model.encode([segment for segment in segments if not segment[2]]))
+            assert asked == row[name][:len(asked)] and (name != "ids" or len(asked) == row.get("n_input", len(asked)))
+
+
+def test_golden_official_eyes_and_projector_see_the_same(official):
+    """CLIP's features come from LLaVA's own tower, the pose ViT's from TokenHMR, which `vit` shows layer by layer."""
+    model, eyes, vit = official[0], golden("official/llm/visual.safetensors"), golden("official/vit/io.safetensors")
+    features = model.vision(golden("official/llm/toy_images.npz")["images_u8_hwc"][:2])
+    close(features, torch.cat([eyes["clip_features"], eyes["pose_features"]], -1), 1e-4)
+    close(model.projector(features), eyes["visual_tokens"], 1e-4)
+    pixels = (torch.tensor(golden("official/vit/image_u8.npz")["image_u8"]) / 255 - 0.5) / 0.25
+    margin = (pixels.size(2) - model.vision.pose_size[1]) // 2
+    close(model.vision.pose_vit.embeddings.patch_embeddings(pixels[..., margin:-margin]), vit["patch_tokens"], 1e-4)
+    close(model.vision.pose_map(pixels[..., margin:-margin]), vit["feature_map"], 1e-4)
+
+
+def test_golden_official_answers_alone_and_in_any_batch(official, monkeypatch):
+    """Each row of each batch says what it says alone; masks, positions, embeddings and logits of both steps agree."""
+    (model, tasks), gold = official, golden("official/llm/generate.safetensors")
+    told, read, calls = golden("official/llm/generate.json"), model.hidden, []
+    monkeypatch.setattr(model, "hidden", lambda *step: calls.append((*step, read(*step))) or calls[-1][-1])
+    for group, facts in told.items():
+        if group.startswith("trap"):                       # an official bug: pose A stands in both places
+            continue
+        names = [list(tasks)[i] for i in facts["samples"]]
+        prompts = [[segment for segment in tasks[name] if not segment[2]] for name in names]
+        calls.clear()
+        answers = sample.generate(model, prompts)
+        (x, mask, positions, _, h), *steps = calls[:]
+        for name, answer in zip(names, answers):
+            assert [model.text.bos_token_id, *answer.ids] == gold[f"{name}.output_ids"][0].tolist(), (group, name)
+            if answer.pose is None:
+                assert answer.text == told[name]["text"][0].strip()
+            else:
+                turns = tokenizer.aa_to_matrix(gold[f"{name}.body_pose_axis_angle"].view(22, 3))
+                close(tokenizer.turn_root(answer.pose, tokenizer.UP.T), turns, 1e-3)
+        wants = ["text" if answer.pose is None else "pose" for answer in answers]
+        assert [a.ids for a in sample.generate(model, prompts, wants)] == [a.ids for a in answers]
+        valid, mark = gold[f"{group}.prefill_mask"].bool(), gold[f"{group}.attention_mask_2d"].bool()
+        for row, ids, attended in zip(map(model.encode, prompts), gold[f"{group}.input_ids"], mark):
+            assert official_ids(model, row) == ids[attended].tolist()
+        assert torch.equal(positions[valid], gold[f"{group}.prefill_positions"][valid])
+        close(x.sum(-1)[valid], gold[f"{group}.prefill_embeds_rowsum"][valid], 1e-4)
+        close(model.llm.lm_head(h[:, -1]), gold[f"{group}.prefill_logits_last"], 1e-4)
+        if set(wants) == {"pose"}:                         # the official code goes wrong where rows disagree
+            allowed = unpacked(gold, f"{group}.pose_step_mask4d")
+            _, mask, positions, _, h = next(step for step in steps if step[0].size(1) > 1)
+            assert torch.equal(mask[:, :, :allowed.size(2), :allowed.size(3)] == 0, allowed)
+            assert torch.equal(positions[:, :-1], gold[f"{group}.pose_step_positions"])
+            close(model.llm.lm_head(h[:, 1:-1]), gold[f"{group}.pose_step_logits"], 1e-4)
+
+
+@pytest.mark.parametrize("group", ["text", "image"])
+def test_golden_official_training_has_the_official_loss_and_gradients(official, group):
+    """A batch and each sample alone; masks, embeddings, logits, and gradients of head, embedding and projector."""
+    model, tasks = official
+    gold = {name.removeprefix(group + "."): t for name, t in golden("official/llm/train_step.safetensors").items()
+            if name.startswith(group)}
+    rows = {tuple(official_ids(model, row)): row for row in map(model.encode, tasks.values())}
+    chosen = [next(row for ids, row in rows.items() if list(ids) == given[:len(ids)] and not any(given[len(ids):]))
+              for given in gold["input_ids"].tolist()]
+    batch = unipose.collate(chosen)
+    valid, bias, table = batch["valid"], model.projector[0].bias, model.llm.model.embed_tokens.weight
+    seen = unipose.mixed_mask(batch["block"], valid)[:, 0] == 0
+    model.zero_grad()
+    loss, _ = model(batch)
+    loss.backward()
+    close(loss.detach(), gold["loss"][0])
+    for row, alone in zip(chosen, gold["per_sample_loss"]):
+        close(model(unipose.collate([row]))[0].detach(), alone)
+    assert torch.equal(seen[valid], unpacked(gold, "mask4d")[:, 0][valid])
+    x = model.embed(batch["ids"], batch["slot"], batch["images"])
+    close(x.sum(-1)[valid], gold["inputs_embeds_rows_sum"][valid], 1e-4)
+    logits = model.llm.lm_head(reread(model, batch))
+    close(logits.logsumexp(-1)[valid], gold["logits_logsumexp"][valid], 1e-4)
+    close(logits[:, -20:][valid[:, -20:]], gold["logits_last20"][valid[:, -20:]], 1e-4)
+    for made, name in ((model.llm.lm_head.weight.grad.norm(dim=1), "gradrow_norm.lm_head.weight"),
+                       (table.grad.norm(dim=1), "gradrow_norm.model.embed_tokens.weight"),
+                       (torch.zeros_like(bias) if bias.grad is None else bias.grad, "grad.mm_projector.0.bias")):
+        assert (made - gold[name]).norm() <= 1e-4 * gold[name].norm(), name
+
+
+def test_golden_official_folder_is_a_model_like_any_other(official, tmp_path):
+    """Merged, in our own layout and float16, as a plain Hugging Face folder, beside yacs settings: the same model."""
+    import transformers
+    (model, tasks), cache = official, tmp_path / "cache"
+    shutil.copytree(golden("official/cache/unipose").parent, cache)
+    held, yacs = torch.load(cache / "tokenhmr_model.ckpt"), types.ModuleType("yacs.config")
+    yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    settings = yacs.CfgNode(MODEL=yacs.CfgNode(BACKBONE="vit"))
+    with pytest.MonkeyPatch.context() as patch:            # the package is not here, and need not be
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", yacs)
+        torch.save(held | {"hyper_parameters": settings}, cache / "tokenhmr_model.ckpt")
+    unipose.copy_half(cache, tmp_path / "own")
+    unipose.write_llm(unipose.load(cache), tmp_path / "plain")
+    batch = unipose.collate([model.encode(next(iter(tasks.values())))])
+    loss, ids = model(batch)[0], batch["ids"]
+    close(unipose.load(cache)(batch)[0], loss)
+    close(unipose.load(tmp_path / "own")(batch)[0], loss, 1e-2)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    close(plain(ids).logits, model.llm(ids).logits, 1e-4)
+    text, names = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain"), unipose.mark_names(model.vocab)
+    assert text.convert_tokens_to_ids(names) == [*range(model.vocab.n_text, model.vocab.size)]
+
+
+@pytest.mark.parametrize("file, damage, told", [
+    ("BASE/model.safetensors", "gone", "liuhaotian"), ("unipose/adapter_model.safetensors", "gone", "L-yiheng"),
+    ("clip-vit-large-patch14-336/config.json", "gone", "openai"), ("pose_vqvae/best_MPJPE.ckpt", "gone", "Drive"),
+    ("BASE/model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}', "model-2.safetensors is"),
+    ("tokenhmr_model.ckpt", "gone", "TokenHMR"),
+    ("BASE/model.safetensors", "cut", "complete"), ("pose_vqvae/best_MPJPE.ckpt", "cut", "complete"),
+    ("unipose/non_lora_trainables.bin", "code", "asks to run"), ("pose_vqvae/best_MPJPE.ckpt", "code", "asks to run"),
+    ("tokenhmr_model.ckpt", "code", "asks to run"), ("BASE/model.safetensors", "nan", "NaN"),
+    ("unipose/adapter_model.safetensors", "nan", "NaN"), ("unipose/adapter_model.safetensors", "wide", "expected"),
+    ("BASE/model.safetensors", "wide", "expected"), ("BASE/model.safetensors", "name", "no part of UniPose"),
+    ("BASE/model.safetensors", "fewer", "is missing"), ("unipose/adapter_model.safetensors", "fewer", "is missing"),
+    ("unipose/adapter_config.json", '{"base_model_name_or_path": "x/vicuna-7b"}', "vicuna-7b"),
+    ("unipose/added_tokens.json", '{"<pose_id_0>": 7}', "not where it must be"), ("BASE/config.json", "[", "JSON"),
+    ("BASE/config.json", '{"model_type": "gpt2"}', "gpt2"), ("unipose/tokenizer.model", "cut", "sentencepiece"),
+    ("unipose/tokenizer.json", "{}", "do not describe"), ("unipose/adapter_config.json", "{}", "None"),
+    ("BASE/config.json", '{"model_type": "mistral", "num_attention_heads": "many"}', "do not describe")])
+def test_a_damaged_golden_official_folder_is_refused_in_one_sentence(tmp_path, file, damage, told):
+    """What is missing and where to get it, what does not fit what; code in a pickle is not run."""
+    from safetensors.torch import save_file
+    shutil.copytree(golden("official/cache/unipose").parent, tmp_path / "cache")
+    path = tmp_path / "cache" / file.replace("BASE", unipose.BASE)
+    state = load_file(path) if path.exists() and path.suffix == ".safetensors" else {}
+    name = next((name for name in sorted(state) if "layers.1.mlp" in name), "")
+    changed = {"nan": lambda: state | {name: state[name] * torch.nan}, "name": lambda: state | {"vae.x": torch.ones(1)},
+               "wide": lambda: state | {name: torch.ones(3, 7)}, "fewer": lambda: state.pop(name) is None or state}
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "code":
+        torch.save({"state_dict": {"a": torch.ones(1), "b": Evil(tmp_path / "ran")}}, path)
+    elif damage in changed:
+        save_file(changed[damage](), path)
+    else:
+        path.write_text(damage)
+    with pytest.raises(tokenizer.Mistake, match=re.escape(told)) as mistake:
+        unipose.load(tmp_path / "cache")
+    assert "\n" not in str(mistake.value) and len(str(mistake.value)) < 900 and not (tmp_path / "ran").exists()
+
+
+def downloads(folder, kind="llama", **sizes):
+    """Folders of an LLM (llama | tied | llava-hf), CLIP and a pose ViT, as transformers saves them -> the modules."""
+    import transformers as hf
+    from tokenizers import Tokenizer, models
+    nano_sizes, table = unipose.SIZES["nano"], ["<unk>", "<s>", "</s>", "▁", *map(chr, range(33, 127)), "▁l"]
+    (folder / "llm").mkdir(parents=True)
+    text = Tokenizer(models.BPE({piece: i for i, piece in enumerate(table)}, [("▁", "l")], unk_token="<unk>"))
+    text.save(str(folder / "llm/tokenizer.json"))
+    llm = hf.LlamaConfig(vocab_size=len(table) + 9, **nano_sizes["llm"] | sizes, tie_word_embeddings=kind == "tied")
+    llm, vit = hf.LlamaForCausalLM(llm), hf.VitPoseBackbone(hf.VitPoseBackboneConfig(**nano_sizes["pose_vit"]))
+    eye = hf.CLIPVisionModel(hf.CLIPVisionConfig(**nano_sizes["clip"]))
+    if kind == "llava-hf":
+        both = hf.LlavaNextConfig(vision_config=eye.config, text_config=llm.config)
+        whole = hf.LlavaNextForConditionalGeneration(both)
+        llm.model, llm.lm_head, eye = whole.model.language_model, whole.lm_head, whole.model.vision_tower
+        whole.save_pretrained(folder / "llm")
+    else:
+        llm.save_pretrained(folder / "llm", max_shard_size="25MB")
+    eye.save_pretrained(folder / "clip")
+    vit.save_pretrained(folder / "vit")
+    return llm.eval(), eye.eval(), vit.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "llava-hf"])
+def test_downloads_take_the_place_of_the_backbones(tmp_path, kind):
+    """LLM, CLIP and pose ViT, saved by transformers, say and see the same inside our model, and come out again."""
+    import transformers as hf
+    llm, eye, vit = downloads(tmp_path, kind)
+    clip = "" if kind == "llava-hf" else tmp_path / "clip"
+    model = unipose.base_model(unipose.model_config("nano"), tmp_path / "llm", clip, tmp_path / "vit")
+    ids, pixels, n = torch.arange(20)[None], torch.randn(2, 3, 64, 64), model.vocab.n_text
+    row = model.encode(QUESTIONS["edit"])
+    assert n == llm.config.vocab_size - 9 and model(unipose.collate([row]))[0].isfinite() and row.ids[-1] == 2
+    close(model.llm(ids).logits[..., :n], llm(ids).logits[..., :n])
+    close(model.vision.clip(pixels).last_hidden_state, eye(pixels).last_hidden_state)
+    close(model.vision.pose_vit(pixels[..., 8:56]).feature_maps[-1], vit(pixels[..., 8:56]).feature_maps[-1])
+    unipose.write_llm(model, tmp_path / "plain")
+    close(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits, model.llm(ids).logits)
+
+
+def test_loading_shards_needs_one_copy_of_the_weights_and_one_shard(tmp_path):
+    """Some 100 MB in shards of 25: how far a process grows, at its largest, over what it was after a small load."""
+    downloads(tmp_path / "small")
+    downloads(tmp_path / "big", hidden_size=640, num_hidden_layers=4, intermediate_size=2560)
+    code = """import re, sys, unipose
+for folder in sys.argv[1:]:
+    memory = {name: 1024 * int(n) for name, n in re.findall(r"(Vm\\w+):\\s+(\\d+)", open("/proc/self/status").read())}
+    model = unipose.base_model(unipose.model_config("nano"), folder + "/llm", folder + "/clip", folder + "/vit")
+held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+print(held, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024 - memory["VmRSS"])"""
+    run, shards = run_script("-c", code, tmp_path / "small", tmp_path / "big"), unipose.shards(tmp_path / "big/llm")
+    (weights, growth), biggest = map(int, run.stdout.split()), max(path.stat().st_size for path in shards)
+    assert len(shards) > 3 and weights > 1e8 and growth < weights + biggest + 1e7, (weights, growth, biggest)
+
+
+def test_training_begins_on_downloads_and_skips_the_backbones(tmp_path):
+    """`--llm`, `--clip`, `--pose-vit` stand in for the first stage; half of them, or a used folder, is a mistake."""
+    _, _, vit = downloads(tmp_path)
+    own = ["--llm", tmp_path / "llm", "--clip", tmp_path / "clip", "--pose-vit", tmp_path / "vit"]
+    state = run_train(tmp_path / "w", "--stage", "tokenizer", "--steps", 2, "--batch", 4, *own)
+    assert torch.equal(state["vision.pose_vit.embeddings.position_embeddings"], vit.embeddings.position_embeddings)
+    run_train(tmp_path / "w", "--stage", "align", "--steps", 2, "--batch", 4)
+    for wrong, told in (([*own, "--stage", "tokenizer"], "begins a new model"), (own[:2], "come together")):
+        with pytest.raises(tokenizer.Mistake, match=told):
+            run_train(tmp_path / "w", *wrong)
+
+
+def test_the_papers_memory_is_counted_for_what_each_stage_trains():
+    """By the patterns of train.py's own table: what learns takes 16 bytes, the rest 2, the pose tokenizer 4."""
+    with torch.device("meta"):
+        model = unipose.UniPose(unipose.model_config("paper"))
+        model.grow_lora()
+    rows = {stage: row for stage, *row in unipose.memory_table(model)}
+    assert all(train.STAGES[stage].trains["paper"] == unipose.LEARNS[stage] for stage in rows if stage != "answer")
+    assert rows["align"][0] == 2 * 34132 * 4096 + 64 * 32 * (3 * (4096 + 14336) + 2 * (4096 + 4096) + 2 * (4096 + 1024))
+    assert rows["align"][1] == pytest.approx(rows["answer"][1] + 14e-9 * rows["align"][0]) and rows["answer"][0] == 0
 
 
 # ---- sample.py -------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def cli(Config, argv=None):
         else:
             how = dict(type=kind, metavar=kind.__name__.upper())
         shown = "" if default in (None, "") else f" [{default}]"
-        parser.add_argument("--" + field.name, help=text + shown, default=argparse.SUPPRESS, **how)
+        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-" if kind is str else "_")])
+        parser.add_argument(*names, help=text + shown, default=argparse.SUPPRESS, **how)
     known, unknown = parser.parse_known_args(argv)         # so that a typing error can be answered
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
@@ -547,6 +548,11 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
 UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
 
 
+def turn_root(rotmat, turn):
+    """The person as a whole, turned: rotmat (...,22,3,3) with turn (3,3) before its root."""
+    return torch.cat([turn.to(rotmat) @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
+
+
 def as_rotations(array, where):
     """Numbers of one pose, (22,3,3), (66,), (22,3) or (72,) -> rotmat (22,3,3) float32, exactly orthonormal.
 
@@ -641,6 +647,7 @@ class TokenizerConfig:
     codes: int = 2048  # K, code words to choose from
     upsample_step: int = 2  # how often the encoder doubles its 40 places: 2 -> N=80 tokens, 1 -> 40, 0 -> 20
     mu: float = 0.99  # memory of the codebook's moving averages
+    z_up: bool = False  # its code words mean poses in AMASS's world, as the official ones do; ours turn at the door
 
     @property
     def n_tokens(self):
@@ -787,26 +794,34 @@ class PoseTokenizer(nn.Module):
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
         self.quantizer = Quantizer(self.config)
 
+    def _read(self, rotmat):
+        """rotmat (B,22,3,3) -> latents (B,C,N)."""
+        return self.encoder(matrix_to_sixd(turn_root(rotmat, UP.T) if self.config.z_up else rotmat))
+
+    def _made(self, codes):
+        """Code vectors (B,C,N) -> rotmat (B,22,3,3)."""
+        rotmat = sixd_to_matrix(self.decoder(codes))
+        return turn_root(rotmat, UP) if self.config.z_up else rotmat
+
     def forward(self, rotmat, generator=None, rows=None):
         """rotmat (B,22,3,3) -> its reconstruction (B,22,3,3), ids (B,N), the quantizer's info. For training."""
-        latents = self.encoder(matrix_to_sixd(rotmat))                                       # (B,C,N)
-        codes, ids, info = self.quantizer(latents, generator, rows)                          # (B,C,N), (B,N)
-        return sixd_to_matrix(self.decoder(codes)), ids, info                                # (B,22,3,3)
+        codes, ids, info = self.quantizer(self._read(rotmat), generator, rows)               # (B,C,N), (B,N)
+        return self._made(codes), ids, info                                                  # (B,22,3,3)
 
     @torch.no_grad()
     def encode(self, rotmat):
         """rotmat (B,22,3,3) -> ids (B,N)."""
-        return self.quantizer.nearest(self.encoder(matrix_to_sixd(rotmat.float())))
+        return self.quantizer.nearest(self._read(rotmat.float()))
 
     @torch.no_grad()
     def decode(self, ids):
         """ids (B,N) -> rotmat (B,22,3,3)."""
-        return sixd_to_matrix(self.decoder(self.quantizer.codebook[ids].mT))
+        return self._made(self.quantizer.codebook[ids].mT)
 
     @torch.no_grad()
     def decode_soft(self, probs):
         """probs (B,N,K), each query's distribution over the codes -> rotmat (B,22,3,3) of the average code vectors."""
-        return sixd_to_matrix(self.decoder((probs.float() @ self.quantizer.codebook).mT))
+        return self._made((probs.float() @ self.quantizer.codebook).mT)
 
 
 # ---- 8. Training the tokenizer ---------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ from unipose import (
     RULER,
     SIZES,
     UniPose,
+    base_model,
     collate,
     find_device,
     load,
@@ -117,6 +118,9 @@ class Config:
     size: str = "tiny"  # nano | tiny | paper
     out: str = ""  # folder of the checkpoint; empty: out/<size>
     init: str = ""  # start from this folder instead of --out; A,B: from A, with what B alone has been through
+    llm: str = ""  # your own backbones: a folder of Llama, Mistral or LLaVA; with --pose_vit, and --clip if no LLaVA
+    clip: str = ""  # a CLIP folder
+    pose_vit: str = ""  # a checkpoint of HMR2 or TokenHMR, or a VitPoseBackbone folder
     resume: bool = False  # go on from train_state.safetensors in --out; with --stage all, skip what is finished
     seed: int = 0  # every random number of the run follows from it
     steps: int = 0  # steps of the stage; 0: as in STAGES
@@ -587,6 +591,8 @@ def refuse(config):
     for name, least in dict(steps=0, batch=0, people=0, photos=0, lr=0, accumulate=1, lora_r=-1, save_every=1).items():
         given = getattr(config, name)
         need(least <= given < 1e9, f"--{name} {given} must be at least {least}, and a number of this world")
+    need(bool(config.llm) == bool(config.pose_vit) >= bool(config.clip), "--llm and --pose_vit come together, and "
+         "--clip with them: they stand in for the stage backbones")
     settle(config)
     need(config.people % 2 == 0 and config.photos % 2 == 0, "--people and --photos must be even: people come in pairs")
     need(config.photos <= config.people, f"--photos {config.photos} is more than --people {config.people}")
@@ -639,6 +645,8 @@ def start_from(config, out, recorded):
     exists = (folder / "config.json").exists()
     if config.stage == "all" and (config.init or (exists and not config.resume)):
         raise Mistake(f"--stage all starts afresh, and {folder} holds a model; give --resume, or another --out")
+    if config.llm and (config.init or exists and not config.resume):
+        raise Mistake(f"--llm begins a new model, and {folder} holds one; give another --out, or leave --llm out")
     if config.init or exists:
         return go_on_from(folder, others, needs, config)
     if needs:
@@ -646,9 +654,12 @@ def start_from(config, out, recorded):
                       f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
     torch.manual_seed(config.seed)
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
+    fresh = model_config(config.size, **chosen)
     said = (row.get("texts", ()) for real in recorded.values() for _, rows, _ in real.groups for row in rows)
-    model = UniPose(model_config(config.size, **chosen), word_tokenizer(words(text for some in said for text in some)))
-    return model, fresh_ruler(model, config), {"stages": [], "seconds": {}, "commands": {}}
+    model = (base_model(fresh, config.llm, config.clip, config.pose_vit) if config.llm
+             else UniPose(fresh, word_tokenizer(words(text for some in said for text in some))))
+    stages = ["backbones"] if config.llm else []
+    return model, fresh_ruler(model, config), {"stages": stages, "seconds": {}, "commands": {}}
 
 
 def go_on_from(folder, others, needs, config):
@@ -661,7 +672,7 @@ def go_on_from(folder, others, needs, config):
     if missing:
         raise Mistake(f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
                       f"run `python train.py --stage {missing[0]} --out {folder}` first")
-    if notes["size"] != config.size:
+    if notes["size"].replace("official", "paper") != config.size:
         raise Mistake(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
     for name in ("vision", "projector"):
         if getattr(config, name) not in ("", notes[name]):
@@ -690,8 +701,8 @@ def trained_alone(folder, notes):
         pattern = STAGES[stage].trains[notes["size"]]
         state |= {key: value for key, value in tensors.items() if re.match(pattern, key)}
         notes["stages"].append(stage)
-        for told in ("seconds", "commands"):
-            notes[told][stage] = theirs[told][stage]
+        for told in ("seconds", "commands"):               # a base model that was given has none
+            notes[told] |= {key: value for key, value in theirs[told].items() if key == stage}
     return state
 
 
@@ -776,7 +787,8 @@ def main(argv=None):
     model, ruler, notes = start_from(config, out, recorded)
     config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
-    stages = [s for s in asked(config) if not (config.resume and done(s, config, notes, out))]
+    stages = [s for s in asked(config) if not (config.resume and done(s, config, notes, out))
+              and not (config.llm and s == "backbones")]
     if not stages:
         print(f"{out} has been through {config.stage} already; there is nothing to resume")
     frozen = Frozen(model, World("train", config.people, model.vision.clip_size), config.photos, recorded)

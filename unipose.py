@@ -18,15 +18,21 @@ Letters: B batch, T sequence, J=22 joints, N pose tokens (80), K codes (2048), P
     python unipose.py                     # the mask of a small sequence, and the parameter table of weights/tiny
     python unipose.py --size paper        # the paper's dimensions: 7B Mistral, CLIP-L/14-336, ViT-H, without weights
     python unipose.py --weights out/tiny --half weights/tiny        # copy a trained folder in float16, LoRA merged
+    python unipose.py --weights cache --merge out/llm               # the released LLM as a plain Hugging Face folder
 """
+import contextlib
+import copy
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +40,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
-from tokenizer import Mistake, PoseTokenizer, TokenizerConfig, cli, reason, saving, script
+from tokenizer import Mistake, PoseTokenizer, Quantizer, TokenizerConfig, cli, reason, saving, script
 
 # ---- 1. Sizes ----------------------------------------------------------------------------------------------------
 
@@ -104,13 +111,18 @@ def word_tokenizer(words):
     text.normalizer = normalizers.Lowercase()
     text.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?")])
-    return fast_tokenizer(tokenizer_object=text)
+    return fast_tokenizer(text)
 
 
-def fast_tokenizer(**source):
-    """A Hugging Face fast tokenizer with the three marks that an embedded model knows."""
+# unknown word, begin, end: of the embedded models, Mistral and Llama 1 and 2; of Llama 3, which knows every word
+MARKS = (("<unk>", "<s>", "</s>"), ("<|reserved_special_token_0|>", "<|begin_of_text|>", "<|end_of_text|>"))
+
+
+def fast_tokenizer(text):
+    """A `tokenizers.Tokenizer` as a Hugging Face one with three marks."""
     from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>", **source)
+    unk, bos, eos = next((marks for marks in MARKS if None not in map(text.token_to_id, marks)), MARKS[0])
+    return PreTrainedTokenizerFast(tokenizer_object=text, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
 
 
 def tidy(text):
@@ -295,7 +307,7 @@ class DualVision(nn.Module):
         from transformers import CLIPVisionConfig, CLIPVisionModel, VitPoseBackbone, VitPoseBackboneConfig
         self.which = which
         self.clip = CLIPVisionModel(CLIPVisionConfig(**clip))
-        self.pose_vit = VitPoseBackbone(VitPoseBackboneConfig(**pose_vit, layer_norm_eps=1e-6))
+        self.pose_vit = VitPoseBackbone(VitPoseBackboneConfig(**{"layer_norm_eps": 1e-6} | pose_vit))
         self.clip_size, self.grid = clip["image_size"], clip["image_size"] // clip["patch_size"]
         self.pose_size, self.n_patches = pose_vit["image_size"], self.grid**2
         self.width = (which != "pose") * clip["hidden_size"] + (which != "clip") * pose_vit["hidden_size"]
@@ -318,12 +330,12 @@ class DualVision(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (h, w))                               # (B,C,h,w)
 
     def forward(self, pictures):
-        device, parts = self.pose_vit.layernorm.weight.device, []
+        like, parts = self.pose_vit.layernorm.weight, []                                 # device and dtype
         if self.which != "pose":
-            states = self.clip(self.clip_pixels(pictures).to(device), output_hidden_states=True).hidden_states
+            states = self.clip(self.clip_pixels(pictures).to(like), output_hidden_states=True).hidden_states
             parts.append(states[-2][:, 1:])                                              # (B,P,Dc), class token off
         if self.which != "clip":
-            seen = self.pose_map(self.pose_pixels(pictures).to(device))                  # (B,Dp,h,w)
+            seen = self.pose_map(self.pose_pixels(pictures).to(like))                    # (B,Dp,h,w)
             margin = (seen.size(2) - seen.size(3)) // 2
             seen = F.pad(seen, (margin, margin))                                         # (B,Dp,h,h) square again
             seen = F.interpolate(seen, (self.grid, self.grid), mode="bilinear", align_corners=True)  # CLIP's grid
@@ -355,6 +367,7 @@ class UniPose(nn.Module):
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM
         self.config, self.text = dict(config), text
+        self.worded = text is None or text.convert_tokens_to_ids("[inst]") != text.unk_token_id  # see word_tokenizer
         self.tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
         self.vision = DualVision(config["clip"], config["pose_vit"], config["vision"])
         self.vocab = Vocab(len(text) if text else PAPER_TEXT, self.tokenizer.config.codes, self.tokenizer.n_tokens)
@@ -400,8 +413,45 @@ class UniPose(nn.Module):
 
     def encode(self, segments):
         """Segments -> Sequence; see the function `encode`."""
-        return encode(self.prepare(segments), self.vocab, self.text_ids, self.wrap, self.text.bos_token_id,
-                      self.text.eos_token_id, self.vision.n_patches, self.config["attn"])
+        segments, wrap = self.prepare(segments), self.wrap
+        if not self.worded:
+            segments, wrap = self.spell(segments), ([], [])
+        return encode(segments, self.vocab, self.text_ids, wrap, self.text.bos_token_id, self.text.eos_token_id,
+                      self.vision.n_patches, self.config["attn"])
+
+    def spell(self, segments):
+        """What a model of word pieces reads: every text as ids, joined and cut as in the official training.
+
+        The row is `[INST] prompt [/INST] answer </s>` with the spaces that stand here. Texts side by side are one
+        string, since pieces may span them, and a string that follows a pose or picture begins anew, with its own `▁`.
+        A target pose is said as `<p> … </p>.`
+        """
+        given, said = ([s for s in segments if s[2] is target] for target in (False, True))
+        if said:
+            full_stop = [("text", ".", True)] * (said[-1][0] == "pose")
+            said = [("text", " ", True), *said, *full_stop, ("text", " ", True)]
+        rules = str(self.text.backend_tokenizer.normalizer)
+        first = " " if "Replace" in rules and "Prepend" not in rules else ""  # see word_pieces
+        row = [("text", first + "[INST] ", False), *given, ("text", " [/INST]", False), *said]
+        spelled = []
+        for is_text, run in groupby(row, lambda segment: segment[0] == "text"):
+            run = list(run)
+            if is_text:
+                ids = self.text_ids("".join(value for _, value, _ in run))
+                n = len(self.text_ids("".join(value for _, value, target in run if not target)))
+                run = [("ids", part, target) for part, target in ((ids[:n], False), (ids[n:], True)) if part]
+            spelled += run
+        return spelled
+
+    @property
+    def lead(self):
+        """The ids that an answer says before a pose: the space after `[/INST]` is a piece of its own, `▁`."""
+        return [] if self.worded else self.text_ids(" [/INST] ")[len(self.text_ids(" [/INST]")):]
+
+    def in_words(self, ids):
+        """Text ids -> text."""
+        text = self.text.decode(ids)
+        return tidy(text) if self.worded else text.strip()
 
     def embed(self, ids, slot, images=None):
         """ids, slot (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches fill the IMAGE positions in order.
@@ -482,18 +532,18 @@ def save(model, folder, half=False, extra=None, **notes):
 
 
 def read_config(folder):
-    """config.json of a weights folder as a dict; Mistake when the folder or the file is not there or not readable."""
+    """config.json of a weights folder as a dict; Mistake when the folder or the file is not there or not readable.
+    The official cache folder has none: what its files tell."""
     folder = pathlib.Path(folder)
+    if is_official(folder):
+        return official_config(folder)
     if not folder.is_dir():
         raise Mistake(f"there is no weights folder at {folder}; give --weights, or run `python train.py --stage all`")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
             raise Mistake(f"the weights folder {folder} has no {name}; it is not a finished checkpoint of train.py")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (ValueError, OSError) as error:
-        raise Mistake(f"{folder / 'config.json'} cannot be read as JSON ({error}); copy the folder again") from None
-    missing = [key for key in MODEL_KEYS if not isinstance(config, dict) or key not in config]
+    config = read_json(folder / "config.json")
+    missing = [key for key in MODEL_KEYS if key not in config]
     if missing:
         raise Mistake(f"{folder / 'config.json'} lacks {', '.join(missing)}; it does not describe a UniPose model")
     for key, choices in CHOICES.items():
@@ -519,14 +569,15 @@ def read_tensors(path):
 
 def load(folder, device="cpu"):
     """A weights folder -> UniPose in eval mode, float32. Strict: raises Mistake with the difference where names or
-    shapes do not fit. Tensors of the ruler (`retrieval.`) are left to eval.py."""
+    shapes do not fit. Tensors of the ruler (`retrieval.`) are left to eval.py. The official folder is read as bfloat16
+    on a GPU."""
+    if is_official(folder):
+        return load_official(folder, device, torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+    from tokenizers import Tokenizer
     config, folder = read_config(folder), pathlib.Path(folder)
-    try:
-        text = fast_tokenizer(tokenizer_file=str(folder / "tokenizer.json"))
-        with torch.random.fork_rng():  # building draws random numbers; loading must not disturb the caller's
-            model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    except Exception as error:  # a damaged description can fail anywhere inside transformers
-        raise Mistake(f"config.json and tokenizer.json in {folder} do not describe a model: {reason(error)}") from error
+    with described(folder), torch.random.fork_rng():  # building draws random numbers; loading must not disturb others
+        text = fast_tokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
     state = {k: v for k, v in read_tensors(folder / "model.safetensors").items() if not k.startswith(RULER)}
     load_strictly(model, state, folder / "model.safetensors")
     return model.to(device).eval()
@@ -543,17 +594,338 @@ def find_device(name=""):
 
 def load_strictly(model, state, where):
     """`load_state_dict` that says what differs, in one sentence (Mistake)."""
-    want, have = model.state_dict(), state
-    wrong = [f"{k} is {tuple(have[k].shape)}, expected {tuple(v.shape)}"
-             for k, v in want.items() if k in have and have[k].shape != v.shape]
+    compare(*({name: tensor.shape for name, tensor in side.items()} for side in (model.state_dict(), state)), where)
+    model.load_state_dict(state)
+
+
+def compare(want, have, where):
+    """Raises Mistake where names or shapes, {name: shape}, are not as wanted: the first three differences."""
+    wrong = [f"{k} is {tuple(have[k])}, expected {tuple(v)}" for k, v in want.items() if k in have and have[k] != v]
     wrong += [f"{k} is missing" for k in want if k not in have] + [f"{k} is unknown" for k in have if k not in want]
     if wrong:
         more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
         raise Mistake(f"{where} does not fit its config.json: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(state)
 
 
-# ---- 8. Look at it -----------------------------------------------------------------------------------------------
+# ---- 8. Other people's weights: how their names map to ours ------------------------------------------------------
+
+# A table a kind of file: how a name begins there -> here. The first row that fits counts; "" is known and not needed.
+LLM_NAMES = {
+    "model.vision_tower.vision_tower.vision_model.": "vision.clip.",                     # LLaVA as its authors save it
+    "model.mm_projector.": "", "model.image_newline": "", "image_newline": "",
+    "vision_tower.vision_model.": "vision.clip.", "vision_tower.": "vision.clip.", "multi_modal_projector.": "",  # -hf
+    "model.vision_tower.vision_model.": "vision.clip.", "model.vision_tower.": "vision.clip.",
+    "model.multi_modal_projector.": "", "model.language_model.": "llm.model.", "language_model.": "llm.",
+    "model.": "llm.model.", "lm_head.": "llm.lm_head."}                                  # Llama, Mistral
+UNIPOSE_NAMES = {"base_model.model.model.mm_projector.": "projector.", "base_model.model.": "llm."}
+CODES_NAMES = {"loss.": "", "": "tokenizer."}
+CLIP_NAMES = {"vision_model.": "vision.clip.", "text_": "", "visual_projection.": "", "logit_scale": "",
+              "": "vision.clip."}
+VIT_NAMES = {"backbone.": "vision.pose_vit.", "embeddings.": "vision.pose_vit.embeddings.",
+             "encoder.": "vision.pose_vit.encoder.", "layernorm.": "vision.pose_vit.layernorm.", "": ""}  # "": heads
+INNER_NAMES = {  # what differs inside a name: the pose ViT as HMR2 and TokenHMR call it, and LoRA
+    ".pos_embed": ".embeddings.position_embeddings", ".patch_embed.proj.": ".embeddings.patch_embeddings.projection.",
+    ".blocks.": ".encoder.layer.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.",
+    ".attn.proj.": ".attention.output.dense.", ".attn.qkv.": ".attention.attention.qkv.", ".last_norm.": ".layernorm.",
+    ".lora_A.weight": ".A", ".lora_B.weight": ".B"}
+COMPUTED = ("rotary_emb.inv_freq", "position_ids")  # constants that old files carry along
+TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # one row for each id of the vocabulary
+TOLD = {"num_attention_heads", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
+        "attention_bias", "mlp_bias", "hidden_act"}  # what no tensor tells
+BASE = "llava-v1.6-mistral-7b"
+OFFICIAL = {  # the parts of the release's folder `cache`, and where each comes from
+    BASE: f"huggingface.co/liuhaotian/{BASE}", "unipose": "huggingface.co/L-yiheng/UniPose",
+    "clip-vit-large-patch14-336": "huggingface.co/openai/clip-vit-large-patch14-336",
+    "pose_vqvae": "the Google Drive link of its README", "tokenhmr_model.ckpt": "TokenHMR's download page"}
+
+
+@contextlib.contextmanager
+def described(folder):
+    """What goes wrong in here, and it may be anything, is the fault of the descriptions in `folder`. Raises Mistake."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        raise Mistake(f"the JSON files in {folder} do not describe a model ({reason(error)}); copy it again") from error
+
+
+def part_of(cache, *names):
+    """The path of a file in the official folder; Mistake, with its origin, where it is missing."""
+    path = pathlib.Path(cache, *names)
+    if not path.exists():
+        raise Mistake(f"{path} is missing; get it from {OFFICIAL[names[0]]}")
+    return path
+
+
+def read_json(path):
+    """A JSON object -> dict. Raises Mistake."""
+    try:
+        return {**json.loads(pathlib.Path(path).read_text())}
+    except (ValueError, OSError, TypeError) as error:
+        raise Mistake(f"{path} cannot be read as JSON ({reason(error)}); copy the folder again") from None
+
+
+def shards(folder):
+    """The weight files of a Hugging Face folder, in order. Raises Mistake where one is missing."""
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    named = {name for index in folder.glob("*.index.json") for name in read_json(index).get("weight_map", {}).values()
+             if not found or name.endswith(found[0].suffix)}
+    missing = sorted(named - {path.name for path in found}) if found else ["model.safetensors"]
+    if missing:
+        raise Mistake(f"{folder / missing[0]} is missing; get it from {OFFICIAL.get(folder.name, 'its first place')}")
+    return [path for path in found if path.name in named or not named]
+
+
+def read_file(path):
+    """{name: tensor} of a safetensors or torch file, mapped into memory: what nobody touches stays on disk.
+
+    A torch file is a pickle: nothing in it runs, and the yacs settings that TokenHMR keeps beside its weights become a
+    plain dict. Raises Mistake."""
+    from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            held = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return {name: tensor for name, tensor in held.get("state_dict", held).items() if torch.is_tensor(tensor)}
+    except Exception as error:  # a damaged or hostile file can fail anywhere
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it asks to run {asked[1]}" if asked else reason(error)[:100]
+        raise Mistake(f"{path} is not a complete file of weights ({why}); get it again, from whom you trust") from None
+
+
+def translate(path, names):
+    """The tensors of a file under our names. Raises Mistake at a name that the table does not know."""
+    ours = {}
+    for theirs, tensor in read_file(path).items():
+        begin = next((begin for begin in names if theirs.startswith(begin)), None)
+        if begin is None:
+            raise Mistake(f"{path} holds {theirs}, which no part of UniPose is called; is it another model's file?")
+        if not names[begin] or theirs.endswith(COMPUTED):
+            continue
+        name = names[begin] + theirs.removeprefix(begin)
+        for inner, mine in INNER_NAMES.items():
+            name = name.replace(inner, mine)
+        cut = ("query", "key", "value") if ".qkv." in name else ("qkv",)  # three matrices in one
+        ours |= {name.replace("qkv", one): rows for one, rows in zip(cut, tensor.chunk(len(cut)))}
+    if "tied" in names and TABLES[0] in ours:
+        ours[TABLES[1]] = ours[TABLES[0]]  # small Llamas read and say with one table
+    return ours
+
+
+def census(files):
+    """What files hold together: {our name: (shape, path of the last file that has it)}. files: (path, names) pairs."""
+    return {name: (tensor.shape, path) for path, names in files for name, tensor in translate(path, names).items()}
+
+
+def fill(model, files, device, dtype, made=(), text_rows=0):
+    """Give a model built on the meta device its weights, file by file: memory holds the model and one file, no more.
+
+    files: (path, names) pairs, the last that holds a tensor counts. made: beginnings of names that are in no file.
+    text_rows: take so many rows of embedding and head; the others begin at their mean. Strict both ways: raises Mistake
+    where names, shapes or values are not as they must be.
+    """
+    homes = {name.replace(".base.", "."): name for name in model.state_dict() if not name.startswith(made)}
+    want, held = {name: model.state_dict()[home].shape for name, home in homes.items()}, census(files)
+    have = {name: want[name] if text_rows and name in TABLES else shape for name, (shape, _) in held.items()}
+    compare(want, have, ", ".join(dict.fromkeys(str(path) for path, _ in files)))
+
+    def settled(name, tensor, path):
+        if not tensor.isfinite().all():
+            raise Mistake(f"{name} in {path} holds NaN or infinite numbers; get the file again")
+        if text_rows and name in TABLES:
+            tensor = tensor[:text_rows]
+            tensor = torch.cat([tensor, tensor.mean(0, keepdim=True).expand(want[name][0] - len(tensor), -1)])
+        return tensor.to(device, torch.float32 if name.startswith("tokenizer.") else dtype, copy=True)
+
+    for path, names in tqdm(files, desc="weights", leave=False, delay=2):  # any tensor left over would hold its file
+        part = {homes[name]: settled(name, tensor, path) for name, tensor in translate(path, names).items()
+                if held[name][1] == path}
+        model.load_state_dict(part, strict=False, assign=True)
+    rotary, eye = model.llm.model.rotary_emb, model.vision.clip.embeddings  # constants, which the meta device lacks
+    model.llm.model.rotary_emb = type(rotary)(model.llm.config)
+    eye.position_ids = torch.arange(eye.position_embedding.weight.size(0))[None]
+    return model.to(device).eval()
+
+
+def measure(files, llm, clip, vit):
+    """Sizes of LLM and eyes for config.json, from the tensors in `files`. Raises Mistake where a part is missing.
+
+    llm, clip, vit: what their own config.json says, for what no tensor tells. A pose ViT often comes without one: ViT-H
+    has 16 heads, and of smaller ones no head is taken to have less than 16 channels."""
+    from transformers import AutoConfig
+    shape, eye, pose, first = census(files), "vision.clip.", "vision.pose_vit.", "llm.model.layers.0."
+
+    def size(name, axis=0):
+        if name not in shape:
+            raise Mistake(f"{', '.join(str(path) for path, _ in files)}: none of them holds {name}")
+        return shape[name][0][axis]
+
+    def depth(begin):
+        return len({name[len(begin):].split(".")[0] for name in shape if name.startswith(begin)})
+
+    llm, clip = llm.get("text_config", llm), clip.get("vision_config", clip)
+    kind = str(llm.get("model_type")).removeprefix("llava_")
+    if kind not in ("llama", "mistral"):
+        raise Mistake(f"config.json beside {files[0][0]} says model_type {kind}; Llama, Mistral and LLaVA are read")
+    llm = AutoConfig.for_model(kind, **{key: value for key, value in llm.items() if key != "model_type"}).to_dict()
+    llm, clip, vit = ({key: value for key, value in told.items() if key in TOLD} for told in (llm, clip, vit))
+    channels = size(first + "self_attn.q_proj.weight") // llm["num_attention_heads"]
+    patch, high, wide = (size(name, axis) for name, axis in (
+        (eye + "embeddings.patch_embedding.weight", 2), (pose + "embeddings.patch_embeddings.projection.weight", 2),
+        (pose + "embeddings.patch_embeddings.projection.weight", 3)))
+    side = math.isqrt(size(eye + "embeddings.position_embedding.weight"))  # one place more, for the class
+    width, unit = size(pose + "layernorm.weight"), math.isqrt(size(pose + "embeddings.position_embeddings", 1) // 12)
+    heads = next(n for n in (16, 12, 8, 4, 2, 1) if width % (16 * n) == 0 or n == 1)
+    return {"llm": {"model_type": kind, "hidden_size": size("llm.model.norm.weight"), "head_dim": channels,
+                    "num_hidden_layers": depth("llm.model.layers."), "sliding_window": None,
+                    "num_key_value_heads": size(first + "self_attn.k_proj.weight") // channels,
+                    "intermediate_size": size(first + "mlp.up_proj.weight"), **llm},
+            "clip": {"hidden_size": size(eye + "pre_layrnorm.weight"), "image_size": side * patch, "patch_size": patch,
+                     "num_hidden_layers": depth(eye + "encoder.layers."),
+                     "intermediate_size": size(eye + "encoder.layers.0.mlp.fc1.weight"), **clip},
+            "pose_vit": {"hidden_size": width, "num_hidden_layers": depth(pose + "encoder.layer."),
+                         "image_size": [4 * unit * high, 3 * unit * wide], "patch_size": [high, wide],  # people stand
+                         "mlp_ratio": size(pose + "encoder.layer.0.mlp.fc1.weight") // width,
+                         "num_attention_heads": heads, **vit}}
+
+
+def word_pieces(folder):
+    """The text tokenizer of a Hugging Face folder, from tokenizer.json, else from tokenizer.model by `sentencepiece`.
+
+    A sentencepiece model is taken as the official slow tokenizer reads it: each string that it is given gets a `▁` in
+    front, or with `legacy` false only the first one does (`UniPose.spell`). Raises Mistake."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    with described(folder):
+        text = Tokenizer.from_str(file.read_text()) if file.exists() else sentence_pieces(folder / "tokenizer.model")
+    if text.token_to_id("▁") is None:
+        return fast_tokenizer(text)
+    text, anew = Tokenizer(text.model), not settings.exists() or read_json(settings).get("legacy") is not False
+    text.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * anew + [normalizers.Replace(" ", "▁")])
+    text.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return fast_tokenizer(text)  # without the added tokens of the file: our vocabulary puts its own after the text
+
+
+def sentence_pieces(path):
+    """tokenizer.model -> the same byte pair encoding in `tokenizers`: two pieces that make a third may merge, those of
+    high rank first. Raises Mistake where the package or the file is missing, or where the two disagree."""
+    from tokenizers import Tokenizer, models
+    try:
+        import sentencepiece
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Mistake(f"{path} cannot be read ({reason(error)}); it takes the file and `pip install sentencepiece`, or "
+                      "else a tokenizer.json beside it") from None
+    ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    plain = [i for i in ids.values() if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
+    ranked = [pieces.id_to_piece(i) for i in sorted(plain, key=pieces.get_score, reverse=True)]
+    merges = [(p[:k], p[k:]) for p in ranked for k in range(1, len(p)) if p[:k] in ids and p[k:] in ids]
+    text = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    probe = "é  ".join(ranked).replace("▁", " ")
+    if text.encode("▁" + probe.replace(" ", "▁")).ids != pieces.encode(probe):
+        raise Mistake(f"{path} is not a byte pair encoding like Llama's; give a folder with tokenizer.json")
+    return text
+
+
+def mark_names(vocab):
+    """What the official tokenizer calls the ids after the text, in order."""
+    return [*(f"<pose_id_{i}>" for i in range(vocab.codes + 2)), "<im_start>", "<im_end>",
+            *(f"<pose_query_{i}>" for i in range(vocab.n_tokens))]
+
+
+def is_official(folder):
+    """Is this the official folder `cache`? Known by what lies in it, also where a part is missing."""
+    folder = pathlib.Path(folder)
+    return not (folder / "config.json").exists() and any((folder / name).exists() for name in OFFICIAL)
+
+
+def official_files(cache):
+    """The weights of the release as (path, names) pairs. The CLIP folder's are not among them: LLaVA tuned its own."""
+    return [*((path, LLM_NAMES) for path in shards(part_of(cache, BASE))),
+            *((part_of(cache, "unipose", name), UNIPOSE_NAMES)
+              for name in ("non_lora_trainables.bin", "adapter_model.safetensors")),
+            (part_of(cache, "pose_vqvae", "best_MPJPE.ckpt"), CODES_NAMES),
+            (part_of(cache, "tokenhmr_model.ckpt"), VIT_NAMES)]
+
+
+def official_config(cache, **vit):
+    """What config.json would say of the release in `cache`; vit as in `measure`. Raises Mistake."""
+    files, clip = official_files(cache), part_of(cache, "clip-vit-large-patch14-336", "config.json")
+    lora, held = read_json(part_of(cache, "unipose", "adapter_config.json")), census(files[-2:-1])
+    with described(cache):
+        sizes = measure(files, read_json(part_of(cache, BASE, "config.json")), read_json(clip), vit)
+    home = pathlib.Path(str(lora.get("base_model_name_or_path"))).name
+    if home != BASE or lora.get("use_dora") or lora.get("use_rslora"):
+        raise Mistake(f"the adapter in {pathlib.Path(cache, 'unipose')} is for {home}, and plain LoRA for {BASE} is "
+                      f"wanted; get the folder from {OFFICIAL['unipose']}")
+    codes, code_dim = held["tokenizer.quantizer.codebook"][0]
+    layers = max(int(name.split(".")[3]) for name in held if name.startswith("tokenizer.encoder."))
+    tokens = dict(hidden=held["tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
+                  upsample_step=(layers - 7) // 3, z_up=True)  # three layers each time the axis is doubled
+    return {"size": "official", "projector": "mlp", "vision": "both", "attn": "mixed", **sizes, "tokenizer": tokens,
+            "slots": False, "lora": True, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
+            "stages": ["backbones", "tokenizer", "align", "project", "instruct"], "seconds": {}, "commands": {}}
+
+
+def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
+    """The folder `cache` of the official release -> UniPose in eval mode. Raises Mistake.
+
+    merge: fold LoRA in, or keep it to train on. vit: see `measure`. The pose tokenizer stays in float32. Official
+    poses live in AMASS's world, z up; this model takes and gives ours, y up: its tokenizer turns them."""
+    config, text = official_config(cache, **vit), word_pieces(part_of(cache, "unipose"))
+    with described(cache), torch.device("meta"):
+        model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
+    added = read_json(part_of(cache, "unipose", "added_tokens.json"))
+    rows = census(official_files(cache))[TABLES[0]][0][0]
+    astray = [name for i, name in enumerate(mark_names(model.vocab), model.vocab.n_text) if added.get(name) != i]
+    if astray or rows != model.vocab.size:
+        raise Mistake(f"{pathlib.Path(cache, 'unipose')}: the embedding has {rows} rows, text, codes and marks need "
+                      f"{model.vocab.size}" + "".join(f", and {name} is not where it must be" for name in astray[:1]))
+    model.tokenizer.quantizer = quantizer = Quantizer(model.tokenizer.config)  # their file has forgotten the sums
+    fill(model, official_files(cache), device, dtype, ("tokenizer.quantizer.code_", "tokenizer.quantizer.initialised"))
+    quantizer.code_sum.copy_(quantizer.codebook)
+    quantizer.initialised.fill_(True)
+    if merge:
+        merge_lora(model.llm.model.layers)
+        model.config["lora"] = False
+    return model
+
+
+def base_model(config, llm, clip, pose_vit):
+    """config's model with downloads for its LLM and eyes, in float32; the rest starts untrained (paper §3.3).
+
+    llm: a folder of Llama, Mistral or LLaVA; clip: a CLIP folder, "" for LLaVA's own; pose_vit: an HMR2 or TokenHMR
+    checkpoint, or a VitPoseBackbone folder. Raises Mistake."""
+    llm, eye, pose_vit = pathlib.Path(llm), pathlib.Path(clip or llm), pathlib.Path(pose_vit)
+    told, vit = read_json(llm / "config.json"), read_json(pose_vit / "config.json") if pose_vit.is_dir() else {}
+    vit = vit.get("backbone_config", vit)
+    files = [*((path, LLM_NAMES | ({"tied": ""} if told.get("tie_word_embeddings") else {})) for path in shards(llm)),
+             *((path, CLIP_NAMES) for path in (shards(eye) if clip else [])),
+             *((path, VIT_NAMES) for path in (shards(pose_vit) if pose_vit.is_dir() else [pose_vit]))]
+    with described(f"{llm}, {eye} or {pose_vit}"), torch.device("meta"):
+        model = UniPose(config | measure(files, told, read_json(eye / "config.json"), vit), word_pieces(llm))
+    model.tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+    model.projector = make_projector(config["projector"], model.vision.width, model.llm.config.hidden_size)
+    return fill(model, files, "cpu", torch.float32, ("tokenizer.", "projector."), model.vocab.n_text)
+
+
+def write_llm(model, folder):
+    """The LLM alone, LoRA merged, as a folder that AutoModelForCausalLM and AutoTokenizer read. Raises Mistake."""
+    from safetensors.torch import save_file
+    merge_lora(model.llm.model.layers)
+    model.llm.config.architectures = [type(model.llm).__name__]
+    text = copy.deepcopy(model.text)
+    text.add_tokens(mark_names(model.vocab))
+    with saving(pathlib.Path(folder) / "model.safetensors") as weights:
+        save_file({k: v.contiguous() for k, v in model.llm.state_dict().items()}, weights, {"format": "pt"})
+    model.llm.config.save_pretrained(folder)
+    text.save_pretrained(folder)
+    print(f"wrote the LLM to {folder}")
+
+
+# ---- 9. Look at it -----------------------------------------------------------------------------------------------
 
 def parameter_table(model):
     """Rows (part, parameters, of them in LoRA) of the model's top-level parts, largest last row the sum."""
@@ -567,12 +939,36 @@ def parameter_table(model):
     return rows + [("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]
 
 
+# which names learn at the paper's size, as train.py's table has it
+LORA = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"
+LEARNS = {"answer": "$", "tokenizer": r"tokenizer\.", "align": LORA, "project": r"projector\.",
+          "instruct": LORA + r"|projector\."}
+
+
+def memory_table(model, tokens=1024):
+    """Rows (stage, numbers that learn, GB of the model, GB more for each row of so many tokens), in bfloat16.
+
+    A number takes 2 bytes, 4 in the pose tokenizer, and 16 where it learns: itself, its gradient, AdamW's memories, all
+    float32. A row takes its keys and values, or in training (--checkpointing) all layers' inputs and one's inside."""
+    llm, sizes, rows = model.llm.config, {name: p.numel() for name, p in model.named_parameters()}, []
+    depth, width = llm.num_hidden_layers, llm.hidden_size
+    keys = 2 * depth * llm.num_key_value_heads * width // llm.num_attention_heads
+    for stage, pattern in LEARNS.items():
+        learning = sum(n for name, n in sizes.items() if re.match(pattern, name))
+        held = sum(n * (16 if re.match(pattern, name) else 4 if name.startswith("tokenizer.") else 2)
+                   for name, n in sizes.items())
+        row = {"answer": keys, "tokenizer": 0}.get(stage, (depth + 8) * width + 4 * llm.intermediate_size)
+        rows.append((stage, learning, held / 1e9, 2 * tokens * row / 1e9))
+    return rows
+
+
 @dataclass
 class Config:
-    """Draw the mask of a small sequence and count the parameters of a model; or copy a checkpoint in float16."""
+    """Draw the mask of a small sequence, count the parameters of a model and its memory; or copy a checkpoint."""
     weights: str = TINY  # a trained folder to count, or to copy with --half
     size: str = ""  # nano | tiny | paper: count this size instead, without weights and with 32,000 text pieces
     half: str = ""  # write the folder --weights here in float16, LoRA merged
+    merge: str = ""  # write the LLM of --weights here as a plain Hugging Face folder, LoRA merged
 
 
 def copy_half(source, target):
@@ -580,7 +976,8 @@ def copy_half(source, target):
     config, model = read_config(source), load(source)
     merge_lora(model.llm.model.layers)
     model.config["lora"] = False
-    extra = {k: v for k, v in read_tensors(pathlib.Path(source) / "model.safetensors").items() if k.startswith(RULER)}
+    state = read_tensors(pathlib.Path(source) / "model.safetensors") if "retrieval" in config else {}
+    extra = {k: v for k, v in state.items() if k.startswith(RULER)}
     notes = {k: v for k, v in config.items() if k not in {*model.config, "float16"}}
     save(model, target, half=True, extra=extra, **notes)
     print(f"wrote {target}: {sum(f.stat().st_size for f in pathlib.Path(target).iterdir()) / 1e6:.1f} MB")
@@ -591,6 +988,8 @@ def main():
     config = cli(Config)
     if config.half:
         return copy_half(config.weights, config.half)
+    if config.merge:
+        return write_llm(load(config.weights), config.merge)
     if config.size and config.size not in SIZES:
         raise Mistake(f"--size {config.size} is not one of {', '.join(SIZES)}")
     names = ["a word", "a word", "<p>", *["query"] * 4, "</p>", "a word"]
@@ -610,6 +1009,10 @@ def main():
     print(f"{'part':<16}{'parameters':>16}{'of them LoRA':>16}")
     for name, n, lora in parameter_table(model):
         print(f"{name:<16}{n:>16,}{lora:>16,}")
+    if config.size:
+        print(f"\n{'bfloat16':<16}{'numbers learn':>16}{'GB':>16}{'a row of 1,024':>16}")
+        for stage, learning, held, row in memory_table(model):
+            print(f"{stage:<16}{learning:>16,}{held:>16.2f}{row:>16.2f}")
 
 
 if __name__ == "__main__":
