@@ -1423,7 +1423,7 @@ def survey(records, path, size=128):
 
 
 # ---- 10. ImageScript and ImageDiff ------------------------------------------------------------------------------------
-# UniPose appendix A: all poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
+# UniPose appendix A: poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
 SIDE = 336                                                 # pixels of a picture, as CLIP takes it
 ASK = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
        "part that it names, and whether it is the left or the right one. Answer with the description alone. ")
