@@ -103,7 +103,7 @@ STAGES = {
     "align": Stage(dict(nano=LLM, tiny=LLM, paper=LORA), POSE_TASKS, ("tokenizer",), 1, False,
                    dict(nano=(30, 8, 2e-3), tiny=(8500, 16, 2e-3), paper=(10_200, 96, 1.5e-4))),
     "project": Stage(dict.fromkeys(SIZES, r"projector\."), IMAGE_TASKS, ("backbones", "align"), 1, False,
-                     dict(nano=(20, 8, 2e-3), tiny=(500, 16, 2e-3), paper=(12_500, 32, 5e-5))),
+                     dict(nano=(20, 8, 2e-3), tiny=(300, 16, 2e-3), paper=(12_500, 32, 5e-5))),
     # images come twice as often: the LLM has not met them before
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), (*TASKS, *IMAGE_TASKS), ("project",), 200, False,
                       dict(nano=(30, 8, 1e-3), tiny=(3500, 16, 1e-3), paper=(1_900, 32, 5e-5))),
