@@ -48,8 +48,8 @@ from tokenizer import (
     aa_to_matrix,
     as_rotations,
     body_colors,
-    camera,
     cli,
+    face_front,
     files_in,
     forward_kinematics,
     frame_of,
@@ -60,12 +60,15 @@ from tokenizer import (
     mirror,
     motion,
     open_image,
+    photograph,
     read_arrays,
     reason,
     render,
     saving,
     script,
+    sitter,
     skipping,
+    turn_root,
     turn_y,
 )
 
@@ -266,26 +269,6 @@ def pose_table():
     return Table("posecodes", "supers")
 
 
-def euler(R):
-    """R (...,3,3) = Rz(c) Ry(b) Rx(a) -> (a, b, c) (...,3), degrees."""
-    flat = np.hypot(R[..., 2, 1], R[..., 2, 2])
-    return np.degrees(np.stack([np.arctan2(R[..., 2, 1], R[..., 2, 2]), np.arctan2(-R[..., 2, 0], flat),
-                                np.arctan2(R[..., 1, 0], R[..., 0, 0])], -1))
-
-
-def face_front(rotmat, like=None):
-    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
-
-    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
-    It jumps by half a turn where someone lies on the side (PoseScript does it too).
-    """
-    left = (rotmat if like is None else like)[:, 0, :, 0]
-    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
-    c, s, o = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    back = torch.stack([c, o, -s, o, o + 1, o, s, o, c], -1).unflatten(-1, (3, 3))
-    return torch.cat([(back @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
-
-
 def places(joints):
     """joints (M,22,3), or (M,24,3) with the middle of both hands -> the 35 places that codes are read from (M,35,3)."""
     at = dict(zip(PLACES, np.moveaxis(np.asarray(joints, np.float32), 1, 0)))
@@ -314,6 +297,13 @@ def body_incline(axis, left, right, pelvis, left_ankle, right_ankle):
         return 90 - angle_between(up, np.float32([1, 0, 0]))
     stands = np.minimum(left_ankle, right_ankle)[..., 1] < (up + pelvis)[..., 1] - 0.2
     return np.where(stands, np.degrees(np.arctan2(up[..., 2], up[..., 1])), np.nan)     # upside down: neither way
+
+
+def euler(R):
+    """R (...,3,3) = Rz(c) Ry(b) Rx(a) -> (a, b, c) (...,3), degrees."""
+    flat = np.hypot(R[..., 2, 1], R[..., 2, 2])
+    return np.degrees(np.stack([np.arctan2(R[..., 2, 1], R[..., 2, 2]), np.arctan2(-R[..., 2, 0], flat),
+                                np.arctan2(R[..., 1, 0], R[..., 0, 0])], -1))
 
 
 def head_turn(axis, rotmat, top):
@@ -676,7 +666,7 @@ def difference(pairs, i, rng):
     return say(choose_difference(pairs, i, rng), rng, demand=True)
 
 
-# ---- 5. The captions of the published pipeline ----------------------------------------------------------------------
+# ---- 5. The captions of the published pipeline -----------------------------------------------------------------------
 # They say all that is eligible, in sentences that share what they can. Source: PoseScript, PoseFix.
 #
 #   {code: eligibility} --kept--> codes --merged--> {name: codes} --clauses--> (subject, template) --factored--> text
@@ -1046,45 +1036,6 @@ def populate(split, n):
     return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
 
 
-# ---- 7. Photographs --------------------------------------------------------------------------------------------------
-sitter = functools.cache(load_body)                        # who stands before the camera
-
-
-def muted(rng, low, high):
-    """A random colour (3,) in 0..1: a grey between low and high, and some tint."""
-    return (rng.uniform(low, high) + rng.uniform(-0.16, 0.16, 3)).clip(0, 1)
-
-
-def dress(rng):
-    """Random clothes for `body_colors`. Hair stays dark and skin lighter, so that front and back can be told apart."""
-    return {"skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05), "hair": rng.uniform(0.02, 0.14, 3),
-            "shirt": muted(rng, 0.15, 0.9), "trousers": muted(rng, 0.1, 0.75), "shoes": muted(rng, 0.05, 0.35)}
-
-
-def backdrop(rng, size):
-    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or a wall that meets the floor."""
-    across, down = np.meshgrid(*2 * [np.linspace(0, 1, size)])
-    way, cloud = rng.uniform(-1, 1, 2), Image.fromarray(rng.integers(0, 256, (7, 7), dtype=np.uint8))
-    weight = [lambda: 0 * down,
-              lambda: (0.5 + (across - 0.5) * way[0] + (down - 0.5) * way[1]).clip(0, 1),
-              lambda: np.asarray(cloud.resize((size, size), Image.BICUBIC)) / 255,
-              lambda: down > 0.68 + 0.15 * way[0]][rng.integers(4)]()
-    one, two = muted(rng, 0.35, 0.95), muted(rng, 0.35, 0.95)
-    return (255 * (one + weight[..., None] * (two - one))).astype(np.uint8)
-
-
-def photograph(rotmat, size, look, rng):
-    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
-    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
-    body, zoom, lamp = sitter(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
-    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
-    colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
-    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
-    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
-                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
-    return picture, camera(joints, vertices, size, zoom, shift)[0]
-
-
 def show_side(view, text=""):
     """A caption that first says which side of the person a photograph shows; view: one of VIEWS, or "" for none."""
     return f"Seen from the {view}. {text}".strip() if view else text
@@ -1095,7 +1046,7 @@ def side_shown(text):
     return next((view for view in VIEWS if show_side(view).lower() in text.lower()), "")
 
 
-# ---- 8. World and Mixture --------------------------------------------------------------------------------------------
+# ---- 7. World and Mixture --------------------------------------------------------------------------------------------
 class World:
     """The embedded data set: n people of a split, in pairs, with everything that can be asked about them.
 
@@ -1106,8 +1057,8 @@ class World:
     def __init__(self, split="train", n=2000, size=128):
         self.split, self.size = split, size
         activity, self.poses, self.headings = populate(split, n)
-        self.activity, self.seen = [people().activities[a] for a in activity], self.poses.clone()
-        self.seen[:, 0] = torch.tensor(np.stack([*map(turn_y, self.headings)])).float() @ self.poses[:, 0]
+        self.activity = [people().activities[a] for a in activity]
+        self.seen = turn_root(self.poses, torch.tensor(np.stack([*map(turn_y, self.headings)])))
 
     def photo(self, i):
         """The photograph of person i (size,size,3) uint8, and where its joints are (22,2), pixels, x to the right.
@@ -1210,7 +1161,7 @@ def words(texts=()):
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
-# ---- 9. Readers ------------------------------------------------------------------------------------------------------
+# ---- 8. Readers ------------------------------------------------------------------------------------------------------
 # A reader is a generator over one release on disk and yields records, dicts with the same keys in all of them:
 #
 #   id, source    the entry and its data set; split: "train" | "val" | "test" where the release says so
@@ -1422,7 +1373,7 @@ def survey(records, path, size=128):
         sheet.save(new, format="PNG")
 
 
-# ---- 10. ImageScript and ImageDiff ------------------------------------------------------------------------------------
+# ---- 9. ImageScript and ImageDiff ------------------------------------------------------------------------------------
 # UniPose appendix A: poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
 SIDE = 336                                                 # pixels of a picture, as CLIP takes it
 ASK = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
@@ -1557,59 +1508,7 @@ def build(config):
     print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
 
 
-# ---- 11. Real data to train on ---------------------------------------------------------------------------------------
-def tasks_of(record):
-    """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
-    kind, pair = "image" if "image" in record else "pose", "start" in record
-    if "texts" in record:
-        return {("pose", False): ("pose2text", "text2pose"), ("pose", True): ("posediff", "edit"),
-                ("image", False): ("image2text",), ("image", True): ("imagediff",)}[kind, pair]
-    return ("image2pose",) if {"image", "pose"} <= record.keys() else ()
-
-
-class Recorded:
-    """Real data in the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
-
-    weights: {"KIND:PATH": how often an example comes from it}, of which the train split is taken. Everything is read,
-    and every image decoded, before anything else happens. tasks: none = poses are drawn. Raises Mistake.
-    """
-
-    def __init__(self, weights, tasks=(), seed=0, templates=TEMPLATES):
-        self.tasks, self.seed, self.templates, self.groups = set(tasks), seed, templates, []
-        for spec, weight in weights.items():
-            rows = [r for r in read([spec]) if r.get("split", "train") == "train"
-                    and (self.tasks & set(tasks_of(r)) if tasks else "pose" in r)]
-            if not rows:
-                raise Mistake(f"{spec} offers nothing of a train split for {', '.join(tasks) or 'the tokenizer'}")
-            for offered, n in Counter(map(tasks_of, rows)).items():
-                self.groups.append((set(offered), [r for r in rows if tasks_of(r) == offered], weight * n / len(rows)))
-
-    def draw(self, k, *tasks):
-        """Example k of some tasks, none: of all of them -> record, generator. Raises Mistake."""
-        rng, wanted = np.random.default_rng((self.seed, k)), set(tasks) or self.tasks
-        weights = np.array([weight * (not wanted or bool(offered & wanted)) for offered, _, weight in self.groups])
-        if not weights.sum() > 0:
-            raise Mistake(f"no data set of --data offers {' or '.join(sorted(wanted)) or 'poses'}")
-        rows = self.groups[rng.choice(len(weights), p=weights / weights.sum())][1]
-        return rows[rng.integers(len(rows))], rng
-
-    def example(self, k, *tasks):
-        """The same -> task, [its inputs in order, its target], generator."""
-        record, rng = self.draw(k, *tasks)
-        task = str(rng.choice(sorted((set(tasks) or self.tasks) & set(tasks_of(record)))))
-        poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
-        if task != "image2pose":                           # texts are about people who face front
-            poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
-        given = {"pose": (pose[0] for pose in poses), "text": (str(rng.choice(record["texts"])) for _ in range(1)),
-                 "image": (cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)}
-        return task, [next(given[kind]) for kind in (*TASKS[task].inputs, TASKS[task].target)], rng
-
-    def __getitem__(self, k):
-        task, values, rng = self.example(k)
-        return task, fill(task, values, templates(task)[rng.integers(self.templates)])
-
-
-# ---- 12. Run it: one example of each task ----------------------------------------------------------------------------
+# ---- 10. Run it: one example of each task ----------------------------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw 32 people; or look at real data; or build a data set."""

@@ -43,7 +43,6 @@ from data import (
     World,
     caption,
     difference,
-    face_front,
     paircodes,
     posecodes,
     posed,
@@ -54,7 +53,18 @@ from data import (
     words,
 )
 from sample import DECODINGS, Reader, check_decoding, generate, question
-from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
+from tokenizer import (
+    Encoder,
+    Mistake,
+    TokenizerConfig,
+    cli,
+    face_front,
+    load_body,
+    matrix_to_sixd,
+    saving,
+    script,
+    turn_root,
+)
 from unipose import (
     PAPER_TEXT,
     RULER,
@@ -361,7 +371,7 @@ class Exam:
 
     def facing(self, poses):
         """Poses in the answer's frame, turned back to face +z, which is where statements are made."""
-        return torch.cat([(self.turns.mT @ poses[:, 0])[:, None], poses[:, 1:]], 1)      # (n,22,3,3)
+        return turn_root(poses, self.turns.mT)                                           # (n,22,3,3)
 
 
 class Judge(NamedTuple):

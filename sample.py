@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, face_front, fill, released, rest, templates
+from data import TASKS, World, check, fill, released, rest, templates
 from tokenizer import (
     Mistake,
     body_colors,
     cli,
+    face_front,
     forward_kinematics,
     load_body,
     read_pose,

@@ -1033,7 +1033,7 @@ def test_real_data_is_mixed_by_weight_and_trains_every_stage(real, trained, tmp_
     table = {"tokenizer": {specs["amass"]: 0.8, specs["smplx"]: 0.2}, "retrieval": {specs["v2"]: 1, specs["fix"]: 1},
              "align": {specs["v2"]: 70, specs["fix"]: 30},
              "project": {f"built:{tmp_path}/script": 1, f"built:{tmp_path}/diff": 1, specs["tars"]: 2}}
-    one, two = (data.Recorded(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
+    one, two = (train.Recorded(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
     tasks = [one[k][0] for k in range(300)]
     assert 0.6 < np.mean([task in ("pose2text", "text2pose") for task in tasks]) < 0.8 and str(one[77]) == str(two[77])
     assert set(tasks) == set(train.POSE_TASKS)

@@ -20,7 +20,7 @@ A pose is `rotmat (…,22,3,3)`: root first, then SMPL's joints 1-21, each relat
 y up, +z front, +x the person's left, pelvis at the origin.
 
 Also here, because every other file needs it: the user's mistakes, flags from dataclasses, safe files, rotations,
-bodies, a small renderer, pose files.
+bodies, a small renderer, photographs, pose files.
 
     python tokenizer.py                          # one pose through everything below, and a picture of it
     python tokenizer.py --pose walk.npz:120      # frame 120 of an AMASS sequence
@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import json
@@ -47,7 +48,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 
 
-# ---- 1. What every script shares: mistakes, flags, files ------------------------------------------------------------
+# ---- 1. What every script shares: mistakes, flags, files -------------------------------------------------------------
 class Mistake(Exception):
     """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
 
@@ -233,6 +234,22 @@ def mirror(rotmat):
     """The pose (...,22,3,3) as seen in a mirror: left and right joints change places, M R M with M = diag(-1,1,1)."""
     sign = torch.tensor([-1.0, 1.0, 1.0], dtype=rotmat.dtype, device=rotmat.device)
     return rotmat[..., MIRROR, :, :] * sign[:, None] * sign  # M R M, element by element
+
+
+def turn_root(rotmat, turn):
+    """The person as a whole, turned: rotmat (...,22,3,3) with turn (...,3,3) before its root."""
+    return torch.cat([turn.to(rotmat)[..., None, :, :] @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
+
+
+def face_front(rotmat, like=None):
+    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
+
+    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
+    It jumps by half a turn where someone lies on the side (PoseScript does it too).
+    """
+    left = (rotmat if like is None else like)[:, 0, :, 0]
+    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
+    return turn_root(rotmat, aa_to_matrix(-angle[:, None] * torch.eye(3)[1]))
 
 
 def kinematics(rotmat, rest):
@@ -544,13 +561,47 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
     return np.asarray(canvas.reduce(2))                    # averaging smooths the edges
 
 
-# ---- 6. Pose files ---------------------------------------------------------------------------------------------------
+# ---- 6. Photographs: a person somewhere, in some clothes and light ---------------------------------------------------
+sitter = functools.cache(load_body)                        # who stands before the camera
+
+
+def muted(rng, low, high):
+    """A random colour (3,) in 0..1: a grey between low and high, and some tint."""
+    return (rng.uniform(low, high) + rng.uniform(-0.16, 0.16, 3)).clip(0, 1)
+
+
+def dress(rng):
+    """Random clothes for `body_colors`. Hair stays dark and skin lighter, so that front and back can be told apart."""
+    return {"skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05), "hair": rng.uniform(0.02, 0.14, 3),
+            "shirt": muted(rng, 0.15, 0.9), "trousers": muted(rng, 0.1, 0.75), "shoes": muted(rng, 0.05, 0.35)}
+
+
+def backdrop(rng, size):
+    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or a wall that meets the floor."""
+    across, down = np.meshgrid(*2 * [np.linspace(0, 1, size)])
+    way, cloud = rng.uniform(-1, 1, 2), Image.fromarray(rng.integers(0, 256, (7, 7), dtype=np.uint8))
+    weight = [lambda: 0 * down,
+              lambda: (0.5 + (across - 0.5) * way[0] + (down - 0.5) * way[1]).clip(0, 1),
+              lambda: np.asarray(cloud.resize((size, size), Image.BICUBIC)) / 255,
+              lambda: down > 0.68 + 0.15 * way[0]][rng.integers(4)]()
+    one, two = muted(rng, 0.35, 0.95), muted(rng, 0.35, 0.95)
+    return (255 * (one + weight[..., None] * (two - one))).astype(np.uint8)
+
+
+def photograph(rotmat, size, look, rng):
+    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
+    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
+    body, zoom, lamp = sitter(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
+    colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
+    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
+    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
+                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
+    return picture, camera(joints, vertices, size, zoom, shift)[0]
+
+
+# ---- 7. Pose files ---------------------------------------------------------------------------------------------------
 UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
-
-
-def turn_root(rotmat, turn):
-    """The person as a whole, turned: rotmat (...,22,3,3) with turn (3,3) before its root."""
-    return torch.cat([turn.to(rotmat) @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
 
 
 def as_rotations(array, where):
@@ -599,17 +650,13 @@ def frame_of(poses, frame, where):
     """One frame of a motion (T,66), z up -> rotmat (22,3,3), y up. Raises Mistake."""
     if not 0 <= frame < len(poses):
         raise Mistake(f"{where} has no frame {frame}: it holds {len(poses)}, counted from 0")
-    rotmat = as_rotations(poses[frame], f"frame {frame} of {where}")
-    rotmat[0] = UP @ rotmat[0]
-    return rotmat
+    return turn_root(as_rotations(poses[frame], f"frame {frame} of {where}"), UP)
 
 
 def from_camera(array, where):
     """A pose as `as_rotations` takes it, its root as a camera sees it (z ahead, y down) -> rotmat (22,3,3) in our
     frame, where +z comes towards the camera. Raises Mistake."""
-    rotmat = as_rotations(np.asarray(array), where)
-    rotmat[0] *= torch.tensor([[1.0], [-1.0], [-1.0]])     # half a turn about x
-    return rotmat
+    return turn_root(as_rotations(np.asarray(array), where), torch.tensor([1.0, -1.0, -1.0]).diag())  # about x
 
 
 def read_pose(path):
@@ -630,15 +677,14 @@ def read_pose(path):
 
 def write_pose(path, rotmat):
     """Writes rotmat (22,3,3) as a one-frame AMASS .npz (z up); `read_pose` gives the pose back. Raises Mistake."""
-    rotmat = rotmat.detach().cpu().double().clone()        # AMASS stores doubles
-    rotmat[0] = UP.double().T @ rotmat[0]
+    rotmat = turn_root(rotmat.detach().cpu().double(), UP.T)                     # AMASS stores doubles
     poses = np.zeros((1, 156))                             # SMPL-H: 52 joints, the fingers at rest
     poses[0, :66] = matrix_to_aa(rotmat).flatten()
     with saving(path) as new, open(new, "wb") as file:
         np.savez(file, poses=poses, trans=np.zeros((1, 3)), betas=np.zeros(16), gender="neutral", mocap_framerate=30.0)
 
 
-# ---- 7. The tokenizer: encoder, quantizer, decoder -------------------------------------------------------------------
+# ---- 8. The tokenizer: encoder, quantizer, decoder -------------------------------------------------------------------
 @dataclasses.dataclass
 class TokenizerConfig:
     """Sizes of a PoseTokenizer; the defaults are the paper's."""
@@ -824,7 +870,7 @@ class PoseTokenizer(nn.Module):
         return self._made((probs.float() @ self.quantizer.codebook).mT)
 
 
-# ---- 8. Training the tokenizer ---------------------------------------------------------------------------------------
+# ---- 9. Training the tokenizer ---------------------------------------------------------------------------------------
 PARTS = [[1, 4, 7, 10], [2, 5, 8, 11], [3, 6, 9], [12, 15], [13, 16, 18, 20], [14, 17, 19, 21]]   # legs torso head arms
 NOISE = (0.01, 0.05, 0.1, 0.1, 0.5, 0.5)                   # radians, for each sixth of the run; the official steps
 
@@ -869,8 +915,7 @@ def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
         lean, turn, roll = (uniform(B, 3) * torch.tensor([20.0, 45.0, 20.0]) * math.pi / 180).unbind(1)
         o = torch.zeros(B)
         spin = aa_to_matrix(torch.stack([torch.stack(v, 1) for v in ([o, turn, o], [lean, o, o], [o, o, roll])]))
-        spin = (spin[0] @ spin[1] @ spin[2]).to(rotmat)                                      # (B,3,3)
-        rotmat = torch.cat([(spin @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
+        rotmat = turn_root(rotmat, spin[0] @ spin[1] @ spin[2])
     if not parts:
         return rotmat, rotmat                              # a clean input
     # differs from the official code, whose noise lands on a copy and does nothing
@@ -882,7 +927,7 @@ def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
     return rotmat @ shake, rotmat                          # joints wobble in their own frames
 
 
-# ---- 9. Run me -------------------------------------------------------------------------------------------------------
+# ---- 10. Run me ------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Config:
     """Take one pose through files, numbers and words, and draw it."""
