@@ -47,8 +47,10 @@ from tokenizer import (
     SafeUnpickler,
     aa_to_matrix,
     as_rotations,
+    asset,
     body_colors,
     cli,
+    explaining,
     face_front,
     files_in,
     forward_kinematics,
@@ -62,7 +64,6 @@ from tokenizer import (
     open_image,
     photograph,
     read_arrays,
-    reason,
     render,
     saving,
     script,
@@ -71,8 +72,6 @@ from tokenizer import (
     turn_root,
     turn_y,
 )
-
-ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
 
 # ---- 1. Seven tasks and their templates ------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ def templates(task):
     assets/instructions.json is a grammar: a pattern's {word} stands for any entry of the list `word`. All sentences of
     a pattern are written out and shuffled, then the patterns take turns: the first few already differ in form.
     """
-    grammar = json.loads((ASSETS / "instructions.json").read_text())
+    grammar = asset("instructions")
 
     def expand(text):
         word = re.search(r"\{(\w+)\}", text)
@@ -122,11 +121,6 @@ def templates(task):
     plain, patterns = grammar["tasks"][task]["plain"], [expand(text) for text in grammar["tasks"][task]["patterns"]]
     turns = itertools.zip_longest(*(np.random.default_rng(0).permutation(lines).tolist() for lines in patterns))
     return tuple(dict.fromkeys([plain, *filter(None, itertools.chain(*turns))]))[:TEMPLATES]
-
-
-def released(task):
-    """The instruction by which the official weights first learnt a task, before they met many phrasings."""
-    return json.loads((ASSETS / "instructions.json").read_text())["released"][task]
 
 
 def fill(task, values, template):
@@ -189,7 +183,7 @@ class Table:
 
     def __init__(self, columns, supers, poses=None):
         """columns, supers: lists of the book. poses: a second Table, which formulas read as "B ..." and "A ..."."""
-        book = json.loads((ASSETS / "codes.json").read_text())
+        book = asset("codes")
         kinds = book["kinds"] | book["pair_kinds"]
         self.mark = PAIR if poses else ""
         self.columns = sorted(expand(book, columns), key=lambda row: list(kinds).index(row["kind"]))
@@ -467,12 +461,7 @@ OPPOSITE = {"at_right": "at_left", "below": "above", "behind": "front"}
 OPPOSITE |= {more: less for less, more in OPPOSITE.items()}
 LIMB_PARTS = {"arm": ("shoulder", "upperarm", "elbow", "forearm", "wrist", "hand"),
               "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot")}
-
-
-@functools.cache
-def phrases():
-    """The words: assets/phrases.json."""
-    return json.loads((ASSETS / "phrases.json").read_text())
+phrases = functools.partial(asset, "phrases")              # the words
 
 
 def patterns(code, full=False):
@@ -921,7 +910,7 @@ class People:
     """
 
     def __init__(self):
-        table = json.loads((ASSETS / "activities.json").read_text())
+        table = asset("activities")
         self.gestures, self.sets = {"leg": table["legs"], "arm": table["arms"]}, table["sets"]
         limits = {part: table["limits"][part.split("_")[-1]] for part in PARTS}
         self.angles = [(part, angle) for part in PARTS for angle in limits[part]]
@@ -1174,7 +1163,7 @@ def words(texts=()):
 def amass(path, skipped):
     """AMASS, SMPL+H or SMPL-X, a file, a subset or everything: 12 poses a second (every 10th where the file does not
     say how many it has) of the middle 60 % of each motion, since many begin and end in a T (TokenHMR)."""
-    names = load_json(ASSETS / "amass.json")               # its folders, then and now
+    names = asset("amass")               # its folders, then and now
     for file in files_in(path, ".npz"):
         if file.name == "shape.npz" or file.stem.endswith("stagei"):
             continue                                       # a subject's shape: every folder has one
@@ -1190,7 +1179,7 @@ def amass(path, skipped):
 def located(folder, root, wanted):
     """PoseScript's numbers of poses -> {number: (pose, sequence), or [why not]}, from AMASS by old names or new."""
     index, found = load_json([*folder.glob("ids_2_dataset*index*.json"), folder / "ids_2_dataset_index.json"][0]), {}
-    names = load_json(ASSETS / "amass.json")
+    names = asset("amass")
     opened = functools.lru_cache(1)(lambda file: motion(read_arrays(file, MOTION), file)[0])
     for key in tqdm(sorted(wanted, key=lambda key: str(index.get(key))), "AMASS", leave=False):      # a file at a time
         with skipping(why := [], f"pose {key}"):
@@ -1321,10 +1310,8 @@ def read(specs):
         paths, skipped, before = path.rsplit(",", usage.count(",")), [], len(found)
         if not usage or len(paths) <= usage.count(","):
             raise Mistake(f"{spec!r} is no data set: give {usage or ', '.join(READERS)}")
-        try:
+        with explaining(f"{spec} cannot be read: "):       # whatever a release of another layout leads to
             found += tqdm(READERS[usage](*paths, skipped), spec, leave=False)
-        except Exception as error:                         # whatever a release of another layout leads to
-            raise Mistake(f"{spec} cannot be read: {reason(error)}") from error
         if skipped:
             print(f"{spec}: {len(skipped)} entries are left out, such as", *skipped[:3], sep="\n    ", file=sys.stderr)
         if len(found) == before:
@@ -1433,12 +1420,10 @@ def refiner(path):
     """A local Hugging Face chat model -> refine(text), which says a text anew, None where a part or its side got lost.
     In the paper GPT-4 does it. Raises Mistake."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    try:
+    with explaining(f"--refine {path} is no folder of a chat model and its tokenizer: "):
         spell = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
         spell.apply_chat_template([{"role": "user", "content": ""}])
-    except Exception as error:                             # transformers raises nearly anything
-        raise Mistake(f"--refine {path} is no folder of a chat model and its tokenizer: {reason(error)}") from error
 
     @torch.no_grad()
     def refine(text):

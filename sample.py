@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, fill, released, rest, templates
+from data import TASKS, World, check, fill, rest, templates
 from tokenizer import (
     Mistake,
+    asset,
     body_colors,
     cli,
     face_front,
@@ -278,8 +279,8 @@ def infer_task(given, task=""):
 
 def question(task, inputs, model=None):
     """Inputs of a task in order -> the prompt, in the plain wording: ours, or that of the official weights."""
-    official = model is not None and model.config["size"] == "official"
-    return fill(task, [*inputs, None], released(task) if official else templates(task)[0])[:-1]
+    official = model is not None and model.config["size"] == "official"      # they first learnt a task by one phrase
+    return fill(task, [*inputs, None], asset("instructions")["released"][task] if official else templates(task)[0])[:-1]
 
 
 def read_inputs(config, model):

@@ -47,6 +47,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 
+ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
+
 
 # ---- 1. What every script shares: mistakes, flags, files -------------------------------------------------------------
 class Mistake(Exception):
@@ -60,11 +62,22 @@ def reason(error):
 
 
 @contextlib.contextmanager
+def explaining(before, after=""):
+    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a Mistake that names the reason."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        raise Mistake(before + reason(error) + after) from error
+
+
+@contextlib.contextmanager
 def skipping(skipped, where):
     """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
     try:
         yield
-    except Exception as error:                             # a damaged file can raise nearly anything
+    except Exception as error:
         skipped.append(f"{where}: {reason(error)}")
 
 
@@ -153,10 +166,14 @@ def files_in(path, *suffixes):
 
 def load_json(path):
     """What a JSON file holds. Raises Mistake."""
-    try:
+    with explaining(f"{path} is not a complete JSON file: "):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{path} is not a complete JSON file: {reason(error)}") from None
+
+
+@functools.cache
+def asset(name):
+    """The table assets/NAME.json, whose words and numbers a reader may edit. It is shared: nobody changes it."""
+    return load_json(ASSETS / f"{name}.json")
 
 
 def open_image(where, near=None):
@@ -336,7 +353,7 @@ def read_arrays(path, wanted):
     path = pathlib.Path(path)
     if not path.is_file():
         raise Mistake(f"no file {path}: check the path")
-    try:
+    with explaining(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
         if path.suffix.lower() == ".pkl":
             with open(path, "rb") as file:
                 entries = SafeUnpickler(file, encoding="latin1").load()
@@ -346,9 +363,6 @@ def read_arrays(path, wanted):
             return {"": entries}
         with entries:
             return {name: entries[name] for name in wanted if name in entries.files}
-    except Exception as error:                             # a damaged file can raise nearly anything
-        raise Mistake(f"cannot read {path}: {reason(error)}. Is it a complete {path.suffix} file of plain arrays?"
-                      ) from error
 
 
 BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_regressor": ("J", "V"),
@@ -452,7 +466,7 @@ class Body(nn.Module):
 
 def load_body(path=""):
     """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises Mistake."""
-    path = pathlib.Path(path or pathlib.Path(__file__).parent / "assets" / "body.npz")
+    path = pathlib.Path(path or ASSETS / "body.npz")
     return Body(smpl_layout(*read_body(path)), path.stem)
 
 

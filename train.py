@@ -59,6 +59,7 @@ from tokenizer import (
 )
 from unipose import (
     CHOICES,
+    LORA,
     RULER,
     SIZES,
     UniPose,
@@ -79,7 +80,7 @@ from unipose import (
 
 POSE_TASKS = ("pose2text", "posediff", "text2pose", "edit")
 IMAGE_TASKS = ("image2text", "imagediff", "image2pose")
-LLM, LORA = r"llm\.", r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # all weights; LoRA, embeddings and head
+LLM = r"llm\."  # all its weights; LORA: embeddings, head and LoRA only
 
 
 class Stage(NamedTuple):
