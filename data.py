@@ -43,9 +43,9 @@ from tokenizer import (
     JOINTS,
     MOTION,
     PARENTS,
+    SPLITS,
     Mistake,
     SafeUnpickler,
-    aa_to_matrix,
     as_rotations,
     asset,
     body_colors,
@@ -59,11 +59,13 @@ from tokenizer import (
     load_body,
     load_json,
     matrix_to_aa,
-    mirror,
     motion,
     open_image,
+    people,
     photograph,
+    populate,
     read_arrays,
+    reason,
     render,
     saving,
     script,
@@ -121,6 +123,12 @@ def templates(task):
     plain, patterns = grammar["tasks"][task]["plain"], [expand(text) for text in grammar["tasks"][task]["patterns"]]
     turns = itertools.zip_longest(*(np.random.default_rng(0).permutation(lines).tolist() for lines in patterns))
     return tuple(dict.fromkeys([plain, *filter(None, itertools.chain(*turns))]))[:TEMPLATES]
+
+
+def arranged(task, **given):
+    """kind=values in the order of their use -> [the inputs of a task in order, its target]; None where none is left."""
+    given = {kind: iter(values) for kind, values in given.items()}
+    return [next(given.get(kind, iter(())), None) for kind in (*TASKS[task].inputs, TASKS[task].target)]
 
 
 def fill(task, values, template):
@@ -309,10 +317,10 @@ def head_turn(axis, rotmat, top):
     return euler(R)[:, ["XYZ".index(axis)]]
 
 
-def measure(kind, sets, at, rotmat, own=None):
-    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places, at (M,35,3), rotmat (M,22,3,3).
-    own: the last two in the body's own frame, for what has nothing to do with the floor."""
-    at, rotmat = own if own and not kind.endswith(FLOOR) else (at, rotmat)
+def measure(kind, sets, frames):
+    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places.
+    frames: places (M,35,3) and rotations (M,22,3,3) for what has to do with the floor, and for all else."""
+    at, rotmat = frames[0 if kind.endswith(FLOOR) else 1]
     name, axis, (a, *others) = kind.removeprefix("pair_"), kind[-1], (at[:, column] for column in sets.T)    # (M,S,3)
     if name == "angle":
         return angle_between(a - others[0], others[1] - others[0])
@@ -348,9 +356,7 @@ class Codes:
     low: np.ndarray                                        # (M,S+P) the least category within the tolerance ...
     high: np.ndarray                                       # (M,S+P) ... and the greatest
     eligibility: np.ndarray                                # (M,S+P) 0 must not be said, 1 may, 2 should
-    at: np.ndarray = None                                  # (M,35,3) the places
-    rotmat: np.ndarray = None                              # (M,22,3,3)
-    own: tuple = None                                      # these two in the body's own frame, if asked for
+    frames: tuple = None                                   # of poses: what `measure` read
     b: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
 
 
@@ -382,11 +388,10 @@ def code_up(value, table, others=()):
 
 def posecodes_at(at, rotmat, frame="world"):
     """Posecodes of places (M,35,3), metres, and local rotations (M,22,3,3), both y up and facing +z. -> Codes"""
-    at, rotmat, table = np.asarray(at, np.float32), np.asarray(rotmat, np.float32), pose_table()
-    own = {"world": lambda *_: None, "body": stood_up}[frame](at, rotmat)
-    codes = code_up(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
-    codes.at, codes.rotmat, codes.own = at, rotmat, own
-    return codes
+    room, table = (np.asarray(at, np.float32), np.asarray(rotmat, np.float32)), pose_table()
+    frames = room, {"world": lambda *same: same, "body": stood_up}[frame](*room)
+    codes = code_up(np.concatenate([measure(*group, frames) for group in table.groups], 1), table)
+    return dataclasses.replace(codes, frames=frames)
 
 
 @functools.cache
@@ -427,8 +432,7 @@ def helpers(pairs, codes, first):
 def paircodes_at(a, b, turn):
     """Paircodes of Codes a -> b and the turn of the body (M,), degrees about +y from A to B. -> Codes, with `.b`"""
     table, poses = pair_table(), pose_table()
-    value = [measure(*group, a.at, a.rotmat, a.own) - measure(*group, b.at, b.rotmat, b.own)
-             for group in table.groups[:-1]]
+    value = [measure(*group, a.frames) - measure(*group, b.frames) for group in table.groups[:-1]]
     pairs = code_up(np.concatenate([*value, turn[:, None]], 1), table, (b, a))
     width = len(poses.columns)
     demand = poses.absolute[np.arange(width), b.category[:, :width]]
@@ -460,7 +464,8 @@ MOST_STATEMENTS, MOST_TOKENS = 15, 90
 OPPOSITE = {"at_right": "at_left", "below": "above", "behind": "front"}
 OPPOSITE |= {more: less for less, more in OPPOSITE.items()}
 LIMB_PARTS = {"arm": ("shoulder", "upperarm", "elbow", "forearm", "wrist", "hand"),
-              "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot")}
+              "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot"), "": ()}          # "": trunk and head have none
+LIMB = defaultdict(str, {part: name for name, parts in LIMB_PARTS.items() for part in parts})
 phrases = functools.partial(asset, "phrases")              # the words
 
 
@@ -540,16 +545,11 @@ def implications(key):
             for conditions, *targets in phrases()[key] for side in ("left", "right")]
 
 
-def limb(part):
-    """The limb of a part, "" for the trunk and the head."""
-    return next((name for name, parts in LIMB_PARTS.items() if part in parts), "")
-
-
 def crowds(code):
     """Keys that only one code of a text may have: a hand is near one part of a limb, aligned with one thing."""
     side, part, category, side2, part2 = code
     aligned = {(side, part)} if category.endswith("-aligned") else set()
-    return aligned | {(side, part, side2, limb(part2))} if part != part2 and (aligned or category == "close") else set()
+    return aligned | {(side, part, side2, LIMB[part2])} if part != part2 and (aligned or category == "close") else set()
 
 
 def worth(code):
@@ -608,7 +608,7 @@ def parts_named(code):
 
 def touched(code, changed):
     """Does a code name one of the changed (side, part), or a part further down its limb?"""
-    lines = [(side, part, ("person", "body", "torso", limb(part), *LIMB_PARTS.get(limb(part), ())))
+    lines = [(side, part, ("person", "body", "torso", LIMB[part], *LIMB_PARTS[LIMB[part]]))
              for side, part in parts_named(code)]
     return any((own, above) in changed for side, part, line in lines for above in line[:line.index(part) + 1]
                for own in ("", side))
@@ -690,7 +690,7 @@ def ways(code):
     mate, mate2, found = MATES.get(part), MATES.get(part2), {code: {code}}
     for one, two in [(mate, mate2)] if part == part2 else [(mate, part2), (part, mate2)]:
         if one is not None and two is not None:
-            name = side, part if one == part else limb(part), category, side2, part2 if two == part2 else limb(part2)
+            name = side, part if one == part else LIMB[part], category, side2, part2 if two == part2 else LIMB[part2]
             found[name] = {code, (side, one, category, side2, two)}
     for name, codes in list(found.items()) if side in ("left", "right") and part != part2 else ():
         _, one, category, side2, two = name if side == "left" else twin(name)
@@ -882,147 +882,8 @@ def caption_words():
             for word in line.split()} | {*phrases()["nothing"].split()}
 
 
-# ---- 6. Synthetic people ---------------------------------------------------------------------------------------------
-LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
-PARTS = ["root", "trunk", "head", *LEGS_ARMS]
-CHANGE = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays
-FEWER = [0.10, 0.40]                                       # share of edits of one part; of one or two (the rest: three)
-STILL = [JOINTS.index(f"{side}_{part}") for side in ("left", "right") for part in ("collar", "foot", "wrist")]
-
-
-def uniform(rows, n):
-    """Row numbers (M,) -> (M,n) numbers in [0,1): a pure function of (row, column), by splitmix64.
-
-    A hash of the counter, not a stream: a row stays what it is whatever else is drawn, and all rows are done at once.
-    """
-    z = np.asarray(rows, np.uint64)[:, None] * np.uint64(1 << 16) + np.arange(1, n + 1, dtype=np.uint64)
-    z = z * np.uint64(0x9E3779B97F4A7C15)                  # arrays of unsigned numbers wrap around, as they should
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
-
-
-class People:
-    """assets/activities.json as arrays. A person is C angles in degrees, named and limited as the table says.
-
-    An activity holds ranges of root, trunk and head, and for every limb a list of gestures to choose from; a gesture
-    is a range for each angle of one limb. fresh, edited: what a person, or an edit of one, draws from.
-    """
-
-    def __init__(self):
-        table = asset("activities")
-        self.gestures, self.sets = {"leg": table["legs"], "arm": table["arms"]}, table["sets"]
-        limits = {part: table["limits"][part.split("_")[-1]] for part in PARTS}
-        self.angles = [(part, angle) for part in PARTS for angle in limits[part]]
-        self.limits = np.array([limits[part][angle] for part, angle in self.angles], np.float64)     # (C,2)
-        self.owner = np.array([PARTS.index(part) for part, _ in self.angles])                             # (C,)
-        self.turns = self.read_turns(table["axes"])
-        rows = {name: {**table["usual"], **row} for name, row in table["activities"].items()}
-        self.activities = list(rows)
-        often = np.cumsum([row.get("often", 1.0) for row in rows.values()])
-        self.shares = often / often[-1]                                                      # (A,) cumulated
-        self.fresh = self.options(rows.values(), ["trunk", *LEGS_ARMS])
-        self.edited = self.options(rows.values(), ["edit_trunk", "edit_legs", "edit_legs", "edit_arms", "edit_arms"])
-
-    def at(self, angle, parts=PARTS):
-        """The columns of an angle: at("flex") -> those of both legs."""
-        return [c for c, (part, name) in enumerate(self.angles) if name == angle and part in parts]
-
-    def read_turns(self, axes):
-        """-> (3,C,22,3): angles times this are the axis-angles of three turns of every joint, the last done first."""
-        out = np.zeros((3, len(self.angles), len(JOINTS), 3))
-        for joint, turns in axes.items():
-            for slot, (part, angle, axis, share) in enumerate(turns):
-                turn = math.radians(share) * np.eye(3)["xyz".index(axis[1])] * (1 if axis[0] == "+" else -1)
-                out[slot, self.at(angle, [part]), JOINTS.index(joint)] = turn
-                if part in LEGS_ARMS:                      # the right limb mirrors the left: y and z turn backwards
-                    right = self.at(angle, [part.replace("left", "right")])
-                    out[slot, right, JOINTS.index(joint.replace("left", "right"))] = turn * [1, -1, -1]
-        return out
-
-    def span(self, part, ranges):
-        """{angle: [lo, hi]} of one part -> (2,C), 0 elsewhere. A foot left out is NaN: see `settle`."""
-        out = np.zeros((2, len(self.angles)))
-        for c in np.flatnonzero(self.owner == PARTS.index(part)):
-            out[:, c] = ranges.get(self.angles[c][1], np.nan if self.angles[c][1] == "point" else 0)
-        return out
-
-    def options(self, rows, keys):
-        """-> ranges of root, trunk and head (A,2,C), of the limbs' gestures (A,4,O,2,C), how many of these (A,4)."""
-        body, limbs = [], []
-        for row in rows:
-            body.append(sum(self.span(*pair) for pair in zip(PARTS, [row.get("root", {}), row[keys[0]], row["head"]])))
-            limbs.append([[self.span(limb, self.gestures[limb.split("_")[1]][name])
-                           for entry in row[key] for name in self.sets.get(entry, [entry])]
-                          for limb, key in zip(LEGS_ARMS, keys[1:])])
-        counts = np.array([[len(gestures) for gestures in row] for row in limbs])
-        padded = [[(gestures * counts.max())[:counts.max()] for gestures in row] for row in limbs]
-        return np.array(body), np.array(padded), counts
-
-    def draw(self, table, activity, u):
-        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range."""
-        body, limbs, counts = table
-        choice = (u[:, :4] * counts[activity]).astype(int)                                   # (M,4)
-        spans = body[activity] + limbs[activity[:, None], np.arange(4), choice].sum(1)       # (M,2,C)
-        return spans[:, 0] + u[:, 4:] * (spans[:, 1] - spans[:, 0])
-
-    def edit(self, angles, activity, u):
-        """Changes one to three parts of each person, the head sometimes too. angles (M,C), u (M,9+2(4+C)) -> (M,C)."""
-        near, far = (self.draw(self.edited, activity, v) for v in np.split(u[:, 9:], 2, axis=1))
-        own = np.eye(len(PARTS))[self.owner]                                                      # (C,7)
-        # of two drafts of every part the one that moves more: an edit should be seen
-        pick = [np.nan_to_num(np.abs(draft - angles)) @ own for draft in (near, far)]        # (M,7)
-        target = np.where((pick[1] > pick[0])[:, self.owner], far, near)
-        tickets = u[:, :7] ** (1 / np.maximum(CHANGE, 1e-3))                                 # a lottery with weights
-        changed = tickets.argsort(1).argsort(1) >= 6 - (u[:, 7:8] > FEWER).sum(1, keepdims=True)
-        changed[:, PARTS.index("head")] = u[:, 8] < 0.4
-        return np.where(changed[:, self.owner], target, angles)
-
-    def settle(self, angles):
-        """Angles as drawn (M,C) -> as the joints have them: soles level, bowed at the hips, all within limits."""
-        angles, hinge, legs, feet = angles.copy(), self.at("hinge"), self.at("flex"), self.at("point")
-        level = angles[:, legs] - angles[:, self.at("knee")]
-        angles[:, feet] = np.where(np.isnan(angles[:, feet]), level, angles[:, feet])
-        # who already sits cannot bow far: the hips have only so much room
-        angles[:, hinge] = np.minimum(angles[:, hinge], self.limits[legs[0], 1] - angles[:, legs].max(1, keepdims=True))
-        angles[:, legs] += angles[:, hinge]
-        return angles.clip(*self.limits.T)
-
-    def rotations(self, angles, still):
-        """Settled angles (M,C), small turns of collars, feet and wrists (M,18) degrees -> rotmat (M,22,3,3) float32."""
-        angles = angles.copy()
-        angles[:, self.at("raise")] -= 90                  # the rest pose is a T
-        angles[:, self.at("pitch")] += angles[:, self.at("hinge")]
-        first, second, third = torch.tensor(np.einsum("mc,scjk->smjk", angles, self.turns, optimize=True)).float()
-        third[:, STILL] = torch.tensor(np.radians(still)).float().unflatten(1, (6, 3))
-        return aa_to_matrix(first) @ aa_to_matrix(second) @ aa_to_matrix(third)              # (M,22,3,3)
-
-
-people = functools.cache(People)                           # the tables are read once
-SPLITS = {"train": 0, "val": 1 << 20, "test": 2 << 20}     # where a split starts among all people: they never meet
-UNIFORMS = 96                                              # random numbers a row may use
+# ---- 6. World and Mixture --------------------------------------------------------------------------------------------
 VIEWS = ("front", "right", "back", "left")                 # the side turned to the camera, one for each quarter turn
-SEEN = (0.7, 0.8, 0.9)                                     # their shares, cumulated; the last takes what is left
-
-
-def populate(split, n):
-    """The first n people of a split (n even) -> activity indices (n,), rotmat (n,22,3,3), headings (n,) radians.
-
-    Rows 2i and 2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored. Raises Mistake.
-    """
-    if split not in SPLITS or not 2 <= n <= 1 << 20 or n % 2:
-        raise Mistake(f"no {n} people in split {split!r}: the splits are {', '.join(SPLITS)}, and people come in pairs")
-    crowd, u = people(), uniform(SPLITS[split] + np.arange(n), UNIFORMS)
-    wide, one, two = 4 + len(crowd.angles), u[0::2, 4:], u[1::2, 4:]
-    activity = np.searchsorted(crowd.shares, u[0::2, 0], side="right")
-    drawn = crowd.draw(crowd.fresh, activity, one[:, :wide]) + 4 * one[:, wide:2 * wide - 4] - 2    # noise: 2 degrees
-    angles = np.stack([drawn, crowd.edit(drawn, activity, two[:, :9 + 2 * wide])], 1).reshape(n, -1)
-    rotmat = crowd.rotations(crowd.settle(angles), (6 * one[:, -18:] - 3).repeat(2, 0))
-    flipped = torch.tensor(u[0::2, 1] < 0.5).repeat_interleave(2)
-    rotmat[flipped] = mirror(rotmat[flipped])
-    view = np.searchsorted(SEEN, u[:, 2], side="right")    # most face the camera
-    headings = view * math.pi / 2 + (2 * u[:, 3] - 1) * math.radians(35)
-    return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
 
 
 def show_side(view, text=""):
@@ -1035,7 +896,6 @@ def side_shown(text):
     return next((view for view in VIEWS if show_side(view).lower() in text.lower()), "")
 
 
-# ---- 7. World and Mixture --------------------------------------------------------------------------------------------
 class World:
     """The embedded data set: n people of a split, in pairs, with everything that can be asked about them.
 
@@ -1128,19 +988,11 @@ class Mixture:
 
     def example(self, task, i, rng):
         """One example: a task's inputs in order, then its target. Pairs run from person i to its partner."""
-        j = i ^ 1
-        if task in ("posediff", "imagediff"):
-            look = self.pose.__getitem__ if task == "posediff" else self.photo
-            return look(i), look(j), self.world.difference(i, j, rng)
-        if task == "edit":
-            return self.pose[i], self.world.difference(i, j, rng), self.pose[j]
-        if task == "image2pose":                           # answered in the camera's frame
-            return self.photo(i), self.seen[i]
-        if task == "text2pose":
-            return self.world.request(i, rng), self.pose[i]
-        if task == "image2text":
-            return self.photo(i), self.world.sight(i, rng)
-        return self.pose[i], self.world.caption(i, rng)
+        tell = {"text2pose": self.world.request, "image2text": self.world.sight, "pose2text": self.world.caption}.get(
+            task, lambda i, rng: self.world.difference(i, i ^ 1, rng))
+        poses = self.seen if task == "image2pose" else self.pose         # answered in the camera's frame
+        return arranged(task, pose=(poses[k] for k in (i, i ^ 1)), image=map(self.photo, (i, i ^ 1)),
+                        text=(tell(i, rng) for _ in range(1)))
 
 
 def words(texts=()):
@@ -1150,7 +1002,7 @@ def words(texts=()):
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
-# ---- 8. Readers ------------------------------------------------------------------------------------------------------
+# ---- 7. Readers ------------------------------------------------------------------------------------------------------
 # A reader is a generator over one release on disk and yields records, dicts with the same keys in all of them:
 #
 #   id, source    the entry and its data set; split: "train" | "val" | "test" where the release says so
@@ -1310,8 +1162,10 @@ def read(specs):
         paths, skipped, before = path.rsplit(",", usage.count(",")), [], len(found)
         if not usage or len(paths) <= usage.count(","):
             raise Mistake(f"{spec!r} is no data set: give {usage or ', '.join(READERS)}")
-        with explaining(f"{spec} cannot be read: "):       # whatever a release of another layout leads to
+        try:
             found += tqdm(READERS[usage](*paths, skipped), spec, leave=False)
+        except Exception as error:                         # whatever a release of another layout leads to
+            raise Mistake(f"{spec} cannot be read: {reason(error)}") from error
         if skipped:
             print(f"{spec}: {len(skipped)} entries are left out, such as", *skipped[:3], sep="\n    ", file=sys.stderr)
         if len(found) == before:
@@ -1360,7 +1214,7 @@ def survey(records, path, size=128):
         sheet.save(new, format="PNG")
 
 
-# ---- 9. ImageScript and ImageDiff ------------------------------------------------------------------------------------
+# ---- 8. ImageScript and ImageDiff ------------------------------------------------------------------------------------
 # UniPose appendix A: poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
 SIDE = 336                                                 # pixels of a picture, as CLIP takes it
 ASK = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
@@ -1493,7 +1347,7 @@ def build(config):
     print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
 
 
-# ---- 10. Run it: one example of each task ----------------------------------------------------------------------------
+# ---- 9. Run it: one example of each task -----------------------------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw 32 people; or look at real data; or build a data set."""

@@ -41,6 +41,7 @@ from tqdm import tqdm
 from data import (
     TASKS,
     World,
+    arranged,
     caption,
     difference,
     paircodes,
@@ -365,9 +366,8 @@ class Exam:
         """The k-th prompt: the task's plain template (of that model), filled in, without its answer."""
         row = int(self.rows[k])
         people = (row - 1, row) if self.task in PAIRS else (row,)
-        values = [self.texts[k] if kind == "text" else self.world.poses[i] if kind == "pose" else self.world.image(i)
-                  for kind, i in zip(TASKS[self.task].inputs, people)]
-        return question(self.task, values, model)
+        return question(self.task, arranged(self.task, text=[self.texts[k]], pose=(self.world.poses[i] for i in people),
+                                            image=map(self.world.image, people))[:-1], model)
 
     def facing(self, poses):
         """Poses in the answer's frame, turned back to face +z, which is where statements are made."""

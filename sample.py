@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, fill, rest, templates
+from data import TASKS, World, arranged, check, fill, rest, templates
 from tokenizer import (
     Mistake,
     asset,
@@ -294,9 +294,8 @@ def read_inputs(config, model):
     task = infer_task(Counter({kind: len(values) for kind, values in given.items() if values}), config.task)
     check_text(model, *given["text"])
     # texts speak of people who face front; where a pose file says otherwise, its heading goes
-    values = {"text": iter(given["text"]), "image": map(read_image, given["image"]),
-              "pose": (face_front(read_pose(path)[None])[0] for path in given["pose"])}
-    return task, [next(values[kind]) for kind in TASKS[task].inputs]
+    return task, arranged(task, text=given["text"], image=map(read_image, given["image"]),
+                          pose=(face_front(read_pose(path)[None])[0] for path in given["pose"]))[:-1]
 
 
 def check_text(model, text=""):
@@ -389,11 +388,9 @@ def exam(world, task, i):
     rng, pair = np.random.default_rng((0, i)), "diff" in task
     poses = [world.poses[i], world.poses[i + 1]] if pair or task == "edit" else [world.poses[i]]
     told = world.difference(i, i + 1, rng) if len(poses) == 2 else world.caption(i, rng)
-    inputs = {"pose": iter(poses), "image": (world.image(k) for k in (i, i + 1)), "text": iter([told])}
-    given = [next(inputs[kind]) for kind in TASKS[task].inputs]
-    if TASKS[task].target == "text":
-        return given, told, poses
-    return given, world.seen[i] if task == "image2pose" else poses[-1], poses
+    *inputs, truth = arranged(task, pose=[world.seen[i]] if task == "image2pose" else poses, text=[told],
+                              image=(world.image(k) for k in (i, i + 1)))
+    return inputs, truth, poses
 
 
 def marks(task, answer, inputs, truth, poses, body):

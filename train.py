@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from data import SIDE, TASKS, TEMPLATES, Mixture, World, cut, fill, read, templates, words
+from data import SIDE, TASKS, TEMPLATES, Mixture, World, arranged, cut, fill, read, templates, words
 from eval import Retrieval, load_ruler, read_texts
 from tokenizer import (
     MIRROR,
@@ -188,9 +188,9 @@ class Recorded:
         poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
         if task != "image2pose":                           # texts are about people who face front
             poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
-        given = {"pose": (pose[0] for pose in poses), "text": (str(rng.choice(record["texts"])) for _ in range(1)),
-                 "image": (cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)}
-        return task, [next(given[kind]) for kind in (*TASKS[task].inputs, TASKS[task].target)], rng
+        return task, arranged(task, pose=(pose[0] for pose in poses),
+                              text=(str(rng.choice(record["texts"])) for _ in range(1)),
+                              image=(cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)), rng
 
     def __getitem__(self, k):
         task, values, rng = self.example(k)
