@@ -45,40 +45,10 @@ from tqdm import tqdm
 from tokenizer import Mistake, PoseTokenizer, Quantizer, TokenizerConfig, asset, cli, explaining, reason, saving, script
 
 # ---- 1. Sizes ----------------------------------------------------------------------------------------------------
-
 # What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
 # with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
 # slots: see `UniPose.embed`; lora_r 0: `instruct` trains all weights, since a tiny LLM leaves nothing to be saved.
-SIZES = {
-    "nano": dict(
-        llm=dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                 intermediate_size=64, max_position_embeddings=1024),
-        clip=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64,
-                  patch_size=16),
-        pose_vit=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 48],
-                      patch_size=[8, 8]),
-        tokenizer=dict(codes=64, code_dim=16, hidden=32, upsample_step=0),
-        slots=True, lora_r=4, lora_alpha=4),
-    "tiny": dict(
-        llm=dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                 intermediate_size=384, max_position_embeddings=1024),
-        clip=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=192, image_size=128,
-                  patch_size=16),
-        pose_vit=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=[128, 96],
-                      patch_size=[16, 16]),
-        tokenizer=dict(codes=512, code_dim=64, hidden=128, upsample_step=1),
-        slots=True, lora_r=0, lora_alpha=32),
-    "paper": dict(
-        llm=dict(model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-                 num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=32768, rms_norm_eps=1e-5,
-                 rope_theta=1e6, sliding_window=None),
-        clip=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-                  image_size=336, patch_size=14),
-        pose_vit=dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, image_size=[256, 192],
-                      patch_size=[16, 16]),
-        tokenizer=dict(codes=2048, code_dim=256, hidden=512, upsample_step=2),
-        slots=False, lora_r=64, lora_alpha=16),
-}
+SIZES = asset("sizes")
 TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
 CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
            "projector": ("mlp", "linear")}  # the first is the paper's, of the projector the release's
@@ -95,7 +65,6 @@ MODEL_KEYS = tuple(model_config("nano"))  # what config.json must hold of the mo
 
 
 # ---- 2. One sequence ---------------------------------------------------------------------------------------------
-
 NONE, IMAGE = -100, -1  # a position without a label; a position that an image patch will fill
 
 
@@ -212,7 +181,6 @@ def collate(sequences, side="right"):
 
 
 # ---- 3. The mask -------------------------------------------------------------------------------------------------
-
 def mixed_mask(block, valid):
     """Who may look at whom: everything before, and inside one pose both ways; nobody reads padding (paper eq. 6).
 
@@ -239,7 +207,6 @@ def show_mask(block, valid=None):
 
 
 # ---- 4. LoRA -----------------------------------------------------------------------------------------------------
-
 class LoRALinear(nn.Module):
     """y = W x + (alpha/r) B A x with W frozen (LoRA, eq. 3). B starts at zero, so step 0 is exactly the base model."""
 
@@ -276,7 +243,6 @@ def merge_lora(model):
 
 
 # ---- 5. Two eyes -------------------------------------------------------------------------------------------------
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POSE_MEAN, POSE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -356,7 +322,6 @@ def make_projector(kind, width, llm_width):
 
 
 # ---- 6. UniPose --------------------------------------------------------------------------------------------------
-
 class UniPose(nn.Module):
     """The whole model: pose tokenizer, two eyes, projector, and a Hugging Face Llama or Mistral.
 
@@ -497,7 +462,6 @@ class UniPose(nn.Module):
 
 
 # ---- 7. Checkpoints ----------------------------------------------------------------------------------------------
-
 RULER = "retrieval."  # keys of the evaluation's ruler, which travels in the same file (eval.py)
 
 
@@ -603,7 +567,6 @@ def compare(want, have, where):
 
 
 # ---- 8. Other people's weights: how their names map to ours ------------------------------------------------------
-
 name_book = functools.partial(asset, "names")  # a table a kind of file: how a name begins there -> here; and inside it
 COMPUTED = ("rotary_emb.inv_freq", "position_ids")  # constants that old files carry along
 TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # one row for each id of the vocabulary
@@ -892,7 +855,6 @@ def write_llm(model, folder):
 
 
 # ---- 9. Look at it -----------------------------------------------------------------------------------------------
-
 def parameter_table(model):
     """Rows (part, parameters, of them in LoRA) of the model's top-level parts, largest last row the sum."""
     rows = []
