@@ -265,10 +265,7 @@ def read_term(term, index, names):
     return [(index[key], names[index[key]].index(category)) for category in wanted.split(" | ")]
 
 
-@functools.cache
-def pose_table():
-    """The table of posecodes: 271 columns, 150 super-posecodes."""
-    return Table("posecodes", "supers")
+pose_table = functools.cache(functools.partial(Table, "posecodes", "supers"))   # 271 columns, 150 super-posecodes
 
 
 def places(joints):
@@ -301,26 +298,22 @@ def body_incline(axis, left, right, pelvis, left_ankle, right_ankle):
     return np.where(stands, np.degrees(np.arctan2(up[..., 2], up[..., 1])), np.nan)     # upside down: neither way
 
 
-def euler(R):
-    """R (...,3,3) = Rz(c) Ry(b) Rx(a) -> (a, b, c) (...,3), degrees."""
-    flat = np.hypot(R[..., 2, 1], R[..., 2, 2])
-    return np.degrees(np.stack([np.arctan2(R[..., 2, 1], R[..., 2, 2]), np.arctan2(-R[..., 2, 0], flat),
-                                np.arctan2(R[..., 1, 0], R[..., 0, 0])], -1))
-
-
 def head_turn(axis, rotmat, top):
-    """Euler angle (M,1), degrees, of the head against its joint `top` (inclusive), rotmat (M,22,3,3)."""
+    """Angle c, b or a (M,1), degrees, for axis Z, Y or X, where the head is turned by Rz(c) Ry(b) Rx(a) against its
+    joint `top` (inclusive). rotmat (M,22,3,3)."""
     joint, R = JOINTS.index("head"), rotmat[:, JOINTS.index("head")]
     while joint != top:
         joint = PARENTS[joint]
         R = rotmat[:, joint] @ R
-    return euler(R)[:, ["XYZ".index(axis)]]
+    sine, cosine = {"X": (R[:, 2, 1], R[:, 2, 2]), "Y": (-R[:, 2, 0], np.hypot(R[:, 2, 1], R[:, 2, 2])),
+                    "Z": (R[:, 1, 0], R[:, 0, 0])}[axis]
+    return np.degrees(np.arctan2(sine, cosine))[:, None]
 
 
-def measure(kind, sets, frames):
-    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places.
-    frames: places (M,35,3) and rotations (M,22,3,3) for what has to do with the floor, and for all else."""
-    at, rotmat = frames[0 if kind.endswith(FLOOR) else 1]
+def measure(kind, sets, at, rotmat, own=None):
+    """The values (M,S) of one kind, metres or degrees. sets (S,k) of places, at (M,35,3), rotmat (M,22,3,3).
+    own: the last two in the body's own frame, for what has nothing to do with the floor."""
+    at, rotmat = own if own and not kind.endswith(FLOOR) else (at, rotmat)
     name, axis, (a, *others) = kind.removeprefix("pair_"), kind[-1], (at[:, column] for column in sets.T)    # (M,S,3)
     if name == "angle":
         return angle_between(a - others[0], others[1] - others[0])
@@ -356,7 +349,9 @@ class Codes:
     low: np.ndarray                                        # (M,S+P) the least category within the tolerance ...
     high: np.ndarray                                       # (M,S+P) ... and the greatest
     eligibility: np.ndarray                                # (M,S+P) 0 must not be said, 1 may, 2 should
-    frames: tuple = None                                   # of poses: what `measure` read
+    at: np.ndarray = None                                  # (M,35,3) the places
+    rotmat: np.ndarray = None                              # (M,22,3,3)
+    own: tuple = None                                      # these two in the body's own frame, if asked for
     b: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
 
 
@@ -388,10 +383,10 @@ def code_up(value, table, others=()):
 
 def posecodes_at(at, rotmat, frame="world"):
     """Posecodes of places (M,35,3), metres, and local rotations (M,22,3,3), both y up and facing +z. -> Codes"""
-    room, table = (np.asarray(at, np.float32), np.asarray(rotmat, np.float32)), pose_table()
-    frames = room, {"world": lambda *same: same, "body": stood_up}[frame](*room)
-    codes = code_up(np.concatenate([measure(*group, frames) for group in table.groups], 1), table)
-    return dataclasses.replace(codes, frames=frames)
+    at, rotmat, table = np.asarray(at, np.float32), np.asarray(rotmat, np.float32), pose_table()
+    own = {"world": lambda *_: None, "body": stood_up}[frame](at, rotmat)
+    codes = code_up(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
+    return dataclasses.replace(codes, at=at, rotmat=rotmat, own=own)
 
 
 @functools.cache
@@ -432,7 +427,8 @@ def helpers(pairs, codes, first):
 def paircodes_at(a, b, turn):
     """Paircodes of Codes a -> b and the turn of the body (M,), degrees about +y from A to B. -> Codes, with `.b`"""
     table, poses = pair_table(), pose_table()
-    value = [measure(*group, a.frames) - measure(*group, b.frames) for group in table.groups[:-1]]
+    value = [measure(*group, a.at, a.rotmat, a.own) - measure(*group, b.at, b.rotmat, b.own)
+             for group in table.groups[:-1]]
     pairs = code_up(np.concatenate([*value, turn[:, None]], 1), table, (b, a))
     width = len(poses.columns)
     demand = poses.absolute[np.arange(width), b.category[:, :width]]

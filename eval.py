@@ -81,8 +81,8 @@ from unipose import (
     word_tokenizer,
 )
 
-# ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
 
+# ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
 def mpjpe(made, truth):
     """Mean distance of the joints with both pelvises put at the origin, no rotation taken out.
 
@@ -116,7 +116,6 @@ def pa_mpjpe(made, truth):
 
 
 # ---- 2. Texts: how much it sounds like the reference ---------------------------------------------------------------
-
 PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\d)-|[!-&(-+/:-@\[-`{-~]")     # "1.5", "half-bent" stay whole
 
 
@@ -166,7 +165,6 @@ def rouge_l(made, truth):
 
 
 # ---- 3. Statements: is it true? ------------------------------------------------------------------------------------
-
 def measured(poses, sources=None):
     """The codes of poses (n,22,3,3) that face +z, or of the ways there from sources (n,22,3,3)."""
     return posecodes(poses) if sources is None else paircodes(sources, poses)
@@ -221,7 +219,6 @@ def view_truth(made, views):
 
 
 # ---- 4. Embeddings: what a ruler that has seen many poses and texts thinks -----------------------------------------
-
 def ranks(similarity):
     """(n,n) -> (n,) how many columns beat each row's own. A tie counts half: equal answers must not all win."""
     own = similarity.diagonal()[:, None]
@@ -261,7 +258,6 @@ def frechet(a, b):
 
 
 # ---- 5. The retrieval model: a ruler, not a part of UniPose --------------------------------------------------------
-
 class Retrieval(nn.Module):
     """Poses and captions, or pose pairs and differences, in one space of unit vectors (UniPose appendix B.2).
 
@@ -339,7 +335,6 @@ def load_ruler(folder, device="cpu"):
 
 
 # ---- 6. Exams: what is asked, and what is true ---------------------------------------------------------------------
-
 PAIRS = ("posediff", "imagediff", "edit")                  # tasks about two poses, the second an edit of the first
 
 
@@ -415,7 +410,6 @@ class Judge(NamedTuple):
 
 
 # ---- 7. What must be beaten, what cannot be ------------------------------------------------------------------------
-
 def nearest_by_statements(asked, known):
     """For each asked caption the index of the known one that says most nearly the same: cosine of statement sets."""
     said = [dict.fromkeys(statements(text)) for text in [*known, *asked]]
@@ -475,7 +469,6 @@ def ceilings(exam, model, seed):
 
 
 # ---- 8. The whole report -------------------------------------------------------------------------------------------
-
 def answer(model, exam, decode, batch):
     """The model's answers to an exam: poses (n,22,3,3) or a list of n texts."""
     made, n = [], len(exam.texts)
@@ -551,7 +544,6 @@ def table(report):
 
 
 # ---- 9. How fast ---------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def pose_seconds(model, reader, stepwise):
     """Seconds from a prompt that is read already to the N codes of a pose; the reader is left as it was.
@@ -638,7 +630,6 @@ def show_speed(figures):
 
 
 # ---- 10. The command line ------------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
     """Measure a model on its embedded test split."""

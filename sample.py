@@ -44,9 +44,8 @@ from tokenizer import (
 )
 from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask
 
+
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Answer:
     """What one row said: tidy text ("" if none), pose rotmat (22,3,3) or None, its codes (N,) and all ids in order."""
@@ -124,8 +123,8 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
     "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
-    A model trained with --attn causal
-    has no queries and always answers code by code; "ar" on any other is a clock, since it never saw its own codes.
+    A model trained with --attn causal has no queries and always answers code by code; "ar" on any other is a clock,
+    since it never saw its own codes.
     temperature 0 is greedy. Returns a list of Answer; a row stops after max_new tokens at the latest (0: 160, and the
     release's 512 for a model of word pieces).
     """
@@ -225,7 +224,6 @@ def finish(model, answer):
 
 
 # ---- 2. Questions ------------------------------------------------------------------------------------------------
-
 SMALLEST, LARGEST = 16, 8192  # sides of a picture that is worth looking at, in pixels
 
 
@@ -314,7 +312,6 @@ def check_text(model, text=""):
 
 
 # ---- 3. Pictures -------------------------------------------------------------------------------------------------
-
 CELL, TURN = 256, -0.5  # pixels; poses of the text tasks are drawn half turned, so that depth shows
 
 
@@ -360,7 +357,6 @@ class Sheet:
 
 
 # ---- 4. The tour -------------------------------------------------------------------------------------------------
-
 def tour(model, body, config):
     """All seven tasks on test people: the k-th task asks about the k-th pair of the test split, whoever that is."""
     world, sheet, out = World("test", 2 * len(TASKS), model.vision.clip_size), Sheet(body), pathlib.Path(config.out)
@@ -405,7 +401,6 @@ def marks(task, answer, inputs, truth, poses, body):
 
 
 # ---- 5. The command line -----------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
     """Ask UniPose; without a question, take the tour of all seven tasks."""

@@ -582,7 +582,7 @@ def test_a_text_holds_for_its_own_pose_and_not_for_another(world):
 
 def test_the_tolerance_moves_a_value_over_a_threshold_and_no_further():
     """A knee at 163 degrees may be called slightly bent within 5 degrees; at 0, rounding of the cosine makes no NaN."""
-    at = data.posecodes(torch.eye(3).repeat(1, 22, 1, 1)).frames[0][0].repeat(50, 0)
+    at = data.posecodes(torch.eye(3).repeat(1, 22, 1, 1)).at.repeat(50, 0)
     hip, knee, ankle = (data.PLACES.index(f"left_{part}") for part in ("hip", "knee", "ankle"))
     up, front = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 3, 2)))[0].transpose(2, 0, 1)
     for angle, category, verdict in ((163, "straight", (True, True)), (163, "slightly bent", (True, False)),

@@ -77,7 +77,6 @@ from unipose import (
 )
 
 # ---- 1. The stages -----------------------------------------------------------------------------------------------
-
 POSE_TASKS = ("pose2text", "posediff", "text2pose", "edit")
 IMAGE_TASKS = ("image2text", "imagediff", "image2pose")
 LLM = r"llm\."  # all its weights; LORA: embeddings, head and LoRA only
@@ -145,7 +144,6 @@ class Config:
 
 
 # ---- 2. Real data in the place of the embedded world ----------------------------------------------------------------
-
 def tasks_of(record):
     """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
     kind, pair = "image" if "image" in record else "pose", "start" in record
@@ -198,7 +196,6 @@ class Recorded:
 
 
 # ---- 3. What is frozen is computed once --------------------------------------------------------------------------
-
 class Frozen:
     """Codes and image features of all people, computed on first use by the frozen parts of the model.
 
@@ -254,7 +251,6 @@ def watch(rows, what):
 
 
 # ---- 4. One function a stage: its modules, its loss --------------------------------------------------------------
-
 class Job(NamedTuple):
     """modules: name -> what trains or changes; loss(rows, step) -> (loss, logs) for sample numbers `rows`, where
     logs["terms"] says how many terms the loss is the mean of."""
@@ -415,7 +411,6 @@ JOBS = {"backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
 
 
 # ---- 5. The loop -------------------------------------------------------------------------------------------------
-
 def schedule(config):
     """(steps, batch, peak lr) of the stage at this size, flags first."""
     steps, batch, lr = STAGES[config.stage].schedule[config.size]
@@ -568,7 +563,6 @@ def report(out, row):
 
 
 # ---- 6. States to resume from ------------------------------------------------------------------------------------
-
 # what a resumed run must not change
 FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos", "attn", "lora_r",
          "root_noise", "part_noise")
@@ -630,7 +624,6 @@ def restore(job, learning, optimiser, config, out):
 
 
 # ---- 7. Runs -----------------------------------------------------------------------------------------------------
-
 def refuse(config):
     """Every setting that cannot work is refused here, before anything is computed. Raises Mistake."""
     def need(fine, sentence):
