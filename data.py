@@ -8,10 +8,10 @@ A pose is measured, the measurements fall into named categories (posecodes), and
             +-- photograph at some heading, in some clothes and light         reads them back, so answers can be marked
 
 A task is a template with slots; a template filled with an example is a list of *segments* (kind, value, is_target) with
-kind "text" | "pose" | "image", and that is all the model ever sees of this file. Nothing here has a state: person i is
-a function of (split, i), example k of a mixture one of (seed, k).
+kind "text" | "pose" | "image", and that is all the model ever sees of this file. Nothing here has a state: person i (of
+tokenizer.py, who also draws them) is a function of (split, i), example k of a mixture one of (seed, k).
 
-Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic person, V vertices.
+Letters: M poses, S columns of posecodes, P super-posecodes, J=22 joints, V vertices.
 
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3

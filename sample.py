@@ -70,17 +70,15 @@ class Reader:
         self.model, self.cache = model, DynamicCache(config=model.llm.config)
         self.valid = torch.zeros(n_rows, 0, dtype=torch.bool, device=model.device)
 
-    def read(self, x, block, valid):
-        """x (B,q,D), block (B,q), valid (B,q) -> hidden states (B,q,D). Columns that are not valid leave holes."""
+    def read_ids(self, ids, block, slot, valid, images=None):
+        """Token ids, their blocks and slots, valid (B,q) each, image features (n,P,Dv) -> hidden states (B,q,D).
+        Columns that are not valid leave holes."""
+        x = self.model.embed(ids, slot, images)                                            # (B,q,D)
         positions = (self.valid.sum(1, keepdim=True) + valid.cumsum(1) - 1).clamp(min=0)   # (B,q)
         past = float_mask(self.valid)[:, None, None].expand(-1, 1, x.size(1), -1)          # (B,1,q,past)
         mask = torch.cat([past, mixed_mask(block, valid)], -1)                             # (B,1,q,past+q)
         self.valid = torch.cat([self.valid, valid], 1)
         return self.model.hidden(x, mask, positions, self.cache)                           # (B,q,D)
-
-    def read_ids(self, ids, block, slot, valid, images=None):
-        """The same from token ids (B,q), their slots (B,q) and image features (n,P,Dv)."""
-        return self.read(self.model.embed(ids, slot, images), block, valid)
 
 
 def pick(logits, temperature=0.0, generator=None):

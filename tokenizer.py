@@ -698,7 +698,7 @@ def write_pose(path, rotmat):
         np.savez(file, poses=poses, trans=np.zeros((1, 3)), betas=np.zeros(16), gender="neutral", mocap_framerate=30.0)
 
 
-# ---- 8. Synthetic people ---------------------------------------------------------------------------------------------
+# ---- 8. Synthetic people: poses without end. M of them, each of C angles ---------------------------------------------
 LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
 BODY_PARTS = ["root", "trunk", "head", *LEGS_ARMS]
 CHANGE = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays

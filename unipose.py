@@ -172,11 +172,9 @@ def collate(sequences, side="right"):
         return gap + list(row) if side == "left" else list(row) + gap
 
     images = [torch.as_tensor(f).float() for s in sequences for f in s.images]
-    return {"ids": torch.tensor([pad(s.ids, 0) for s in sequences]),
-            "labels": torch.tensor([pad(s.labels, NONE) for s in sequences]),
-            "block": torch.tensor([pad(s.block, -1) for s in sequences]),
-            "slot": torch.tensor([pad(s.slot, -1) for s in sequences]),
-            "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
+    batch = {key: torch.tensor([pad(getattr(s, key), fill) for s in sequences])
+             for key, fill in dict(ids=0, labels=NONE, block=-1, slot=-1).items()}          # (B,T) each
+    return {**batch, "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
             "images": torch.stack(images) if images else None}
 
 
