@@ -1373,9 +1373,9 @@ def main(argv=None):
         import resource  # not on Windows
 
         poses, start = itertools.cycle(populate(config.split, 10_000)[1]), time.process_time()
-        words = sum(len(text.split()) for text in captions(itertools.islice(poses, config.speed), config.seed))
+        said = sum(len(text.split()) for text in captions(itertools.islice(poses, config.speed), config.seed))
         rate, peak = config.speed / (time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return print(f"{rate:,.0f} captions of {words / config.speed:.0f} words in a second of processor time, "
+        return print(f"{rate:,.0f} captions of {said / config.speed:.0f} words in a second of processor time, "
                      f"at most {peak / 1024:,.0f} MB of memory")
     world = World(config.split, 64)
     for task in TASKS:
