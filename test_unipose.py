@@ -1796,14 +1796,14 @@ def test_stages_trained_side_by_side_are_joined(tmp_path):
     train.main([*nano, "--stage", "tokenizer", "--out", a])
     train.main([*nano, "--stage", "backbones", "--out", b])
     config = train.Config(stage="align", size="nano", init=f"{a},{b}")
-    model, _, notes = train.start_from(config, tmp_path / "c")
+    model, _, notes = train.start_from(config, tmp_path / "c", {})
     state, ours, theirs = model.state_dict(), *(unipose.load(folder).state_dict() for folder in (a, b))
     assert notes["stages"] == ["tokenizer", "backbones"] and set(notes["commands"]) == {"tokenizer", "backbones"}
     assert all(torch.equal(value, (theirs if key.startswith("vision.") else ours)[key]) for key, value in state.items())
     notes = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps(notes | {"size": "tiny"}))
     with pytest.raises(tokenizer.Mistake, match="cannot be joined"):
-        train.start_from(config, tmp_path / "c")
+        train.start_from(config, tmp_path / "c", {})
 
 
 def test_however_a_batch_is_cut_the_same_model_comes_out(trained, tmp_path):
