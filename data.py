@@ -8,10 +8,10 @@ A pose is measured, the measurements fall into named categories (posecodes), and
             +-- photograph at some heading, in some clothes and light         reads them back, so answers can be marked
 
 A task is a template with slots; a template filled with an example is a list of *segments* (kind, value, is_target) with
-kind "text" | "pose" | "image", and that is all the model ever sees of this file. Nothing here has a state: person i is
-a function of (split, i), example k of a mixture one of (seed, k).
+kind "text" | "pose" | "image", and that is all the model ever sees of this file. Nothing here has a state: person i (of
+tokenizer.py, who also draws them) is a function of (split, i), example k of a mixture one of (seed, k).
 
-Letters: M poses, S columns of posecodes, J=22 joints, C angles of a synthetic person, V vertices.
+Letters: M poses, S columns of posecodes, P super-posecodes, J=22 joints, V vertices.
 
     python data.py                       # one example of each task, and out/world.png: 32 photographs
     python data.py --split test --seed 3
@@ -43,13 +43,15 @@ from tokenizer import (
     JOINTS,
     MOTION,
     PARENTS,
+    SPLITS,
     Mistake,
     SafeUnpickler,
-    aa_to_matrix,
     as_rotations,
+    asset,
     body_colors,
-    camera,
     cli,
+    explaining,
+    face_front,
     files_in,
     forward_kinematics,
     frame_of,
@@ -57,19 +59,21 @@ from tokenizer import (
     load_body,
     load_json,
     matrix_to_aa,
-    mirror,
     motion,
     open_image,
+    people,
+    photograph,
+    populate,
     read_arrays,
     reason,
     render,
     saving,
     script,
+    sitter,
     skipping,
+    turn_root,
     turn_y,
 )
-
-ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
 
 # ---- 1. Seven tasks and their templates ------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ def templates(task):
     assets/instructions.json is a grammar: a pattern's {word} stands for any entry of the list `word`. All sentences of
     a pattern are written out and shuffled, then the patterns take turns: the first few already differ in form.
     """
-    grammar = json.loads((ASSETS / "instructions.json").read_text())
+    grammar = asset("instructions")
 
     def expand(text):
         word = re.search(r"\{(\w+)\}", text)
@@ -121,9 +125,10 @@ def templates(task):
     return tuple(dict.fromkeys([plain, *filter(None, itertools.chain(*turns))]))[:TEMPLATES]
 
 
-def released(task):
-    """The instruction by which the official weights first learnt a task, before they met many phrasings."""
-    return json.loads((ASSETS / "instructions.json").read_text())["released"][task]
+def arranged(task, **given):
+    """kind=values in the order of their use -> [the inputs of a task in order, its target]; None where none is left."""
+    given = {kind: iter(values) for kind, values in given.items()}
+    return [next(given.get(kind, iter(())), None) for kind in (*TASKS[task].inputs, TASKS[task].target)]
 
 
 def fill(task, values, template):
@@ -186,7 +191,7 @@ class Table:
 
     def __init__(self, columns, supers, poses=None):
         """columns, supers: lists of the book. poses: a second Table, which formulas read as "B ..." and "A ..."."""
-        book = json.loads((ASSETS / "codes.json").read_text())
+        book = asset("codes")
         kinds = book["kinds"] | book["pair_kinds"]
         self.mark = PAIR if poses else ""
         self.columns = sorted(expand(book, columns), key=lambda row: list(kinds).index(row["kind"]))
@@ -260,30 +265,7 @@ def read_term(term, index, names):
     return [(index[key], names[index[key]].index(category)) for category in wanted.split(" | ")]
 
 
-@functools.cache
-def pose_table():
-    """The table of posecodes: 271 columns, 150 super-posecodes."""
-    return Table("posecodes", "supers")
-
-
-def euler(R):
-    """R (...,3,3) = Rz(c) Ry(b) Rx(a) -> (a, b, c) (...,3), degrees."""
-    flat = np.hypot(R[..., 2, 1], R[..., 2, 2])
-    return np.degrees(np.stack([np.arctan2(R[..., 2, 1], R[..., 2, 2]), np.arctan2(-R[..., 2, 0], flat),
-                                np.arctan2(R[..., 1, 0], R[..., 0, 0])], -1))
-
-
-def face_front(rotmat, like=None):
-    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
-
-    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
-    It jumps by half a turn where someone lies on the side (PoseScript does it too).
-    """
-    left = (rotmat if like is None else like)[:, 0, :, 0]
-    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
-    c, s, o = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    back = torch.stack([c, o, -s, o, o + 1, o, s, o, c], -1).unflatten(-1, (3, 3))
-    return torch.cat([(back @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
+pose_table = functools.cache(functools.partial(Table, "posecodes", "supers"))   # 271 columns, 150 super-posecodes
 
 
 def places(joints):
@@ -317,12 +299,15 @@ def body_incline(axis, left, right, pelvis, left_ankle, right_ankle):
 
 
 def head_turn(axis, rotmat, top):
-    """Euler angle (M,1), degrees, of the head against its joint `top` (inclusive), rotmat (M,22,3,3)."""
+    """Angle c, b or a (M,1), degrees, for axis Z, Y or X, where the head is turned by Rz(c) Ry(b) Rx(a) against its
+    joint `top` (inclusive). rotmat (M,22,3,3)."""
     joint, R = JOINTS.index("head"), rotmat[:, JOINTS.index("head")]
     while joint != top:
         joint = PARENTS[joint]
         R = rotmat[:, joint] @ R
-    return euler(R)[:, ["XYZ".index(axis)]]
+    sine, cosine = {"X": (R[:, 2, 1], R[:, 2, 2]), "Y": (-R[:, 2, 0], np.hypot(R[:, 2, 1], R[:, 2, 2])),
+                    "Z": (R[:, 1, 0], R[:, 0, 0])}[axis]
+    return np.degrees(np.arctan2(sine, cosine))[:, None]
 
 
 def measure(kind, sets, at, rotmat, own=None):
@@ -401,8 +386,7 @@ def posecodes_at(at, rotmat, frame="world"):
     at, rotmat, table = np.asarray(at, np.float32), np.asarray(rotmat, np.float32), pose_table()
     own = {"world": lambda *_: None, "body": stood_up}[frame](at, rotmat)
     codes = code_up(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
-    codes.at, codes.rotmat, codes.own = at, rotmat, own
-    return codes
+    return dataclasses.replace(codes, at=at, rotmat=rotmat, own=own)
 
 
 @functools.cache
@@ -476,13 +460,9 @@ MOST_STATEMENTS, MOST_TOKENS = 15, 90
 OPPOSITE = {"at_right": "at_left", "below": "above", "behind": "front"}
 OPPOSITE |= {more: less for less, more in OPPOSITE.items()}
 LIMB_PARTS = {"arm": ("shoulder", "upperarm", "elbow", "forearm", "wrist", "hand"),
-              "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot")}
-
-
-@functools.cache
-def phrases():
-    """The words: assets/phrases.json."""
-    return json.loads((ASSETS / "phrases.json").read_text())
+              "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot"), "": ()}          # "": trunk and head have none
+LIMB = defaultdict(str, {part: name for name, parts in LIMB_PARTS.items() for part in parts})
+phrases = functools.partial(asset, "phrases")              # the words
 
 
 def patterns(code, full=False):
@@ -561,16 +541,11 @@ def implications(key):
             for conditions, *targets in phrases()[key] for side in ("left", "right")]
 
 
-def limb(part):
-    """The limb of a part, "" for the trunk and the head."""
-    return next((name for name, parts in LIMB_PARTS.items() if part in parts), "")
-
-
 def crowds(code):
     """Keys that only one code of a text may have: a hand is near one part of a limb, aligned with one thing."""
     side, part, category, side2, part2 = code
     aligned = {(side, part)} if category.endswith("-aligned") else set()
-    return aligned | {(side, part, side2, limb(part2))} if part != part2 and (aligned or category == "close") else set()
+    return aligned | {(side, part, side2, LIMB[part2])} if part != part2 and (aligned or category == "close") else set()
 
 
 def worth(code):
@@ -629,7 +604,7 @@ def parts_named(code):
 
 def touched(code, changed):
     """Does a code name one of the changed (side, part), or a part further down its limb?"""
-    lines = [(side, part, ("person", "body", "torso", limb(part), *LIMB_PARTS.get(limb(part), ())))
+    lines = [(side, part, ("person", "body", "torso", LIMB[part], *LIMB_PARTS[LIMB[part]]))
              for side, part in parts_named(code)]
     return any((own, above) in changed for side, part, line in lines for above in line[:line.index(part) + 1]
                for own in ("", side))
@@ -676,7 +651,7 @@ def difference(pairs, i, rng):
     return say(choose_difference(pairs, i, rng), rng, demand=True)
 
 
-# ---- 5. The captions of the published pipeline ----------------------------------------------------------------------
+# ---- 5. The captions of the published pipeline -----------------------------------------------------------------------
 # They say all that is eligible, in sentences that share what they can. Source: PoseScript, PoseFix.
 #
 #   {code: eligibility} --kept--> codes --merged--> {name: codes} --clauses--> (subject, template) --factored--> text
@@ -711,7 +686,7 @@ def ways(code):
     mate, mate2, found = MATES.get(part), MATES.get(part2), {code: {code}}
     for one, two in [(mate, mate2)] if part == part2 else [(mate, part2), (part, mate2)]:
         if one is not None and two is not None:
-            name = side, part if one == part else limb(part), category, side2, part2 if two == part2 else limb(part2)
+            name = side, part if one == part else LIMB[part], category, side2, part2 if two == part2 else LIMB[part2]
             found[name] = {code, (side, one, category, side2, two)}
     for name, codes in list(found.items()) if side in ("left", "right") and part != part2 else ():
         _, one, category, side2, two = name if side == "left" else twin(name)
@@ -903,186 +878,8 @@ def caption_words():
             for word in line.split()} | {*phrases()["nothing"].split()}
 
 
-# ---- 6. Synthetic people ---------------------------------------------------------------------------------------------
-LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
-PARTS = ["root", "trunk", "head", *LEGS_ARMS]
-CHANGE = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays
-FEWER = [0.10, 0.40]                                       # share of edits of one part; of one or two (the rest: three)
-STILL = [JOINTS.index(f"{side}_{part}") for side in ("left", "right") for part in ("collar", "foot", "wrist")]
-
-
-def uniform(rows, n):
-    """Row numbers (M,) -> (M,n) numbers in [0,1): a pure function of (row, column), by splitmix64.
-
-    A hash of the counter, not a stream: a row stays what it is whatever else is drawn, and all rows are done at once.
-    """
-    z = np.asarray(rows, np.uint64)[:, None] * np.uint64(1 << 16) + np.arange(1, n + 1, dtype=np.uint64)
-    z = z * np.uint64(0x9E3779B97F4A7C15)                  # arrays of unsigned numbers wrap around, as they should
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
-
-
-class People:
-    """assets/activities.json as arrays. A person is C angles in degrees, named and limited as the table says.
-
-    An activity holds ranges of root, trunk and head, and for every limb a list of gestures to choose from; a gesture
-    is a range for each angle of one limb. fresh, edited: what a person, or an edit of one, draws from.
-    """
-
-    def __init__(self):
-        table = json.loads((ASSETS / "activities.json").read_text())
-        self.gestures, self.sets = {"leg": table["legs"], "arm": table["arms"]}, table["sets"]
-        limits = {part: table["limits"][part.split("_")[-1]] for part in PARTS}
-        self.angles = [(part, angle) for part in PARTS for angle in limits[part]]
-        self.limits = np.array([limits[part][angle] for part, angle in self.angles], np.float64)     # (C,2)
-        self.owner = np.array([PARTS.index(part) for part, _ in self.angles])                             # (C,)
-        self.turns = self.read_turns(table["axes"])
-        rows = {name: {**table["usual"], **row} for name, row in table["activities"].items()}
-        self.activities = list(rows)
-        often = np.cumsum([row.get("often", 1.0) for row in rows.values()])
-        self.shares = often / often[-1]                                                      # (A,) cumulated
-        self.fresh = self.options(rows.values(), ["trunk", *LEGS_ARMS])
-        self.edited = self.options(rows.values(), ["edit_trunk", "edit_legs", "edit_legs", "edit_arms", "edit_arms"])
-
-    def at(self, angle, parts=PARTS):
-        """The columns of an angle: at("flex") -> those of both legs."""
-        return [c for c, (part, name) in enumerate(self.angles) if name == angle and part in parts]
-
-    def read_turns(self, axes):
-        """-> (3,C,22,3): angles times this are the axis-angles of three turns of every joint, the last done first."""
-        out = np.zeros((3, len(self.angles), len(JOINTS), 3))
-        for joint, turns in axes.items():
-            for slot, (part, angle, axis, share) in enumerate(turns):
-                turn = math.radians(share) * np.eye(3)["xyz".index(axis[1])] * (1 if axis[0] == "+" else -1)
-                out[slot, self.at(angle, [part]), JOINTS.index(joint)] = turn
-                if part in LEGS_ARMS:                      # the right limb mirrors the left: y and z turn backwards
-                    right = self.at(angle, [part.replace("left", "right")])
-                    out[slot, right, JOINTS.index(joint.replace("left", "right"))] = turn * [1, -1, -1]
-        return out
-
-    def span(self, part, ranges):
-        """{angle: [lo, hi]} of one part -> (2,C), 0 elsewhere. A foot left out is NaN: see `settle`."""
-        out = np.zeros((2, len(self.angles)))
-        for c in np.flatnonzero(self.owner == PARTS.index(part)):
-            out[:, c] = ranges.get(self.angles[c][1], np.nan if self.angles[c][1] == "point" else 0)
-        return out
-
-    def options(self, rows, keys):
-        """-> ranges of root, trunk and head (A,2,C), of the limbs' gestures (A,4,O,2,C), how many of these (A,4)."""
-        body, limbs = [], []
-        for row in rows:
-            body.append(sum(self.span(*pair) for pair in zip(PARTS, [row.get("root", {}), row[keys[0]], row["head"]])))
-            limbs.append([[self.span(limb, self.gestures[limb.split("_")[1]][name])
-                           for entry in row[key] for name in self.sets.get(entry, [entry])]
-                          for limb, key in zip(LEGS_ARMS, keys[1:])])
-        counts = np.array([[len(gestures) for gestures in row] for row in limbs])
-        padded = [[(gestures * counts.max())[:counts.max()] for gestures in row] for row in limbs]
-        return np.array(body), np.array(padded), counts
-
-    def draw(self, table, activity, u):
-        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range."""
-        body, limbs, counts = table
-        choice = (u[:, :4] * counts[activity]).astype(int)                                   # (M,4)
-        spans = body[activity] + limbs[activity[:, None], np.arange(4), choice].sum(1)       # (M,2,C)
-        return spans[:, 0] + u[:, 4:] * (spans[:, 1] - spans[:, 0])
-
-    def edit(self, angles, activity, u):
-        """Changes one to three parts of each person, the head sometimes too. angles (M,C), u (M,9+2(4+C)) -> (M,C)."""
-        near, far = (self.draw(self.edited, activity, v) for v in np.split(u[:, 9:], 2, axis=1))
-        own = np.eye(len(PARTS))[self.owner]                                                      # (C,7)
-        # of two drafts of every part the one that moves more: an edit should be seen
-        pick = [np.nan_to_num(np.abs(draft - angles)) @ own for draft in (near, far)]        # (M,7)
-        target = np.where((pick[1] > pick[0])[:, self.owner], far, near)
-        tickets = u[:, :7] ** (1 / np.maximum(CHANGE, 1e-3))                                 # a lottery with weights
-        changed = tickets.argsort(1).argsort(1) >= 6 - (u[:, 7:8] > FEWER).sum(1, keepdims=True)
-        changed[:, PARTS.index("head")] = u[:, 8] < 0.4
-        return np.where(changed[:, self.owner], target, angles)
-
-    def settle(self, angles):
-        """Angles as drawn (M,C) -> as the joints have them: soles level, bowed at the hips, all within limits."""
-        angles, hinge, legs, feet = angles.copy(), self.at("hinge"), self.at("flex"), self.at("point")
-        level = angles[:, legs] - angles[:, self.at("knee")]
-        angles[:, feet] = np.where(np.isnan(angles[:, feet]), level, angles[:, feet])
-        # who already sits cannot bow far: the hips have only so much room
-        angles[:, hinge] = np.minimum(angles[:, hinge], self.limits[legs[0], 1] - angles[:, legs].max(1, keepdims=True))
-        angles[:, legs] += angles[:, hinge]
-        return angles.clip(*self.limits.T)
-
-    def rotations(self, angles, still):
-        """Settled angles (M,C), small turns of collars, feet and wrists (M,18) degrees -> rotmat (M,22,3,3) float32."""
-        angles = angles.copy()
-        angles[:, self.at("raise")] -= 90                  # the rest pose is a T
-        angles[:, self.at("pitch")] += angles[:, self.at("hinge")]
-        first, second, third = torch.tensor(np.einsum("mc,scjk->smjk", angles, self.turns, optimize=True)).float()
-        third[:, STILL] = torch.tensor(np.radians(still)).float().unflatten(1, (6, 3))
-        return aa_to_matrix(first) @ aa_to_matrix(second) @ aa_to_matrix(third)              # (M,22,3,3)
-
-
-people = functools.cache(People)                           # the tables are read once
-SPLITS = {"train": 0, "val": 1 << 20, "test": 2 << 20}     # where a split starts among all people: they never meet
-UNIFORMS = 96                                              # random numbers a row may use
+# ---- 6. World and Mixture --------------------------------------------------------------------------------------------
 VIEWS = ("front", "right", "back", "left")                 # the side turned to the camera, one for each quarter turn
-SEEN = (0.7, 0.8, 0.9)                                     # their shares, cumulated; the last takes what is left
-
-
-def populate(split, n):
-    """The first n people of a split (n even) -> activity indices (n,), rotmat (n,22,3,3), headings (n,) radians.
-
-    Rows 2i and 2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored. Raises Mistake.
-    """
-    if split not in SPLITS or not 2 <= n <= 1 << 20 or n % 2:
-        raise Mistake(f"no {n} people in split {split!r}: the splits are {', '.join(SPLITS)}, and people come in pairs")
-    crowd, u = people(), uniform(SPLITS[split] + np.arange(n), UNIFORMS)
-    wide, one, two = 4 + len(crowd.angles), u[0::2, 4:], u[1::2, 4:]
-    activity = np.searchsorted(crowd.shares, u[0::2, 0], side="right")
-    drawn = crowd.draw(crowd.fresh, activity, one[:, :wide]) + 4 * one[:, wide:2 * wide - 4] - 2    # noise: 2 degrees
-    angles = np.stack([drawn, crowd.edit(drawn, activity, two[:, :9 + 2 * wide])], 1).reshape(n, -1)
-    rotmat = crowd.rotations(crowd.settle(angles), (6 * one[:, -18:] - 3).repeat(2, 0))
-    flipped = torch.tensor(u[0::2, 1] < 0.5).repeat_interleave(2)
-    rotmat[flipped] = mirror(rotmat[flipped])
-    view = np.searchsorted(SEEN, u[:, 2], side="right")    # most face the camera
-    headings = view * math.pi / 2 + (2 * u[:, 3] - 1) * math.radians(35)
-    return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
-
-
-# ---- 7. Photographs --------------------------------------------------------------------------------------------------
-sitter = functools.cache(load_body)                        # who stands before the camera
-
-
-def muted(rng, low, high):
-    """A random colour (3,) in 0..1: a grey between low and high, and some tint."""
-    return (rng.uniform(low, high) + rng.uniform(-0.16, 0.16, 3)).clip(0, 1)
-
-
-def dress(rng):
-    """Random clothes for `body_colors`. Hair stays dark and skin lighter, so that front and back can be told apart."""
-    return {"skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05), "hair": rng.uniform(0.02, 0.14, 3),
-            "shirt": muted(rng, 0.15, 0.9), "trousers": muted(rng, 0.1, 0.75), "shoes": muted(rng, 0.05, 0.35)}
-
-
-def backdrop(rng, size):
-    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or a wall that meets the floor."""
-    across, down = np.meshgrid(*2 * [np.linspace(0, 1, size)])
-    way, cloud = rng.uniform(-1, 1, 2), Image.fromarray(rng.integers(0, 256, (7, 7), dtype=np.uint8))
-    weight = [lambda: 0 * down,
-              lambda: (0.5 + (across - 0.5) * way[0] + (down - 0.5) * way[1]).clip(0, 1),
-              lambda: np.asarray(cloud.resize((size, size), Image.BICUBIC)) / 255,
-              lambda: down > 0.68 + 0.15 * way[0]][rng.integers(4)]()
-    one, two = muted(rng, 0.35, 0.95), muted(rng, 0.35, 0.95)
-    return (255 * (one + weight[..., None] * (two - one))).astype(np.uint8)
-
-
-def photograph(rotmat, size, look, rng):
-    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
-    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
-    body, zoom, lamp = sitter(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
-    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
-    colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
-    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
-    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
-                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
-    return picture, camera(joints, vertices, size, zoom, shift)[0]
 
 
 def show_side(view, text=""):
@@ -1095,7 +892,6 @@ def side_shown(text):
     return next((view for view in VIEWS if show_side(view).lower() in text.lower()), "")
 
 
-# ---- 8. World and Mixture --------------------------------------------------------------------------------------------
 class World:
     """The embedded data set: n people of a split, in pairs, with everything that can be asked about them.
 
@@ -1106,8 +902,8 @@ class World:
     def __init__(self, split="train", n=2000, size=128):
         self.split, self.size = split, size
         activity, self.poses, self.headings = populate(split, n)
-        self.activity, self.seen = [people().activities[a] for a in activity], self.poses.clone()
-        self.seen[:, 0] = torch.tensor(np.stack([*map(turn_y, self.headings)])).float() @ self.poses[:, 0]
+        self.activity = [people().activities[a] for a in activity]
+        self.seen = turn_root(self.poses, torch.tensor(np.stack([*map(turn_y, self.headings)])))
 
     def photo(self, i):
         """The photograph of person i (size,size,3) uint8, and where its joints are (22,2), pixels, x to the right.
@@ -1188,19 +984,11 @@ class Mixture:
 
     def example(self, task, i, rng):
         """One example: a task's inputs in order, then its target. Pairs run from person i to its partner."""
-        j = i ^ 1
-        if task in ("posediff", "imagediff"):
-            look = self.pose.__getitem__ if task == "posediff" else self.photo
-            return look(i), look(j), self.world.difference(i, j, rng)
-        if task == "edit":
-            return self.pose[i], self.world.difference(i, j, rng), self.pose[j]
-        if task == "image2pose":                           # answered in the camera's frame
-            return self.photo(i), self.seen[i]
-        if task == "text2pose":
-            return self.world.request(i, rng), self.pose[i]
-        if task == "image2text":
-            return self.photo(i), self.world.sight(i, rng)
-        return self.pose[i], self.world.caption(i, rng)
+        tell = {"text2pose": self.world.request, "image2text": self.world.sight, "pose2text": self.world.caption}.get(
+            task, lambda i, rng: self.world.difference(i, i ^ 1, rng))
+        poses = self.seen if task == "image2pose" else self.pose         # answered in the camera's frame
+        return arranged(task, pose=(poses[k] for k in (i, i ^ 1)), image=map(self.photo, (i, i ^ 1)),
+                        text=(tell(i, rng) for _ in range(1)))
 
 
 def words(texts=()):
@@ -1210,7 +998,7 @@ def words(texts=()):
     return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
 
 
-# ---- 9. Readers ------------------------------------------------------------------------------------------------------
+# ---- 7. Readers ------------------------------------------------------------------------------------------------------
 # A reader is a generator over one release on disk and yields records, dicts with the same keys in all of them:
 #
 #   id, source    the entry and its data set; split: "train" | "val" | "test" where the release says so
@@ -1223,7 +1011,7 @@ def words(texts=()):
 def amass(path, skipped):
     """AMASS, SMPL+H or SMPL-X, a file, a subset or everything: 12 poses a second (every 10th where the file does not
     say how many it has) of the middle 60 % of each motion, since many begin and end in a T (TokenHMR)."""
-    names = load_json(ASSETS / "amass.json")               # its folders, then and now
+    names = asset("amass")               # its folders, then and now
     for file in files_in(path, ".npz"):
         if file.name == "shape.npz" or file.stem.endswith("stagei"):
             continue                                       # a subject's shape: every folder has one
@@ -1239,7 +1027,7 @@ def amass(path, skipped):
 def located(folder, root, wanted):
     """PoseScript's numbers of poses -> {number: (pose, sequence), or [why not]}, from AMASS by old names or new."""
     index, found = load_json([*folder.glob("ids_2_dataset*index*.json"), folder / "ids_2_dataset_index.json"][0]), {}
-    names = load_json(ASSETS / "amass.json")
+    names = asset("amass")
     opened = functools.lru_cache(1)(lambda file: motion(read_arrays(file, MOTION), file)[0])
     for key in tqdm(sorted(wanted, key=lambda key: str(index.get(key))), "AMASS", leave=False):      # a file at a time
         with skipping(why := [], f"pose {key}"):
@@ -1422,7 +1210,7 @@ def survey(records, path, size=128):
         sheet.save(new, format="PNG")
 
 
-# ---- 10. ImageScript and ImageDiff ------------------------------------------------------------------------------------
+# ---- 8. ImageScript and ImageDiff ------------------------------------------------------------------------------------
 # UniPose appendix A: poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
 SIDE = 336                                                 # pixels of a picture, as CLIP takes it
 ASK = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
@@ -1482,12 +1270,10 @@ def refiner(path):
     """A local Hugging Face chat model -> refine(text), which says a text anew, None where a part or its side got lost.
     In the paper GPT-4 does it. Raises Mistake."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    try:
+    with explaining(f"--refine {path} is no folder of a chat model and its tokenizer: "):
         spell = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
         spell.apply_chat_template([{"role": "user", "content": ""}])
-    except Exception as error:                             # transformers raises nearly anything
-        raise Mistake(f"--refine {path} is no folder of a chat model and its tokenizer: {reason(error)}") from error
 
     @torch.no_grad()
     def refine(text):
@@ -1557,59 +1343,7 @@ def build(config):
     print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
 
 
-# ---- 11. Real data to train on ---------------------------------------------------------------------------------------
-def tasks_of(record):
-    """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
-    kind, pair = "image" if "image" in record else "pose", "start" in record
-    if "texts" in record:
-        return {("pose", False): ("pose2text", "text2pose"), ("pose", True): ("posediff", "edit"),
-                ("image", False): ("image2text",), ("image", True): ("imagediff",)}[kind, pair]
-    return ("image2pose",) if {"image", "pose"} <= record.keys() else ()
-
-
-class Recorded:
-    """Real data in the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
-
-    weights: {"KIND:PATH": how often an example comes from it}, of which the train split is taken. Everything is read,
-    and every image decoded, before anything else happens. tasks: none = poses are drawn. Raises Mistake.
-    """
-
-    def __init__(self, weights, tasks=(), seed=0, templates=TEMPLATES):
-        self.tasks, self.seed, self.templates, self.groups = set(tasks), seed, templates, []
-        for spec, weight in weights.items():
-            rows = [r for r in read([spec]) if r.get("split", "train") == "train"
-                    and (self.tasks & set(tasks_of(r)) if tasks else "pose" in r)]
-            if not rows:
-                raise Mistake(f"{spec} offers nothing of a train split for {', '.join(tasks) or 'the tokenizer'}")
-            for offered, n in Counter(map(tasks_of, rows)).items():
-                self.groups.append((set(offered), [r for r in rows if tasks_of(r) == offered], weight * n / len(rows)))
-
-    def draw(self, k, *tasks):
-        """Example k of some tasks, none: of all of them -> record, generator. Raises Mistake."""
-        rng, wanted = np.random.default_rng((self.seed, k)), set(tasks) or self.tasks
-        weights = np.array([weight * (not wanted or bool(offered & wanted)) for offered, _, weight in self.groups])
-        if not weights.sum() > 0:
-            raise Mistake(f"no data set of --data offers {' or '.join(sorted(wanted)) or 'poses'}")
-        rows = self.groups[rng.choice(len(weights), p=weights / weights.sum())][1]
-        return rows[rng.integers(len(rows))], rng
-
-    def example(self, k, *tasks):
-        """The same -> task, [its inputs in order, its target], generator."""
-        record, rng = self.draw(k, *tasks)
-        task = str(rng.choice(sorted((set(tasks) or self.tasks) & set(tasks_of(record)))))
-        poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
-        if task != "image2pose":                           # texts are about people who face front
-            poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
-        given = {"pose": (pose[0] for pose in poses), "text": (str(rng.choice(record["texts"])) for _ in range(1)),
-                 "image": (cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)}
-        return task, [next(given[kind]) for kind in (*TASKS[task].inputs, TASKS[task].target)], rng
-
-    def __getitem__(self, k):
-        task, values, rng = self.example(k)
-        return task, fill(task, values, templates(task)[rng.integers(self.templates)])
-
-
-# ---- 12. Run it: one example of each task ----------------------------------------------------------------------------
+# ---- 9. Run it: one example of each task -----------------------------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw 32 people; or look at real data; or build a data set."""
@@ -1639,9 +1373,9 @@ def main(argv=None):
         import resource  # not on Windows
 
         poses, start = itertools.cycle(populate(config.split, 10_000)[1]), time.process_time()
-        words = sum(len(text.split()) for text in captions(itertools.islice(poses, config.speed), config.seed))
+        said = sum(len(text.split()) for text in captions(itertools.islice(poses, config.speed), config.seed))
         rate, peak = config.speed / (time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return print(f"{rate:,.0f} captions of {words / config.speed:.0f} words in a second of processor time, "
+        return print(f"{rate:,.0f} captions of {said / config.speed:.0f} words in a second of processor time, "
                      f"at most {peak / 1024:,.0f} MB of memory")
     world = World(config.split, 64)
     for task in TASKS:

@@ -41,9 +41,9 @@ from tqdm import tqdm
 from data import (
     TASKS,
     World,
+    arranged,
     caption,
     difference,
-    face_front,
     paircodes,
     posecodes,
     posed,
@@ -54,7 +54,18 @@ from data import (
     words,
 )
 from sample import DECODINGS, Reader, check_decoding, generate, question
-from tokenizer import Encoder, Mistake, TokenizerConfig, cli, load_body, matrix_to_sixd, saving, script
+from tokenizer import (
+    Encoder,
+    Mistake,
+    TokenizerConfig,
+    cli,
+    face_front,
+    load_body,
+    matrix_to_sixd,
+    saving,
+    script,
+    turn_root,
+)
 from unipose import (
     PAPER_TEXT,
     RULER,
@@ -70,8 +81,8 @@ from unipose import (
     word_tokenizer,
 )
 
-# ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
 
+# ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
 def mpjpe(made, truth):
     """Mean distance of the joints with both pelvises put at the origin, no rotation taken out.
 
@@ -105,7 +116,6 @@ def pa_mpjpe(made, truth):
 
 
 # ---- 2. Texts: how much it sounds like the reference ---------------------------------------------------------------
-
 PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\d)-|[!-&(-+/:-@\[-`{-~]")     # "1.5", "half-bent" stay whole
 
 
@@ -155,7 +165,6 @@ def rouge_l(made, truth):
 
 
 # ---- 3. Statements: is it true? ------------------------------------------------------------------------------------
-
 def measured(poses, sources=None):
     """The codes of poses (n,22,3,3) that face +z, or of the ways there from sources (n,22,3,3)."""
     return posecodes(poses) if sources is None else paircodes(sources, poses)
@@ -210,7 +219,6 @@ def view_truth(made, views):
 
 
 # ---- 4. Embeddings: what a ruler that has seen many poses and texts thinks -----------------------------------------
-
 def ranks(similarity):
     """(n,n) -> (n,) how many columns beat each row's own. A tie counts half: equal answers must not all win."""
     own = similarity.diagonal()[:, None]
@@ -250,7 +258,6 @@ def frechet(a, b):
 
 
 # ---- 5. The retrieval model: a ruler, not a part of UniPose --------------------------------------------------------
-
 class Retrieval(nn.Module):
     """Poses and captions, or pose pairs and differences, in one space of unit vectors (UniPose appendix B.2).
 
@@ -328,7 +335,6 @@ def load_ruler(folder, device="cpu"):
 
 
 # ---- 6. Exams: what is asked, and what is true ---------------------------------------------------------------------
-
 PAIRS = ("posediff", "imagediff", "edit")                  # tasks about two poses, the second an edit of the first
 
 
@@ -355,13 +361,12 @@ class Exam:
         """The k-th prompt: the task's plain template (of that model), filled in, without its answer."""
         row = int(self.rows[k])
         people = (row - 1, row) if self.task in PAIRS else (row,)
-        values = [self.texts[k] if kind == "text" else self.world.poses[i] if kind == "pose" else self.world.image(i)
-                  for kind, i in zip(TASKS[self.task].inputs, people)]
-        return question(self.task, values, model)
+        return question(self.task, arranged(self.task, text=[self.texts[k]], pose=(self.world.poses[i] for i in people),
+                                            image=map(self.world.image, people))[:-1], model)
 
     def facing(self, poses):
         """Poses in the answer's frame, turned back to face +z, which is where statements are made."""
-        return torch.cat([(self.turns.mT @ poses[:, 0])[:, None], poses[:, 1:]], 1)      # (n,22,3,3)
+        return turn_root(poses, self.turns.mT)                                           # (n,22,3,3)
 
 
 class Judge(NamedTuple):
@@ -405,7 +410,6 @@ class Judge(NamedTuple):
 
 
 # ---- 7. What must be beaten, what cannot be ------------------------------------------------------------------------
-
 def nearest_by_statements(asked, known):
     """For each asked caption the index of the known one that says most nearly the same: cosine of statement sets."""
     said = [dict.fromkeys(statements(text)) for text in [*known, *asked]]
@@ -465,7 +469,6 @@ def ceilings(exam, model, seed):
 
 
 # ---- 8. The whole report -------------------------------------------------------------------------------------------
-
 def answer(model, exam, decode, batch):
     """The model's answers to an exam: poses (n,22,3,3) or a list of n texts."""
     made, n = [], len(exam.texts)
@@ -541,7 +544,6 @@ def table(report):
 
 
 # ---- 9. How fast ---------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def pose_seconds(model, reader, stepwise):
     """Seconds from a prompt that is read already to the N codes of a pose; the reader is left as it was.
@@ -628,7 +630,6 @@ def show_speed(figures):
 
 
 # ---- 10. The command line ------------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
     """Measure a model on its embedded test split."""

@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, check, face_front, fill, released, rest, templates
+from data import TASKS, World, arranged, check, fill, rest, templates
 from tokenizer import (
     Mistake,
+    asset,
     body_colors,
     cli,
+    face_front,
     forward_kinematics,
     load_body,
     read_pose,
@@ -42,9 +44,8 @@ from tokenizer import (
 )
 from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask
 
+
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Answer:
     """What one row said: tidy text ("" if none), pose rotmat (22,3,3) or None, its codes (N,) and all ids in order."""
@@ -69,17 +70,15 @@ class Reader:
         self.model, self.cache = model, DynamicCache(config=model.llm.config)
         self.valid = torch.zeros(n_rows, 0, dtype=torch.bool, device=model.device)
 
-    def read(self, x, block, valid):
-        """x (B,q,D), block (B,q), valid (B,q) -> hidden states (B,q,D). Columns that are not valid leave holes."""
+    def read_ids(self, ids, block, slot, valid, images=None):
+        """Token ids, their blocks and slots, valid (B,q) each, image features (n,P,Dv) -> hidden states (B,q,D).
+        Columns that are not valid leave holes."""
+        x = self.model.embed(ids, slot, images)                                            # (B,q,D)
         positions = (self.valid.sum(1, keepdim=True) + valid.cumsum(1) - 1).clamp(min=0)   # (B,q)
         past = float_mask(self.valid)[:, None, None].expand(-1, 1, x.size(1), -1)          # (B,1,q,past)
         mask = torch.cat([past, mixed_mask(block, valid)], -1)                             # (B,1,q,past+q)
         self.valid = torch.cat([self.valid, valid], 1)
         return self.model.hidden(x, mask, positions, self.cache)                           # (B,q,D)
-
-    def read_ids(self, ids, block, slot, valid, images=None):
-        """The same from token ids (B,q), their slots (B,q) and image features (n,P,Dv)."""
-        return self.read(self.model.embed(ids, slot, images), block, valid)
 
 
 def pick(logits, temperature=0.0, generator=None):
@@ -122,8 +121,8 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
     "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
-    A model trained with --attn causal
-    has no queries and always answers code by code; "ar" on any other is a clock, since it never saw its own codes.
+    A model trained with --attn causal has no queries and always answers code by code; "ar" on any other is a clock,
+    since it never saw its own codes.
     temperature 0 is greedy. Returns a list of Answer; a row stops after max_new tokens at the latest (0: 160, and the
     release's 512 for a model of word pieces).
     """
@@ -223,7 +222,6 @@ def finish(model, answer):
 
 
 # ---- 2. Questions ------------------------------------------------------------------------------------------------
-
 SMALLEST, LARGEST = 16, 8192  # sides of a picture that is worth looking at, in pixels
 
 
@@ -277,8 +275,8 @@ def infer_task(given, task=""):
 
 def question(task, inputs, model=None):
     """Inputs of a task in order -> the prompt, in the plain wording: ours, or that of the official weights."""
-    official = model is not None and model.config["size"] == "official"
-    return fill(task, [*inputs, None], released(task) if official else templates(task)[0])[:-1]
+    official = model is not None and model.config["size"] == "official"      # they first learnt a task by one phrase
+    return fill(task, [*inputs, None], asset("instructions")["released"][task] if official else templates(task)[0])[:-1]
 
 
 def read_inputs(config, model):
@@ -292,9 +290,8 @@ def read_inputs(config, model):
     task = infer_task(Counter({kind: len(values) for kind, values in given.items() if values}), config.task)
     check_text(model, *given["text"])
     # texts speak of people who face front; where a pose file says otherwise, its heading goes
-    values = {"text": iter(given["text"]), "image": map(read_image, given["image"]),
-              "pose": (face_front(read_pose(path)[None])[0] for path in given["pose"])}
-    return task, [next(values[kind]) for kind in TASKS[task].inputs]
+    return task, arranged(task, text=given["text"], image=map(read_image, given["image"]),
+                          pose=(face_front(read_pose(path)[None])[0] for path in given["pose"]))[:-1]
 
 
 def check_text(model, text=""):
@@ -313,7 +310,6 @@ def check_text(model, text=""):
 
 
 # ---- 3. Pictures -------------------------------------------------------------------------------------------------
-
 CELL, TURN = 256, -0.5  # pixels; poses of the text tasks are drawn half turned, so that depth shows
 
 
@@ -359,7 +355,6 @@ class Sheet:
 
 
 # ---- 4. The tour -------------------------------------------------------------------------------------------------
-
 def tour(model, body, config):
     """All seven tasks on test people: the k-th task asks about the k-th pair of the test split, whoever that is."""
     world, sheet, out = World("test", 2 * len(TASKS), model.vision.clip_size), Sheet(body), pathlib.Path(config.out)
@@ -387,11 +382,9 @@ def exam(world, task, i):
     rng, pair = np.random.default_rng((0, i)), "diff" in task
     poses = [world.poses[i], world.poses[i + 1]] if pair or task == "edit" else [world.poses[i]]
     told = world.difference(i, i + 1, rng) if len(poses) == 2 else world.caption(i, rng)
-    inputs = {"pose": iter(poses), "image": (world.image(k) for k in (i, i + 1)), "text": iter([told])}
-    given = [next(inputs[kind]) for kind in TASKS[task].inputs]
-    if TASKS[task].target == "text":
-        return given, told, poses
-    return given, world.seen[i] if task == "image2pose" else poses[-1], poses
+    *inputs, truth = arranged(task, pose=[world.seen[i]] if task == "image2pose" else poses, text=[told],
+                              image=(world.image(k) for k in (i, i + 1)))
+    return inputs, truth, poses
 
 
 def marks(task, answer, inputs, truth, poses, body):
@@ -406,7 +399,6 @@ def marks(task, answer, inputs, truth, poses, body):
 
 
 # ---- 5. The command line -----------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
     """Ask UniPose; without a question, take the tour of all seven tasks."""

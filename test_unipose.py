@@ -663,7 +663,7 @@ def test_nobody_leaves_the_limits_of_the_joints(world):
             bend = turn[:, axis] * (1 - 2 * axis)                            # an elbow bends about -y
             assert bend.min() > low - 0.1 and bend.max() < high + 0.1, (joint, bend.min(), bend.max())
             assert turn[:, [k for k in range(3) if k != axis]].abs().max() < 0.1
-    still = tokenizer.matrix_to_aa(world.poses[:, data.STILL]).norm(dim=-1).rad2deg()
+    still = tokenizer.matrix_to_aa(world.poses[:, tokenizer.STILL]).norm(dim=-1).rad2deg()
     assert still.max() < 3 * math.sqrt(3) + 0.1
 
 
@@ -1033,7 +1033,7 @@ def test_real_data_is_mixed_by_weight_and_trains_every_stage(real, trained, tmp_
     table = {"tokenizer": {specs["amass"]: 0.8, specs["smplx"]: 0.2}, "retrieval": {specs["v2"]: 1, specs["fix"]: 1},
              "align": {specs["v2"]: 70, specs["fix"]: 30},
              "project": {f"built:{tmp_path}/script": 1, f"built:{tmp_path}/diff": 1, specs["tars"]: 2}}
-    one, two = (data.Recorded(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
+    one, two = (train.Recorded(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
     tasks = [one[k][0] for k in range(300)]
     assert 0.6 < np.mean([task in ("pose2text", "text2pose") for task in tasks]) < 0.8 and str(one[77]) == str(two[77])
     assert set(tasks) == set(train.POSE_TASKS)
@@ -1796,14 +1796,14 @@ def test_stages_trained_side_by_side_are_joined(tmp_path):
     train.main([*nano, "--stage", "tokenizer", "--out", a])
     train.main([*nano, "--stage", "backbones", "--out", b])
     config = train.Config(stage="align", size="nano", init=f"{a},{b}")
-    model, _, notes = train.start_from(config, tmp_path / "c")
+    model, _, notes = train.start_from(config, tmp_path / "c", {})
     state, ours, theirs = model.state_dict(), *(unipose.load(folder).state_dict() for folder in (a, b))
     assert notes["stages"] == ["tokenizer", "backbones"] and set(notes["commands"]) == {"tokenizer", "backbones"}
     assert all(torch.equal(value, (theirs if key.startswith("vision.") else ours)[key]) for key, value in state.items())
     notes = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps(notes | {"size": "tiny"}))
     with pytest.raises(tokenizer.Mistake, match="cannot be joined"):
-        train.start_from(config, tmp_path / "c")
+        train.start_from(config, tmp_path / "c", {})
 
 
 def test_however_a_batch_is_cut_the_same_model_comes_out(trained, tmp_path):

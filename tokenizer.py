@@ -20,7 +20,7 @@ A pose is `rotmat (…,22,3,3)`: root first, then SMPL's joints 1-21, each relat
 y up, +z front, +x the person's left, pelvis at the origin.
 
 Also here, because every other file needs it: the user's mistakes, flags from dataclasses, safe files, rotations,
-bodies, a small renderer, pose files.
+bodies, a small renderer, photographs, pose files, synthetic people.
 
     python tokenizer.py                          # one pose through everything below, and a picture of it
     python tokenizer.py --pose walk.npz:120      # frame 120 of an AMASS sequence
@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import json
@@ -46,8 +47,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 
+ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
-# ---- 1. What every script shares: mistakes, flags, files ------------------------------------------------------------
+
+# ---- 1. What every script shares: mistakes, flags, files -------------------------------------------------------------
 class Mistake(Exception):
     """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
 
@@ -59,11 +62,22 @@ def reason(error):
 
 
 @contextlib.contextmanager
+def explaining(before, after=""):
+    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a Mistake that names the reason."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        raise Mistake(before + reason(error) + after) from error
+
+
+@contextlib.contextmanager
 def skipping(skipped, where):
     """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
     try:
         yield
-    except Exception as error:                             # a damaged file can raise nearly anything
+    except Exception as error:
         skipped.append(f"{where}: {reason(error)}")
 
 
@@ -152,10 +166,14 @@ def files_in(path, *suffixes):
 
 def load_json(path):
     """What a JSON file holds. Raises Mistake."""
-    try:
+    with explaining(f"{path} is not a complete JSON file: "):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{path} is not a complete JSON file: {reason(error)}") from None
+
+
+@functools.cache
+def asset(name):
+    """The table assets/NAME.json, whose words and numbers a reader may edit. It is shared: nobody changes it."""
+    return load_json(ASSETS / f"{name}.json")
 
 
 def open_image(where, near=None):
@@ -233,6 +251,22 @@ def mirror(rotmat):
     """The pose (...,22,3,3) as seen in a mirror: left and right joints change places, M R M with M = diag(-1,1,1)."""
     sign = torch.tensor([-1.0, 1.0, 1.0], dtype=rotmat.dtype, device=rotmat.device)
     return rotmat[..., MIRROR, :, :] * sign[:, None] * sign  # M R M, element by element
+
+
+def turn_root(rotmat, turn):
+    """The person as a whole, turned: rotmat (...,22,3,3) with turn (...,3,3) before its root."""
+    return torch.cat([turn.to(rotmat)[..., None, :, :] @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
+
+
+def face_front(rotmat, like=None):
+    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
+
+    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
+    It jumps by half a turn where someone lies on the side (PoseScript does it too).
+    """
+    left = (rotmat if like is None else like)[:, 0, :, 0]
+    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
+    return turn_root(rotmat, aa_to_matrix(-angle[:, None] * torch.eye(3)[1]))
 
 
 def kinematics(rotmat, rest):
@@ -319,7 +353,7 @@ def read_arrays(path, wanted):
     path = pathlib.Path(path)
     if not path.is_file():
         raise Mistake(f"no file {path}: check the path")
-    try:
+    with explaining(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
         if path.suffix.lower() == ".pkl":
             with open(path, "rb") as file:
                 entries = SafeUnpickler(file, encoding="latin1").load()
@@ -329,9 +363,6 @@ def read_arrays(path, wanted):
             return {"": entries}
         with entries:
             return {name: entries[name] for name in wanted if name in entries.files}
-    except Exception as error:                             # a damaged file can raise nearly anything
-        raise Mistake(f"cannot read {path}: {reason(error)}. Is it a complete {path.suffix} file of plain arrays?"
-                      ) from error
 
 
 BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_regressor": ("J", "V"),
@@ -435,7 +466,7 @@ class Body(nn.Module):
 
 def load_body(path=""):
     """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises Mistake."""
-    path = pathlib.Path(path or pathlib.Path(__file__).parent / "assets" / "body.npz")
+    path = pathlib.Path(path or ASSETS / "body.npz")
     return Body(smpl_layout(*read_body(path)), path.stem)
 
 
@@ -544,13 +575,47 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
     return np.asarray(canvas.reduce(2))                    # averaging smooths the edges
 
 
-# ---- 6. Pose files ---------------------------------------------------------------------------------------------------
+# ---- 6. Photographs: a person somewhere, in some clothes and light ---------------------------------------------------
+sitter = functools.cache(load_body)                        # who stands before the camera
+
+
+def muted(rng, low, high):
+    """A random colour (3,) in 0..1: a grey between low and high, and some tint."""
+    return (rng.uniform(low, high) + rng.uniform(-0.16, 0.16, 3)).clip(0, 1)
+
+
+def dress(rng):
+    """Random clothes for `body_colors`. Hair stays dark and skin lighter, so that front and back can be told apart."""
+    return {"skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05), "hair": rng.uniform(0.02, 0.14, 3),
+            "shirt": muted(rng, 0.15, 0.9), "trousers": muted(rng, 0.1, 0.75), "shoes": muted(rng, 0.05, 0.35)}
+
+
+def backdrop(rng, size):
+    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or a wall that meets the floor."""
+    across, down = np.meshgrid(*2 * [np.linspace(0, 1, size)])
+    way, cloud = rng.uniform(-1, 1, 2), Image.fromarray(rng.integers(0, 256, (7, 7), dtype=np.uint8))
+    weight = [lambda: 0 * down,
+              lambda: (0.5 + (across - 0.5) * way[0] + (down - 0.5) * way[1]).clip(0, 1),
+              lambda: np.asarray(cloud.resize((size, size), Image.BICUBIC)) / 255,
+              lambda: down > 0.68 + 0.15 * way[0]][rng.integers(4)]()
+    one, two = muted(rng, 0.35, 0.95), muted(rng, 0.35, 0.95)
+    return (255 * (one + weight[..., None] * (two - one))).astype(np.uint8)
+
+
+def photograph(rotmat, size, look, rng):
+    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
+    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
+    body, zoom, lamp = sitter(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
+    colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
+    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
+    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
+                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
+    return picture, camera(joints, vertices, size, zoom, shift)[0]
+
+
+# ---- 7. Pose files ---------------------------------------------------------------------------------------------------
 UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
-
-
-def turn_root(rotmat, turn):
-    """The person as a whole, turned: rotmat (...,22,3,3) with turn (3,3) before its root."""
-    return torch.cat([turn.to(rotmat) @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
 
 
 def as_rotations(array, where):
@@ -599,17 +664,13 @@ def frame_of(poses, frame, where):
     """One frame of a motion (T,66), z up -> rotmat (22,3,3), y up. Raises Mistake."""
     if not 0 <= frame < len(poses):
         raise Mistake(f"{where} has no frame {frame}: it holds {len(poses)}, counted from 0")
-    rotmat = as_rotations(poses[frame], f"frame {frame} of {where}")
-    rotmat[0] = UP @ rotmat[0]
-    return rotmat
+    return turn_root(as_rotations(poses[frame], f"frame {frame} of {where}"), UP)
 
 
 def from_camera(array, where):
     """A pose as `as_rotations` takes it, its root as a camera sees it (z ahead, y down) -> rotmat (22,3,3) in our
     frame, where +z comes towards the camera. Raises Mistake."""
-    rotmat = as_rotations(np.asarray(array), where)
-    rotmat[0] *= torch.tensor([[1.0], [-1.0], [-1.0]])     # half a turn about x
-    return rotmat
+    return turn_root(as_rotations(np.asarray(array), where), torch.tensor([1.0, -1.0, -1.0]).diag())  # about x
 
 
 def read_pose(path):
@@ -630,15 +691,157 @@ def read_pose(path):
 
 def write_pose(path, rotmat):
     """Writes rotmat (22,3,3) as a one-frame AMASS .npz (z up); `read_pose` gives the pose back. Raises Mistake."""
-    rotmat = rotmat.detach().cpu().double().clone()        # AMASS stores doubles
-    rotmat[0] = UP.double().T @ rotmat[0]
+    rotmat = turn_root(rotmat.detach().cpu().double(), UP.T)                     # AMASS stores doubles
     poses = np.zeros((1, 156))                             # SMPL-H: 52 joints, the fingers at rest
     poses[0, :66] = matrix_to_aa(rotmat).flatten()
     with saving(path) as new, open(new, "wb") as file:
         np.savez(file, poses=poses, trans=np.zeros((1, 3)), betas=np.zeros(16), gender="neutral", mocap_framerate=30.0)
 
 
-# ---- 7. The tokenizer: encoder, quantizer, decoder -------------------------------------------------------------------
+# ---- 8. Synthetic people: poses without end. M of them, each of C angles ---------------------------------------------
+LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
+BODY_PARTS = ["root", "trunk", "head", *LEGS_ARMS]
+CHANGE = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays
+FEWER = [0.10, 0.40]                                       # share of edits of one part; of one or two (the rest: three)
+STILL = [JOINTS.index(f"{side}_{part}") for side in ("left", "right") for part in ("collar", "foot", "wrist")]
+
+
+def uniform(rows, n):
+    """Row numbers (M,) -> (M,n) numbers in [0,1): a pure function of (row, column), by splitmix64.
+
+    A hash of the counter, not a stream: a row stays what it is whatever else is drawn, and all rows are done at once.
+    """
+    z = np.asarray(rows, np.uint64)[:, None] * np.uint64(1 << 16) + np.arange(1, n + 1, dtype=np.uint64)
+    z = z * np.uint64(0x9E3779B97F4A7C15)                  # arrays of unsigned numbers wrap around, as they should
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
+
+
+class People:
+    """assets/activities.json as arrays. A person is C angles in degrees, named and limited as the table says.
+
+    An activity holds ranges of root, trunk and head, and for every limb a list of gestures to choose from; a gesture
+    is a range for each angle of one limb. fresh, edited: what a person, or an edit of one, draws from.
+    """
+
+    def __init__(self):
+        table = asset("activities")
+        self.gestures, self.sets = {"leg": table["legs"], "arm": table["arms"]}, table["sets"]
+        limits = {part: table["limits"][part.split("_")[-1]] for part in BODY_PARTS}
+        self.angles = [(part, angle) for part in BODY_PARTS for angle in limits[part]]
+        self.limits = np.array([limits[part][angle] for part, angle in self.angles], np.float64)     # (C,2)
+        self.owner = np.array([BODY_PARTS.index(part) for part, _ in self.angles])                             # (C,)
+        self.turns = self.read_turns(table["axes"])
+        rows = {name: {**table["usual"], **row} for name, row in table["activities"].items()}
+        self.activities = list(rows)
+        often = np.cumsum([row.get("often", 1.0) for row in rows.values()])
+        self.shares = often / often[-1]                                                      # (A,) cumulated
+        self.fresh = self.options(rows.values(), ["trunk", *LEGS_ARMS])
+        self.edited = self.options(rows.values(), ["edit_trunk", "edit_legs", "edit_legs", "edit_arms", "edit_arms"])
+
+    def at(self, angle, parts=BODY_PARTS):
+        """The columns of an angle: at("flex") -> those of both legs."""
+        return [c for c, (part, name) in enumerate(self.angles) if name == angle and part in parts]
+
+    def read_turns(self, axes):
+        """-> (3,C,22,3): angles times this are the axis-angles of three turns of every joint, the last done first."""
+        out = np.zeros((3, len(self.angles), len(JOINTS), 3))
+        for joint, turns in axes.items():
+            for slot, (part, angle, axis, share) in enumerate(turns):
+                turn = math.radians(share) * np.eye(3)["xyz".index(axis[1])] * (1 if axis[0] == "+" else -1)
+                out[slot, self.at(angle, [part]), JOINTS.index(joint)] = turn
+                if part in LEGS_ARMS:                      # the right limb mirrors the left: y and z turn backwards
+                    right = self.at(angle, [part.replace("left", "right")])
+                    out[slot, right, JOINTS.index(joint.replace("left", "right"))] = turn * [1, -1, -1]
+        return out
+
+    def span(self, part, ranges):
+        """{angle: [lo, hi]} of one part -> (2,C), 0 elsewhere. A foot left out is NaN: see `settle`."""
+        out = np.zeros((2, len(self.angles)))
+        for c in np.flatnonzero(self.owner == BODY_PARTS.index(part)):
+            out[:, c] = ranges.get(self.angles[c][1], np.nan if self.angles[c][1] == "point" else 0)
+        return out
+
+    def options(self, rows, keys):
+        """-> ranges of root, trunk and head (A,2,C), of the limbs' gestures (A,4,O,2,C), how many of these (A,4)."""
+        body, limbs = [], []
+        for row in rows:
+            ranges = row.get("root", {}), row[keys[0]], row["head"]
+            body.append(sum(self.span(*pair) for pair in zip(BODY_PARTS, ranges)))
+            limbs.append([[self.span(limb, self.gestures[limb.split("_")[1]][name])
+                           for entry in row[key] for name in self.sets.get(entry, [entry])]
+                          for limb, key in zip(LEGS_ARMS, keys[1:])])
+        counts = np.array([[len(gestures) for gestures in row] for row in limbs])
+        padded = [[(gestures * counts.max())[:counts.max()] for gestures in row] for row in limbs]
+        return np.array(body), np.array(padded), counts
+
+    def draw(self, table, activity, u):
+        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range."""
+        body, limbs, counts = table
+        choice = (u[:, :4] * counts[activity]).astype(int)                                   # (M,4)
+        spans = body[activity] + limbs[activity[:, None], np.arange(4), choice].sum(1)       # (M,2,C)
+        return spans[:, 0] + u[:, 4:] * (spans[:, 1] - spans[:, 0])
+
+    def edit(self, angles, activity, u):
+        """Changes one to three parts of each person, the head sometimes too. angles (M,C), u (M,9+2(4+C)) -> (M,C)."""
+        near, far = (self.draw(self.edited, activity, v) for v in np.split(u[:, 9:], 2, axis=1))
+        own = np.eye(len(BODY_PARTS))[self.owner]                                                      # (C,7)
+        # of two drafts of every part the one that moves more: an edit should be seen
+        pick = [np.nan_to_num(np.abs(draft - angles)) @ own for draft in (near, far)]        # (M,7)
+        target = np.where((pick[1] > pick[0])[:, self.owner], far, near)
+        tickets = u[:, :7] ** (1 / np.maximum(CHANGE, 1e-3))                                 # a lottery with weights
+        changed = tickets.argsort(1).argsort(1) >= 6 - (u[:, 7:8] > FEWER).sum(1, keepdims=True)
+        changed[:, BODY_PARTS.index("head")] = u[:, 8] < 0.4
+        return np.where(changed[:, self.owner], target, angles)
+
+    def settle(self, angles):
+        """Angles as drawn (M,C) -> as the joints have them: soles level, bowed at the hips, all within limits."""
+        angles, hinge, legs, feet = angles.copy(), self.at("hinge"), self.at("flex"), self.at("point")
+        level = angles[:, legs] - angles[:, self.at("knee")]
+        angles[:, feet] = np.where(np.isnan(angles[:, feet]), level, angles[:, feet])
+        # who already sits cannot bow far: the hips have only so much room
+        angles[:, hinge] = np.minimum(angles[:, hinge], self.limits[legs[0], 1] - angles[:, legs].max(1, keepdims=True))
+        angles[:, legs] += angles[:, hinge]
+        return angles.clip(*self.limits.T)
+
+    def rotations(self, angles, still):
+        """Settled angles (M,C), small turns of collars, feet and wrists (M,18) degrees -> rotmat (M,22,3,3) float32."""
+        angles = angles.copy()
+        angles[:, self.at("raise")] -= 90                  # the rest pose is a T
+        angles[:, self.at("pitch")] += angles[:, self.at("hinge")]
+        first, second, third = torch.tensor(np.einsum("mc,scjk->smjk", angles, self.turns, optimize=True)).float()
+        third[:, STILL] = torch.tensor(np.radians(still)).float().unflatten(1, (6, 3))
+        return aa_to_matrix(first) @ aa_to_matrix(second) @ aa_to_matrix(third)              # (M,22,3,3)
+
+
+people = functools.cache(People)                           # the tables are read once
+SPLITS = {"train": 0, "val": 1 << 20, "test": 2 << 20}     # where a split starts among all people: they never meet
+UNIFORMS = 96                                              # random numbers a row may use
+SEEN = (0.7, 0.8, 0.9)                                     # their shares, cumulated; the last takes what is left
+
+
+def populate(split, n):
+    """The first n people of a split (n even) -> activity indices (n,), rotmat (n,22,3,3), headings (n,) radians.
+
+    Rows 2i and 2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored. Raises Mistake.
+    """
+    if split not in SPLITS or not 2 <= n <= 1 << 20 or n % 2:
+        raise Mistake(f"no {n} people in split {split!r}: the splits are {', '.join(SPLITS)}, and people come in pairs")
+    crowd, u = people(), uniform(SPLITS[split] + np.arange(n), UNIFORMS)
+    wide, one, two = 4 + len(crowd.angles), u[0::2, 4:], u[1::2, 4:]
+    activity = np.searchsorted(crowd.shares, u[0::2, 0], side="right")
+    drawn = crowd.draw(crowd.fresh, activity, one[:, :wide]) + 4 * one[:, wide:2 * wide - 4] - 2    # noise: 2 degrees
+    angles = np.stack([drawn, crowd.edit(drawn, activity, two[:, :9 + 2 * wide])], 1).reshape(n, -1)
+    rotmat = crowd.rotations(crowd.settle(angles), (6 * one[:, -18:] - 3).repeat(2, 0))
+    flipped = torch.tensor(u[0::2, 1] < 0.5).repeat_interleave(2)
+    rotmat[flipped] = mirror(rotmat[flipped])
+    view = np.searchsorted(SEEN, u[:, 2], side="right")    # most face the camera
+    headings = view * math.pi / 2 + (2 * u[:, 3] - 1) * math.radians(35)
+    return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
+
+
+# ---- 9. The tokenizer: encoder, quantizer, decoder -------------------------------------------------------------------
 @dataclasses.dataclass
 class TokenizerConfig:
     """Sizes of a PoseTokenizer; the defaults are the paper's."""
@@ -824,7 +1027,7 @@ class PoseTokenizer(nn.Module):
         return self._made((probs.float() @ self.quantizer.codebook).mT)
 
 
-# ---- 8. Training the tokenizer ---------------------------------------------------------------------------------------
+# ---- 10. Training the tokenizer --------------------------------------------------------------------------------------
 PARTS = [[1, 4, 7, 10], [2, 5, 8, 11], [3, 6, 9], [12, 15], [13, 16, 18, 20], [14, 17, 19, 21]]   # legs torso head arms
 NOISE = (0.01, 0.05, 0.1, 0.1, 0.5, 0.5)                   # radians, for each sixth of the run; the official steps
 
@@ -863,14 +1066,13 @@ def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
     parts: on half of the batch one limb, the torso or the head is disturbed in the input only, so that the code words
     learn to mend poses; progress (0..1 of the run) sets how much.
     """
-    B, uniform = len(rotmat), lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
+    B, draw = len(rotmat), lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
     if root:
         # the official code adds to the root's Euler angles (z up there); turning the world is free of their poles
-        lean, turn, roll = (uniform(B, 3) * torch.tensor([20.0, 45.0, 20.0]) * math.pi / 180).unbind(1)
+        lean, turn, roll = (draw(B, 3) * torch.tensor([20.0, 45.0, 20.0]) * math.pi / 180).unbind(1)
         o = torch.zeros(B)
         spin = aa_to_matrix(torch.stack([torch.stack(v, 1) for v in ([o, turn, o], [lean, o, o], [o, o, roll])]))
-        spin = (spin[0] @ spin[1] @ spin[2]).to(rotmat)                                      # (B,3,3)
-        rotmat = torch.cat([(spin @ rotmat[:, 0])[:, None], rotmat[:, 1:]], 1)
+        rotmat = turn_root(rotmat, spin[0] @ spin[1] @ spin[2])
     if not parts:
         return rotmat, rotmat                              # a clean input
     # differs from the official code, whose noise lands on a copy and does nothing
@@ -878,28 +1080,18 @@ def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
     hit = member[torch.randint(len(PARTS), (B,), generator=generator)]                       # (B,22)
     hit = hit * (torch.randperm(B, generator=generator) < (B + 1) // 2)[:, None]
     strength = NOISE[min(int(progress * len(NOISE)), len(NOISE) - 1)]
-    shake = aa_to_matrix(strength * hit[..., None] * uniform(B, 22, 3)).to(rotmat)           # (B,22,3,3)
+    shake = aa_to_matrix(strength * hit[..., None] * draw(B, 22, 3)).to(rotmat)           # (B,22,3,3)
     return rotmat @ shake, rotmat                          # joints wobble in their own frames
 
 
-# ---- 9. Run me -------------------------------------------------------------------------------------------------------
+# ---- 11. Run me ------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Config:
     """Take one pose through files, numbers and words, and draw it."""
-    pose: str = ""  # pose file to read (.npz or .npy); empty: a person who steps forward
+    pose: str = ""  # pose file to read (.npz or .npy); empty: the first synthetic person
     body: str = ""  # body model file (SMPL .pkl or .npz, SMPL-H, SMPL-X); empty: the free body in assets/
     out: str = "out"  # folder for the picture and the pose
     size: int = 320  # pixels of the picture
-
-
-def stride():
-    """A person in mid-step -> rotmat (22,3,3)."""
-    aa = torch.zeros(22, 3)
-    for name, turn in {"left_hip": (-0.7, 0, 0), "left_knee": (0.5, 0, 0), "right_hip": (0.35, 0, 0),
-                       "right_knee": (0.5, 0, 0), "left_shoulder": (0.5, 0, -1.3), "right_shoulder": (-0.6, 0, 1.3),
-                       "left_elbow": (0, -0.4, 0), "right_elbow": (0, 0.7, 0)}.items():
-        aa[JOINTS.index(name)] = torch.tensor(turn)
-    return aa_to_matrix(aa)
 
 
 def main():
@@ -908,7 +1100,7 @@ def main():
     if not 16 <= config.size <= 4096:
         raise Mistake(f"--size {config.size} must be from 16 to 4096 pixels")
     body = load_body(config.body)
-    rotmat = read_pose(config.pose) if config.pose else stride()
+    rotmat = read_pose(config.pose) if config.pose else populate("train", 2)[1][0]
     write_pose(f"{config.out}/pose.npz", rotmat)
     gap = (read_pose(f"{config.out}/pose.npz") - rotmat).abs().max()
     say("a pose", f"22 rotations {tuple(rotmat.shape)}; to {config.out}/pose.npz and back: {gap:.0e} off")

@@ -29,6 +29,7 @@ import os
 import pathlib
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -39,12 +40,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from data import TASKS, Mixture, Recorded, World, words
+from data import SIDE, TASKS, TEMPLATES, Mixture, World, arranged, cut, fill, read, templates, words
 from eval import Retrieval, load_ruler, read_texts
 from tokenizer import (
     MIRROR,
     Mistake,
     cli,
+    face_front,
     load_body,
     load_json,
     matrix_to_sixd,
@@ -57,6 +59,7 @@ from tokenizer import (
 )
 from unipose import (
     CHOICES,
+    LORA,
     RULER,
     SIZES,
     UniPose,
@@ -74,10 +77,9 @@ from unipose import (
 )
 
 # ---- 1. The stages -----------------------------------------------------------------------------------------------
-
 POSE_TASKS = ("pose2text", "posediff", "text2pose", "edit")
 IMAGE_TASKS = ("image2text", "imagediff", "image2pose")
-LLM, LORA = r"llm\.", r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # all weights; LoRA, embeddings and head
+LLM = r"llm\."  # all its weights; LORA: embeddings, head and LoRA only
 
 
 class Stage(NamedTuple):
@@ -141,8 +143,59 @@ class Config:
     part_noise: bool = False  # tokenizer: disturb body parts of the input, the target stays clean
 
 
-# ---- 2. What is frozen is computed once --------------------------------------------------------------------------
+# ---- 2. Real data in the place of the embedded world ----------------------------------------------------------------
+def tasks_of(record):
+    """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
+    kind, pair = "image" if "image" in record else "pose", "start" in record
+    if "texts" in record:
+        return {("pose", False): ("pose2text", "text2pose"), ("pose", True): ("posediff", "edit"),
+                ("image", False): ("image2text",), ("image", True): ("imagediff",)}[kind, pair]
+    return ("image2pose",) if {"image", "pose"} <= record.keys() else ()
 
+
+class Recorded:
+    """Real data in the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
+
+    weights: {"KIND:PATH": how often an example comes from it}, of which the train split is taken. Everything is read,
+    and every image decoded, before anything else happens. tasks: none = poses are drawn. Raises Mistake.
+    """
+
+    def __init__(self, weights, tasks=(), seed=0, templates=TEMPLATES):
+        self.tasks, self.seed, self.templates, self.groups = set(tasks), seed, templates, []
+        for spec, weight in weights.items():
+            rows = [r for r in read([spec]) if r.get("split", "train") == "train"
+                    and (self.tasks & set(tasks_of(r)) if tasks else "pose" in r)]
+            if not rows:
+                raise Mistake(f"{spec} offers nothing of a train split for {', '.join(tasks) or 'the tokenizer'}")
+            for offered, n in Counter(map(tasks_of, rows)).items():
+                self.groups.append((set(offered), [r for r in rows if tasks_of(r) == offered], weight * n / len(rows)))
+
+    def draw(self, k, *tasks):
+        """Example k of some tasks, none: of all of them -> record, generator. Raises Mistake."""
+        rng, wanted = np.random.default_rng((self.seed, k)), set(tasks) or self.tasks
+        weights = np.array([weight * (not wanted or bool(offered & wanted)) for offered, _, weight in self.groups])
+        if not weights.sum() > 0:
+            raise Mistake(f"no data set of --data offers {' or '.join(sorted(wanted)) or 'poses'}")
+        rows = self.groups[rng.choice(len(weights), p=weights / weights.sum())][1]
+        return rows[rng.integers(len(rows))], rng
+
+    def example(self, k, *tasks):
+        """The same -> task, [its inputs in order, its target], generator."""
+        record, rng = self.draw(k, *tasks)
+        task = str(rng.choice(sorted((set(tasks) or self.tasks) & set(tasks_of(record)))))
+        poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
+        if task != "image2pose":                           # texts are about people who face front
+            poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
+        return task, arranged(task, pose=(pose[0] for pose in poses),
+                              text=(str(rng.choice(record["texts"])) for _ in range(1)),
+                              image=(cut(record, SIDE, of) for of in ("start_", "") if of + "image" in record)), rng
+
+    def __getitem__(self, k):
+        task, values, rng = self.example(k)
+        return task, fill(task, values, templates(task)[rng.integers(self.templates)])
+
+
+# ---- 3. What is frozen is computed once --------------------------------------------------------------------------
 class Frozen:
     """Codes and image features of all people, computed on first use by the frozen parts of the model.
 
@@ -197,8 +250,7 @@ def watch(rows, what):
     return tqdm(rows, desc=what, leave=False, dynamic_ncols=True, disable=not is_first())
 
 
-# ---- 3. One function a stage: its modules, its loss --------------------------------------------------------------
-
+# ---- 4. One function a stage: its modules, its loss --------------------------------------------------------------
 class Job(NamedTuple):
     """modules: name -> what trains or changes; loss(rows, step) -> (loss, logs) for sample numbers `rows`, where
     logs["terms"] says how many terms the loss is the mean of."""
@@ -358,8 +410,7 @@ JOBS = {"backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
         "align": language, "project": language, "instruct": language}
 
 
-# ---- 4. The loop -------------------------------------------------------------------------------------------------
-
+# ---- 5. The loop -------------------------------------------------------------------------------------------------
 def schedule(config):
     """(steps, batch, peak lr) of the stage at this size, flags first."""
     steps, batch, lr = STAGES[config.stage].schedule[config.size]
@@ -511,8 +562,7 @@ def report(out, row):
           f"{row['terms_per_s']:.0f} terms/s | {minutes}:{seconds:02d} left", flush=True)
 
 
-# ---- 5. States to resume from ------------------------------------------------------------------------------------
-
+# ---- 6. States to resume from ------------------------------------------------------------------------------------
 # what a resumed run must not change
 FIXED = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos", "attn", "lora_r",
          "root_noise", "part_noise")
@@ -573,8 +623,7 @@ def restore(job, learning, optimiser, config, out):
     return facts["step"], facts["seconds"]
 
 
-# ---- 6. Runs -----------------------------------------------------------------------------------------------------
-
+# ---- 7. Runs -----------------------------------------------------------------------------------------------------
 def refuse(config):
     """Every setting that cannot work is refused here, before anything is computed. Raises Mistake."""
     def need(fine, sentence):

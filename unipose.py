@@ -20,8 +20,8 @@ Letters: B batch, T sequence, J=22 joints, N pose tokens (80), K codes (2048), P
     python unipose.py --weights out/tiny --half weights/tiny        # copy a trained folder in float16, LoRA merged
     python unipose.py --weights cache --merge out/llm               # the released LLM as a plain Hugging Face folder
 """
-import contextlib
 import copy
+import functools
 import json
 import math
 import pathlib
@@ -42,43 +42,13 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import Mistake, PoseTokenizer, Quantizer, TokenizerConfig, cli, reason, saving, script
+from tokenizer import Mistake, PoseTokenizer, Quantizer, TokenizerConfig, asset, cli, explaining, reason, saving, script
 
 # ---- 1. Sizes ----------------------------------------------------------------------------------------------------
-
 # What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
 # with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
 # slots: see `UniPose.embed`; lora_r 0: `instruct` trains all weights, since a tiny LLM leaves nothing to be saved.
-SIZES = {
-    "nano": dict(
-        llm=dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                 intermediate_size=64, max_position_embeddings=1024),
-        clip=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64,
-                  patch_size=16),
-        pose_vit=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 48],
-                      patch_size=[8, 8]),
-        tokenizer=dict(codes=64, code_dim=16, hidden=32, upsample_step=0),
-        slots=True, lora_r=4, lora_alpha=4),
-    "tiny": dict(
-        llm=dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                 intermediate_size=384, max_position_embeddings=1024),
-        clip=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=192, image_size=128,
-                  patch_size=16),
-        pose_vit=dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, image_size=[128, 96],
-                      patch_size=[16, 16]),
-        tokenizer=dict(codes=512, code_dim=64, hidden=128, upsample_step=1),
-        slots=True, lora_r=0, lora_alpha=32),
-    "paper": dict(
-        llm=dict(model_type="mistral", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-                 num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=32768, rms_norm_eps=1e-5,
-                 rope_theta=1e6, sliding_window=None),
-        clip=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-                  image_size=336, patch_size=14),
-        pose_vit=dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, image_size=[256, 192],
-                      patch_size=[16, 16]),
-        tokenizer=dict(codes=2048, code_dim=256, hidden=512, upsample_step=2),
-        slots=False, lora_r=64, lora_alpha=16),
-}
+SIZES = asset("sizes")
 TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
 CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
            "projector": ("mlp", "linear")}  # the first is the paper's, of the projector the release's
@@ -95,7 +65,6 @@ MODEL_KEYS = tuple(model_config("nano"))  # what config.json must hold of the mo
 
 
 # ---- 2. One sequence ---------------------------------------------------------------------------------------------
-
 NONE, IMAGE = -100, -1  # a position without a label; a position that an image patch will fill
 
 
@@ -203,16 +172,13 @@ def collate(sequences, side="right"):
         return gap + list(row) if side == "left" else list(row) + gap
 
     images = [torch.as_tensor(f).float() for s in sequences for f in s.images]
-    return {"ids": torch.tensor([pad(s.ids, 0) for s in sequences]),
-            "labels": torch.tensor([pad(s.labels, NONE) for s in sequences]),
-            "block": torch.tensor([pad(s.block, -1) for s in sequences]),
-            "slot": torch.tensor([pad(s.slot, -1) for s in sequences]),
-            "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
+    batch = {key: torch.tensor([pad(getattr(s, key), fill) for s in sequences])
+             for key, fill in dict(ids=0, labels=NONE, block=-1, slot=-1).items()}          # (B,T) each
+    return {**batch, "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
             "images": torch.stack(images) if images else None}
 
 
 # ---- 3. The mask -------------------------------------------------------------------------------------------------
-
 def mixed_mask(block, valid):
     """Who may look at whom: everything before, and inside one pose both ways; nobody reads padding (paper eq. 6).
 
@@ -239,7 +205,6 @@ def show_mask(block, valid=None):
 
 
 # ---- 4. LoRA -----------------------------------------------------------------------------------------------------
-
 class LoRALinear(nn.Module):
     """y = W x + (alpha/r) B A x with W frozen (LoRA, eq. 3). B starts at zero, so step 0 is exactly the base model."""
 
@@ -276,7 +241,6 @@ def merge_lora(model):
 
 
 # ---- 5. Two eyes -------------------------------------------------------------------------------------------------
-
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 POSE_MEAN, POSE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -356,7 +320,6 @@ def make_projector(kind, width, llm_width):
 
 
 # ---- 6. UniPose --------------------------------------------------------------------------------------------------
-
 class UniPose(nn.Module):
     """The whole model: pose tokenizer, two eyes, projector, and a Hugging Face Llama or Mistral.
 
@@ -497,7 +460,6 @@ class UniPose(nn.Module):
 
 
 # ---- 7. Checkpoints ----------------------------------------------------------------------------------------------
-
 RULER = "retrieval."  # keys of the evaluation's ruler, which travels in the same file (eval.py)
 
 
@@ -555,12 +517,9 @@ def read_config(folder):
 def read_tensors(path):
     """Every tensor of a safetensors file, float16 turned to float32. Raises Mistake when it is truncated, something
     else, or holds NaN."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
-    try:
+    with explaining(f"{path} is not a complete safetensors file (", "); copy or train it again"):
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise Mistake(f"{path} is not a complete safetensors file ({error}); copy or train it again") from None
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
         raise Mistake(f"{broken[0]} in {path} holds NaN or infinite numbers; train it again with a lower --lr")
@@ -586,10 +545,8 @@ def load(folder, device="cpu"):
 def find_device(name=""):
     """"" -> the GPU where there is one, else the CPU; any other name -> itself. Raises Mistake where there is none."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with explaining(f"--device {name} cannot be used here (", "); leave it out"):
         return str(torch.zeros(1, device=name).device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Mistake(f"--device {name} cannot be used here ({reason(error)}); leave it out") from None
 
 
 def load_strictly(model, state, where):
@@ -608,62 +565,31 @@ def compare(want, have, where):
 
 
 # ---- 8. Other people's weights: how their names map to ours ------------------------------------------------------
-
-# A table a kind of file: how a name begins there -> here. The first row that fits counts; "" is known and not needed.
-LLM_NAMES = {
-    "model.vision_tower.vision_tower.vision_model.": "vision.clip.",                     # LLaVA as its authors save it
-    "model.mm_projector.": "", "model.image_newline": "", "image_newline": "",
-    "vision_tower.vision_model.": "vision.clip.", "vision_tower.": "vision.clip.", "multi_modal_projector.": "",  # -hf
-    "model.vision_tower.vision_model.": "vision.clip.", "model.vision_tower.": "vision.clip.",
-    "model.multi_modal_projector.": "", "model.language_model.": "llm.model.", "language_model.": "llm.",
-    "model.": "llm.model.", "lm_head.": "llm.lm_head."}                                  # Llama, Mistral
-UNIPOSE_NAMES = {"base_model.model.model.mm_projector.": "projector.", "base_model.model.": "llm."}
-CODES_NAMES = {"loss.": "", "": "tokenizer."}
-CLIP_NAMES = {"vision_model.": "vision.clip.", "text_": "", "visual_projection.": "", "logit_scale": "",
-              "": "vision.clip."}
-VIT_NAMES = {"backbone.": "vision.pose_vit.", "embeddings.": "vision.pose_vit.embeddings.",
-             "encoder.": "vision.pose_vit.encoder.", "layernorm.": "vision.pose_vit.layernorm.", "": ""}  # "": heads
-INNER_NAMES = {  # what differs inside a name: the pose ViT as HMR2 and TokenHMR call it, and LoRA
-    ".pos_embed": ".embeddings.position_embeddings", ".patch_embed.proj.": ".embeddings.patch_embeddings.projection.",
-    ".blocks.": ".encoder.layer.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.",
-    ".attn.proj.": ".attention.output.dense.", ".attn.qkv.": ".attention.attention.qkv.", ".last_norm.": ".layernorm.",
-    ".lora_A.weight": ".A", ".lora_B.weight": ".B"}
+name_book = functools.partial(asset, "names")  # a table a kind of file: how a name begins there -> here; and inside it
 COMPUTED = ("rotary_emb.inv_freq", "position_ids")  # constants that old files carry along
 TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # one row for each id of the vocabulary
 TOLD = {"num_attention_heads", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
         "attention_bias", "mlp_bias", "hidden_act"}  # what no tensor tells
 BASE = "llava-v1.6-mistral-7b"
-OFFICIAL = {  # the parts of the release's folder `cache`, and where each comes from
-    BASE: f"huggingface.co/liuhaotian/{BASE}", "unipose": "huggingface.co/L-yiheng/UniPose",
-    "clip-vit-large-patch14-336": "huggingface.co/openai/clip-vit-large-patch14-336",
-    "pose_vqvae": "the Google Drive link of its README", "tokenhmr_model.ckpt": "TokenHMR's download page"}
 
 
-@contextlib.contextmanager
 def described(folder):
-    """What goes wrong in here, and it may be anything, is the fault of the descriptions in `folder`. Raises Mistake."""
-    try:
-        yield
-    except Mistake:
-        raise
-    except Exception as error:
-        raise Mistake(f"the JSON files in {folder} do not describe a model ({reason(error)}); copy it again") from error
+    """`with described(folder):` what goes wrong in here is the fault of the descriptions in `folder` (Mistake)."""
+    return explaining(f"the JSON files in {folder} do not describe a model (", "); copy it again")
 
 
 def part_of(cache, *names):
     """The path of a file in the official folder; Mistake, with its origin, where it is missing."""
     path = pathlib.Path(cache, *names)
     if not path.exists():
-        raise Mistake(f"{path} is missing; get it from {OFFICIAL[names[0]]}")
+        raise Mistake(f"{path} is missing; get it from {name_book()['origins'][names[0]]}")
     return path
 
 
 def read_json(path):
     """A JSON object -> dict. Raises Mistake."""
-    try:
+    with explaining(f"{path} cannot be read as JSON (", "); copy the folder again"):
         return {**json.loads(pathlib.Path(path).read_text())}
-    except (ValueError, OSError, TypeError) as error:
-        raise Mistake(f"{path} cannot be read as JSON ({reason(error)}); copy the folder again") from None
 
 
 def shards(folder):
@@ -673,7 +599,8 @@ def shards(folder):
              if not found or name.endswith(found[0].suffix)}
     missing = sorted(named - {path.name for path in found}) if found else ["model.safetensors"]
     if missing:
-        raise Mistake(f"{folder / missing[0]} is missing; get it from {OFFICIAL.get(folder.name, 'its first place')}")
+        origin = name_book()["origins"].get(folder.name, "its first place")
+        raise Mistake(f"{folder / missing[0]} is missing; get it from {origin}")
     return [path for path in found if path.name in named or not named]
 
 
@@ -705,7 +632,7 @@ def translate(path, names):
         if not names[begin] or theirs.endswith(COMPUTED):
             continue
         name = names[begin] + theirs.removeprefix(begin)
-        for inner, mine in INNER_NAMES.items():
+        for inner, mine in name_book()["inner"].items():
             name = name.replace(inner, mine)
         cut = ("query", "key", "value") if ".qkv." in name else ("qkv",)  # three matrices in one
         ours |= {name.replace("qkv", one): rows for one, rows in zip(cut, tensor.chunk(len(cut)))}
@@ -812,12 +739,10 @@ def sentence_pieces(path):
     """tokenizer.model -> the same byte pair encoding in `tokenizers`: two pieces that make a third may merge, those of
     high rank first. Raises Mistake where the package or the file is missing, or where the two disagree."""
     from tokenizers import Tokenizer, models
-    try:
+    with explaining(f"{path} cannot be read (",
+                    "); it takes the file and `pip install sentencepiece`, or else a tokenizer.json beside it"):
         import sentencepiece
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (ImportError, OSError, RuntimeError) as error:
-        raise Mistake(f"{path} cannot be read ({reason(error)}); it takes the file and `pip install sentencepiece`, or "
-                      "else a tokenizer.json beside it") from None
     ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
     plain = [i for i in ids.values() if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
     ranked = [pieces.id_to_piece(i) for i in sorted(plain, key=pieces.get_score, reverse=True)]
@@ -838,16 +763,17 @@ def mark_names(vocab):
 def is_official(folder):
     """Is this the official folder `cache`? Known by what lies in it, also where a part is missing."""
     folder = pathlib.Path(folder)
-    return not (folder / "config.json").exists() and any((folder / name).exists() for name in OFFICIAL)
+    return not (folder / "config.json").exists() and any((folder / name).exists() for name in name_book()["origins"])
 
 
 def official_files(cache):
     """The weights of the release as (path, names) pairs. The CLIP folder's are not among them: LLaVA tuned its own."""
-    return [*((path, LLM_NAMES) for path in shards(part_of(cache, BASE))),
-            *((part_of(cache, "unipose", name), UNIPOSE_NAMES)
+    names = name_book()
+    return [*((path, names["llm"]) for path in shards(part_of(cache, BASE))),
+            *((part_of(cache, "unipose", name), names["unipose"])
               for name in ("non_lora_trainables.bin", "adapter_model.safetensors")),
-            (part_of(cache, "pose_vqvae", "best_MPJPE.ckpt"), CODES_NAMES),
-            (part_of(cache, "tokenhmr_model.ckpt"), VIT_NAMES)]
+            (part_of(cache, "pose_vqvae", "best_MPJPE.ckpt"), names["codes"]),
+            (part_of(cache, "tokenhmr_model.ckpt"), names["vit"])]
 
 
 def official_config(cache, **vit):
@@ -859,7 +785,7 @@ def official_config(cache, **vit):
     home = pathlib.Path(str(lora.get("base_model_name_or_path"))).name
     if home != BASE or lora.get("use_dora") or lora.get("use_rslora"):
         raise Mistake(f"the adapter in {pathlib.Path(cache, 'unipose')} is for {home}, and plain LoRA for {BASE} is "
-                      f"wanted; get the folder from {OFFICIAL['unipose']}")
+                      f"wanted; get the folder from {name_book()['origins']['unipose']}")
     codes, code_dim = held["tokenizer.quantizer.codebook"][0]
     layers = max(int(name.split(".")[3]) for name in held if name.startswith("tokenizer.encoder."))
     tokens = dict(hidden=held["tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
@@ -901,9 +827,10 @@ def base_model(config, llm, clip, pose_vit):
     llm, eye, pose_vit = pathlib.Path(llm), pathlib.Path(clip or llm), pathlib.Path(pose_vit)
     told, vit = read_json(llm / "config.json"), read_json(pose_vit / "config.json") if pose_vit.is_dir() else {}
     vit = vit.get("backbone_config", vit)
-    files = [*((path, LLM_NAMES | ({"tied": ""} if told.get("tie_word_embeddings") else {})) for path in shards(llm)),
-             *((path, CLIP_NAMES) for path in (shards(eye) if clip else [])),
-             *((path, VIT_NAMES) for path in (shards(pose_vit) if pose_vit.is_dir() else [pose_vit]))]
+    names, tied = name_book(), {"tied": ""} if told.get("tie_word_embeddings") else {}
+    files = [*((path, names["llm"] | tied) for path in shards(llm)),
+             *((path, names["clip"]) for path in (shards(eye) if clip else [])),
+             *((path, names["vit"]) for path in (shards(pose_vit) if pose_vit.is_dir() else [pose_vit]))]
     with described(f"{llm}, {eye} or {pose_vit}"), torch.device("meta"):
         model = UniPose(config | measure(files, told, read_json(eye / "config.json"), vit), word_pieces(llm))
     model.tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
@@ -926,7 +853,6 @@ def write_llm(model, folder):
 
 
 # ---- 9. Look at it -----------------------------------------------------------------------------------------------
-
 def parameter_table(model):
     """Rows (part, parameters, of them in LoRA) of the model's top-level parts, largest last row the sum."""
     rows = []
