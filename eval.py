@@ -26,7 +26,6 @@ import json
 import math
 import pathlib
 import re
-import resource
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -601,6 +600,8 @@ def speed(model, seed=0, repeats=7):
         prompt, begun = exams[task].question(0, model), time.perf_counter()
         generate(model, [prompt], [exams[task].target], decode=decode, max_new=steps)
         return time.perf_counter() - begun
+
+    import resource  # not on Windows
 
     read = [*model.llm.model.layers.parameters(), model.llm.lm_head.weight]
     weights = sum(p.numel() * p.element_size() for p in read)
