@@ -1537,7 +1537,7 @@ MISTAKES = {  # script and flags: {the rest of the command: what must be said}
                  "device cuda:99": "cuda:99"}}
 
 
-@pytest.mark.parametrize("start, rest", [(start, rest) for start in MISTAKES for rest in MISTAKES[start]])
+@pytest.mark.parametrize("start, rest", [(s, rest) for s in MISTAKES for rest in MISTAKES[s]], ids=lambda s: s[:40])
 def test_a_users_mistake_is_one_sentence(trained, bad_files, tmp_path, monkeypatch, start, rest):
     """What is wrong, where, and what to do, before anything is computed; nothing is written, and no pickle is run."""
     monkeypatch.chdir(bad_files)
