@@ -1533,7 +1533,7 @@ MISTAKES = {  # script and flags: {the rest of the command: what must be said}
     "train --": {"stage dance": "not one of", "stage align": "needs tokenizer", "attn diagonal": "not one of",
                  "stage align --batch 7 --accumulate 2": "does not cut into 2 parts", "people 3": "come in pairs",
                  "stage tokenizer --accumulate 2": "leave --accumulate out", "photos 64": "is more than --people",
-                 "steps -1": "--steps -1 must be at least 0", "size paper": "does not read yet",
+                 "steps -1": "--steps -1 must be at least 0", "size paper": "needs backbones",
                  "device cuda:99": "cuda:99"}}
 
 

@@ -110,7 +110,7 @@ STAGES = {
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), (*TASKS, *IMAGE_TASKS), ("project",), 200, False,
                       dict(nano=(30, 8, 1e-3), tiny=(3500, 16, 1e-3), paper=(1_900, 32, 5e-5))),
 }
-PEOPLE = dict(nano=(256, 64), tiny=(40_000, 16_000))  # synthetic people, and how many are photographed
+PEOPLE = dict(nano=(256, 64), tiny=(40_000, 16_000), paper=(40_000, 16_000))  # people, and how many are photographed
 
 
 @dataclass
@@ -635,8 +635,9 @@ def refuse(config):
         given = getattr(config, name)
         fine = given in choices or (name in CHOICES and not given)
         need(fine, f"--{name} {given} is not one of {', '.join(choices)}")
-    need(config.size in PEOPLE, "--size paper trains on downloaded weights and data sets, which this version does not "
-         "read yet; use --size tiny")
+    for stage in asked(config):
+        need(config.size in STAGES[stage].schedule, f"--stage {stage} is a download at --size {config.size}: give "
+             "--llm and --pose_vit with the stages after it")
     for name, least in dict(steps=0, batch=0, people=0, photos=0, lr=0, accumulate=1, lora_r=-1, save_every=1).items():
         given = getattr(config, name)
         need(least <= given < 1e9, f"--{name} {given} must be at least {least}, and a number of this world")
@@ -653,9 +654,12 @@ def refuse(config):
 
 
 def asked(config):
-    """The stages that --stage names, in their order."""
+    """The stages that --stage names, in their order; of all of them those that are not downloads."""
     named = config.stage.split(",")
-    return list(STAGES) if named == ["all"] else sorted(named, key=[*STAGES, *named].index)
+    if named == ["all"]:
+        return [stage for stage, row in STAGES.items() if config.size in row.schedule and not (
+            config.llm and stage == "backbones")]
+    return sorted(named, key=[*STAGES, *named].index)
 
 
 def settle(config):
@@ -690,7 +694,8 @@ def start_from(config, out, recorded):
     """(model, ruler, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
     first, *others = config.init.split(",")
     folder, stages = pathlib.Path(first or out), asked(config)
-    needs = [need for stage in stages for need in STAGES[stage].needs if need not in stages]
+    given = [*stages, "backbones"] if config.llm else stages
+    needs = [need for stage in stages for need in STAGES[stage].needs if need not in given]
     exists = (folder / "config.json").exists()
     if config.stage == "all" and (config.init or (exists and not config.resume)):
         raise Mistake(f"--stage all starts afresh, and {folder} holds a model; give --resume, or another --out")
@@ -699,8 +704,11 @@ def start_from(config, out, recorded):
     if config.init or exists:
         return go_on_from(folder, others, needs, config)
     if needs:
+        way = f"run `python train.py --stage all --size {config.size}`"
+        if config.size not in STAGES[needs[0]].schedule:
+            way = "give --llm and --pose_vit"
         raise Mistake(f"--stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
-                      f"run `python train.py --stage all --size {config.size}` or give --init FOLDER")
+                      f"{way}, or --init FOLDER")
     torch.manual_seed(config.seed)
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
     fresh = model_config(config.size, **chosen)
@@ -836,8 +844,7 @@ def main(argv=None):
     model, ruler, notes = start_from(config, out, recorded)
     config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
-    stages = [s for s in asked(config) if not (config.resume and done(s, config, notes, out))
-              and not (config.llm and s == "backbones")]
+    stages = [s for s in asked(config) if not (config.resume and done(s, config, notes, out))]
     if not stages:
         print(f"{out} has been through {config.stage} already; there is nothing to resume")
     frozen = Frozen(model, World("train", config.people, model.vision.clip_size), config.photos, recorded)
