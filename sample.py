@@ -381,7 +381,8 @@ def exam(world, task, i):
     """Test person i (even; i+1 is its edit) -> (inputs, truth, the poses that texts speak of)."""
     rng, pair = np.random.default_rng((0, i)), "diff" in task
     poses = [world.poses[i], world.poses[i + 1]] if pair or task == "edit" else [world.poses[i]]
-    told = world.difference(i, i + 1, rng) if len(poses) == 2 else world.caption(i, rng)
+    say = world.sight if task == "image2text" else world.caption
+    told = world.difference(i, i + 1, rng) if len(poses) == 2 else say(i, rng)
     *inputs, truth = arranged(task, pose=[world.seen[i]] if task == "image2pose" else poses, text=[told],
                               image=(world.image(k) for k in (i, i + 1)))
     return inputs, truth, poses
