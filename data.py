@@ -14,7 +14,6 @@ tokenizer.py, who also draws them) is a function of (split, i), example k of a m
 Letters: M poses, S columns of posecodes, P super-posecodes, J=22 joints, V vertices.
 
     python data.py                       # one example of each task, and out/world.png: 32 photographs
-    python data.py --split test --seed 3
     python data.py --speed 10000         # how fast the full captions are, and in how much memory
     python data.py --check amass:/data/AMASS/CMU               # real data: counts, ranges, a picture
     python data.py --build imagescript --poses world:train:2000 --quota world=500 --quota world=50:test
@@ -576,15 +575,15 @@ def select(may, rng, demand=False):
     """{code: eligibility} -> the codes of one text, in order of speech, within its limits. demand: see `say`.
 
     What tells most of the pose goes first, so a listener may take the rest for the usual: on the embedded world this
-    brings a guess 20 mm nearer than a random choice. A little chance on top: two texts of one pose may differ.
+    brings a guess 20 mm nearer than a random choice. A little chance on top, none without rng.
     """
     codes, said, crowded = set(may), [], set()
     for conditions, targets in implications("implied"):
         if conditions <= codes:
             codes -= targets
     # eligibility 2 doubles a code's worth (e^0.7), chance changes it by up to a sixth
-    score = {code: math.log(worth(code)) + 0.7 * e + 0.15 * rng.random() for code, e in may.items()}
-    for code in sorted(codes, key=score.get, reverse=True):
+    score = {code: math.log(worth(code)) + 0.7 * e + (0.15 * rng.random() if rng else 0) for code, e in may.items()}
+    for code in sorted(codes, key=lambda code: (-score[code], code)):
         if not crowds(code) & crowded:
             crowded |= crowds(code)
             said.append(code)
@@ -611,12 +610,17 @@ def touched(code, changed):
 
 
 def choose_difference(pairs, i, rng):
-    """Codes of pairs -> the statements of a difference text: paircodes first, then demands on what changed."""
+    """Codes of pairs -> the statements of a difference text: paircodes first, then demands on what changed.
+
+    Where something of a limb moves far, its slight moves go unsaid."""
     moves = eligible(pair_table(), pairs, i)
+    limbs = {code: {(side, LIMB[part]) for side, part in parts_named(code)} for code in moves}  # trunk and head are one
+    far = {limb for code in moves if "slightly" not in code[2] for limb in limbs[code]}
     changed = {part for code in moves for part in parts_named(code)}
     ends = {code: e for code, e in eligible(pose_table(), pairs.b, i).items() if touched(code, changed)}
     # + 6: every move goes before every demand; where B ends up says less than which way things go
-    return select({code: e + 6 for code, e in moves.items()} | ends, rng, demand=True)
+    moves = {code: e + 6 for code, e in moves.items() if "slightly" not in code[2] or not limbs[code] & far}
+    return select(moves | ends, rng, demand=True)
 
 
 @functools.cache
@@ -631,18 +635,18 @@ def spellings(unit, demand):
 def say(said, rng, demand=False):
     """Statements -> text. demand: posecodes are asked for ("should be straight"), as in a difference text.
 
-    Phrases are drawn at random; a text over its limit gets the shortest phrase for one sentence after the other.
+    Phrases are drawn at random; one sentence after the other of a text over its limit, or all without rng, is short.
     """
     choices = [spellings(unit, demand) for unit in grouped(said)]
-    lines = [choice[rng.integers(len(choice))] for choice in choices]
-    for k in rng.permutation(len(lines)):
+    lines = [choice[rng.integers(len(choice)) if rng else 0] for choice in choices]
+    for k in rng.permutation(len(lines)) if rng else ():
         if sum(map(tokens, lines)) > MOST_TOKENS:
             lines[k] = choices[k][0]
     return " ".join(line[0].upper() + line[1:] + "." for line in lines or [phrases()["nothing"]])
 
 
 def caption(codes, i, rng):
-    """Pose i in words. codes: of `posecodes`; rng: np.random.Generator. -> at most 15 statements, 90 words and marks"""
+    """Pose i in words, of `posecodes`; without rng always the same. -> at most 15 statements, 90 words and marks"""
     return say(select(eligible(pose_table(), codes, i), rng), rng)
 
 
@@ -906,9 +910,7 @@ class World:
         self.seen = turn_root(self.poses, torch.tensor(np.stack([*map(turn_y, self.headings)])))
 
     def photo(self, i):
-        """The photograph of person i (size,size,3) uint8, and where its joints are (22,2), pixels, x to the right.
-
-        The two of a pair wear the same clothes."""
+        """The photograph of person i (size,size,3) uint8, and its joints (22,2) in it. Pairs wear the same clothes."""
         row = SPLITS[self.split] + int(i)
         return photograph(self.seen[i], self.size, *map(np.random.default_rng, [(row // 2, 1), (row, 2)]))
 
@@ -983,7 +985,9 @@ class Mixture:
         return task, fill(task, self.example(task, i, rng), line)
 
     def example(self, task, i, rng):
-        """One example: a task's inputs in order, then its target. Pairs run from person i to its partner."""
+        """One example: a task's inputs in order, then its target. Pairs run from person i to its partner. Questions use
+        any phrases, answers the shortest: which of them is meant nobody can learn."""
+        rng = rng if TASKS[task].target == "pose" else None
         tell = {"text2pose": self.world.request, "image2text": self.world.sight, "pose2text": self.world.caption}.get(
             task, lambda i, rng: self.world.difference(i, i ^ 1, rng))
         poses = self.seen if task == "image2pose" else self.pose         # answered in the camera's frame
