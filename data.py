@@ -39,40 +39,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from tokenizer import (
-    JOINTS,
-    MOTION,
-    PARENTS,
-    SPLITS,
-    Mistake,
-    SafeUnpickler,
-    as_rotations,
-    asset,
-    body_colors,
-    cli,
-    explaining,
-    face_front,
-    files_in,
-    forward_kinematics,
-    frame_of,
-    from_camera,
-    load_body,
-    load_json,
-    matrix_to_aa,
-    motion,
-    open_image,
-    people,
-    photograph,
-    populate,
-    read_arrays,
-    reason,
-    render,
-    saving,
-    script,
-    sitter,
-    skipping,
-    turn_root,
-    turn_y,
-)
+    JOINTS, MOTION, PARENTS, SPLITS, Mistake, SafeUnpickler, as_rotations, asset, body_colors, cli, explaining,
+    face_front, files_in, forward_kinematics, frame_of, from_camera, load_body, load_json, matrix_to_aa, motion,
+    open_image, people, photograph, populate, read_arrays, reason, render, saving, script, sitter, skipping, turn_root,
+    turn_y)
 
 
 # ---- 1. Seven tasks and their templates ------------------------------------------------------------------------------

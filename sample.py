@@ -28,20 +28,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from data import TASKS, World, arranged, check, fill, rest, templates
 from tokenizer import (
-    Mistake,
-    asset,
-    body_colors,
-    cli,
-    face_front,
-    forward_kinematics,
-    load_body,
-    read_pose,
-    reason,
-    render,
-    saving,
-    script,
-    write_pose,
-)
+    Mistake, asset, body_colors, cli, face_front, forward_kinematics, load_body, read_pose, reason, render, saving,
+    script, write_pose)
 from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask
 
 

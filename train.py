@@ -43,38 +43,11 @@ from torch import nn
 from data import SIDE, TASKS, TEMPLATES, Mixture, World, arranged, cut, fill, read, templates, words
 from eval import Retrieval, load_ruler, read_texts
 from tokenizer import (
-    MIRROR,
-    Mistake,
-    cli,
-    face_front,
-    load_body,
-    load_json,
-    matrix_to_sixd,
-    mirror,
-    noisy,
-    saving,
-    script,
-    some_vertices,
-    tokenizer_loss,
-)
+    MIRROR, Mistake, cli, face_front, load_body, load_json, matrix_to_sixd, mirror, noisy, saving, script,
+    some_vertices, tokenizer_loss)
 from unipose import (
-    CHOICES,
-    LORA,
-    RULER,
-    SIZES,
-    UniPose,
-    base_model,
-    collate,
-    find_device,
-    load,
-    load_strictly,
-    model_config,
-    provenance,
-    read_config,
-    read_tensors,
-    save,
-    word_tokenizer,
-)
+    CHOICES, LORA, RULER, SIZES, UniPose, base_model, collate, find_device, load, load_strictly, model_config,
+    provenance, read_config, read_tensors, save, word_tokenizer)
 
 # ---- 1. The stages -----------------------------------------------------------------------------------------------
 POSE_TASKS = ("pose2text", "posediff", "text2pose", "edit")
@@ -404,8 +377,6 @@ def meet_codes(model):
 def language(model, ruler, frozen, config):
     """align, project, instruct: the next word and the codes of asked-for poses, over a mixture of tasks."""
     stage, mixture = STAGES[config.stage], frozen.recorded.get(config.stage)
-    if config.stage == "align" and config.size != "paper":
-        meet_codes(model)
     if not mixture:
         lookups = {"pose": frozen.codes}
         if set(stage.tasks) & set(IMAGE_TASKS):
@@ -511,8 +482,8 @@ def bfloat16(config):
 
 
 def make_optimisers(config, learning, peak):
-    """AdamW (paper); at the embedded sizes Muon for the matrices inside the layers of a transformer, which makes every
-    direction of a matrix move as far as the strongest one. It learns as much from half of the examples (README).
+    """AdamW (paper); at the embedded sizes Muon for the matrices inside the layers of a transformer: every direction of
+    a matrix moves as far as the strongest one, and the same examples teach more (README, what was tried).
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025."""
     inner = [name for name, parameter in learning.items()
              if config.size != "paper" and parameter.dim() == 2 and ".layer" in name and "lora" not in name]
@@ -602,11 +573,6 @@ def moving(job, learning):
     return {**learning, **{"buffer." + key: value for key, value in buffers.items()}}
 
 
-def memories(optimisers):
-    """parameter -> {name: tensor} that its optimiser remembers."""
-    return {parameter: kept for optimiser in optimisers for parameter, kept in optimiser.state.items()}
-
-
 def keep(job, learning, optimisers, config, out, step, seconds):
     """Write train_state.safetensors: weights, the optimisers' memory, where the run stands. One file, renamed when
     whole."""
@@ -614,10 +580,10 @@ def keep(job, learning, optimisers, config, out, step, seconds):
     if not is_first():
         return
     state = {k: v.detach().cpu().contiguous().clone() for k, v in moving(job, learning).items()}
-    memory = memories(optimisers)
     for name, parameter in learning.items():
-        for key, value in memory.get(parameter, {}).items():
-            state[f"memory.{key}.{name}"] = value.cpu().contiguous()
+        for optimiser in optimisers:
+            for kind, value in optimiser.state.get(parameter, {}).items():
+                state[f"memory.{kind}.{name}"] = value.cpu().contiguous()
     facts = {key: getattr(config, key) for key in FIXED} | {"step": step, "seconds": seconds}
     with saving(out / "train_state.safetensors") as path:
         save_file(state, path, metadata={"run": json.dumps(facts)})
@@ -653,10 +619,9 @@ def restore(job, learning, optimisers, config, out):
             value.copy_(state[name])
     owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
              for parameter in group["params"]}
-    for name, parameter in learning.items():
-        memory = {key: state[f"memory.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-                  if f"memory.{key}.{name}" in state}
-        owner[parameter].state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in memory.items()}
+    for kind, name, value in ((*key.split(".", 2)[1:], state[key]) for key in state if key.startswith("memory.")):
+        parameter = learning[name]
+        owner[parameter].state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
     return facts["step"], facts["seconds"]
 
 
@@ -817,6 +782,8 @@ def run_stage(config, model, ruler, frozen, notes, out):
     if config.checkpointing:
         model.llm.gradient_checkpointing_enable()
     torch.manual_seed(config.seed)
+    if config.stage == "align" and config.size != "paper" and "align" not in notes["stages"]:
+        meet_codes(model)
     job = JOBS[config.stage](model, ruler, frozen, config)
     for module in job.modules.values():
         module.train()
