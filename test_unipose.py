@@ -1461,6 +1461,16 @@ def test_photographs_for_the_pose_vit_are_moved_together_with_their_joints():
     assert (found - there[:, 0]).norm(dim=1).max() < 0.5 and (there - spots).norm(dim=-1).std() > 1
 
 
+@pytest.mark.parametrize("kind", unipose.CHOICES["projector"])
+def test_the_projector_starts_with_both_eyes_on_one_scale(kind):
+    """What its first layer makes of features is what it would have made of them with mean 0 and spread 1."""
+    model, features = nano(projector=kind), torch.randn(50, 16, 64) * torch.logspace(-1, 1, 64) + torch.arange(64)
+    first = model.projector if kind == "linear" else model.projector[0]
+    wanted = first((features - features.mean((0, 1))) / features.std((0, 1)))
+    train.meet_eyes(model, features)
+    assert (first(features) - wanted).norm() < 0.02 * wanted.norm()
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "align", "instruct"])
 def test_a_run_that_was_cut_off_goes_on_bit_by_bit(trained, tmp_path, monkeypatch, stage):
     """Four steps, and two steps, a cut and --resume, end in the same weights; --resume refuses other settings."""

@@ -83,7 +83,7 @@ STAGES = {
     # images come twice as often, too: the LLM has not met them before
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), (*TASKS, *IMAGE_TASKS, "posediff"), ("project",),
                       200, False,
-                      dict(nano=(30, 8, 1e-3), tiny=(12_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
+                      dict(nano=(30, 8, 1e-3), tiny=(9_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
 }
 PEOPLE = dict(nano=(256, 64), tiny=(40_000, 40_000), paper=(40_000, 40_000))  # people, and how many are photographed
 
@@ -373,6 +373,16 @@ def meet_codes(model):
     with torch.no_grad():
         table[v.pose0:v.p_open] = 0.3 * vectors @ turn.to(vectors)
         table[v.query0:] = 0.3 * torch.randn(v.n_tokens, table.size(1))
+
+
+def meet_eyes(model, features):
+    """The projector starts with all channels of features (n,P,Dv) on one scale, folded into its first layer: those of
+    the small CLIP are ten times as large as the pose ViT's, which they would drown. Embedded sizes only."""
+    first = model.projector if isinstance(model.projector, nn.Linear) else model.projector[0]
+    some = features[:1000].to(first.weight).flatten(0, 1)                                   # (n*P,Dv)
+    with torch.no_grad():
+        first.weight /= some.std(0) + 1e-3
+        first.bias -= first.weight @ some.mean(0)
 
 
 def language(model, ruler, frozen, config):
@@ -783,8 +793,11 @@ def run_stage(config, model, ruler, frozen, notes, out):
     if config.checkpointing:
         model.llm.gradient_checkpointing_enable()
     torch.manual_seed(config.seed)
-    if config.stage == "align" and config.size != "paper" and "align" not in notes["stages"]:
-        meet_codes(model)
+    if config.size != "paper" and config.stage not in notes["stages"]:
+        if config.stage == "align":
+            meet_codes(model)
+        if config.stage == "project" and "project" not in frozen.recorded:
+            meet_eyes(model, frozen.features)
     job = JOBS[config.stage](model, ruler, frozen, config)
     for module in job.modules.values():
         module.train()
