@@ -445,9 +445,10 @@ def answer(model, exam, decode, batch):
 
 
 def examine(model, judge, exam, known, decodes, batch, seed):
-    """One task -> its figures by the first way of decoding; other ways of making a pose stand under "decoding"."""
-    first, *others = decodes if exam.target == "pose" else decodes[:1]
-    report = judge.mark(exam, answer(model, exam, first, batch))
+    """One task -> its figures by the first way of decoding that changes it; the others stand under "decoding"."""
+    idle = {"pose": ("sure",), "text": ("soft", "vote")}[exam.target]
+    first, *others = [way for way in decodes if way not in idle] or ["argmax"]
+    report = judge.mark(exam, answer(model, exam, first, batch)) | {"decode": first}
     if others:
         report["decoding"] = {way: judge.mark(exam, answer(model, exam, way, batch)) for way in others}
     report["baselines"] = {who: judge.mark(exam, made) for who, made in baselines(exam, known, model, seed).items()}
@@ -494,10 +495,9 @@ COLUMNS = {"MPJPE": ("mpjpe",), "PA": ("pa_mpjpe",), "true": ("statement_accurac
 
 def table(report):
     """The report as aligned lines: one row for each task and whoever answered it."""
-    first = report["decode"].split(",")[0]
     rows = [("tokenizer", f"{report['tokenizer']['active']:.0%} codes active", report["tokenizer"])]
     for task, figures in report["tasks"].items():
-        rows.append((task, "UniPose " + first * ("mpjpe" in figures), figures))
+        rows.append((task, f"UniPose {figures['decode']}", figures))
         for group, mark in (("decoding", "UniPose"), ("baselines", "-"), ("ceilings", "+")):
             rows += [("", f"{mark} {who}", marks) for who, marks in figures.get(group, {}).items()]
 
@@ -606,7 +606,7 @@ class Config:
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # only these tasks
-    decode: str = "argmax"  # argmax | soft | vote | ar, several with commas between
+    decode: str = "argmax"  # argmax | soft | vote | sure | ar, several with commas between
     batch: int = 32  # questions answered side by side
     pool: int = 1024  # training people that the baselines may look at
     seed: int = 0  # of the captions

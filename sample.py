@@ -17,6 +17,7 @@ Letters: B rows, q columns read in one step, N pose tokens, K codes, D LLM width
 """
 import pathlib
 import sys
+import math
 import textwrap
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ class Answer:
     pose: torch.Tensor | None = None
     codes: list = field(default_factory=list)
     ids: list = field(default_factory=list)
+    chances: list = field(default_factory=list)  # log-probability of each token said, given those before
     finished: bool = False  # the row ended by itself, not at the length limit
     room: int = 160  # that limit, in tokens
 
@@ -93,7 +95,8 @@ def allowed_next(model, answer, want, stepwise):
     return [texts] if want == "text" or v.p_open in answer.ids else [texts, p_open]
 
 
-DECODINGS = ("argmax", "soft", "vote", "ar")
+DECODINGS = ("argmax", "soft", "vote", "sure", "ar")
+SURE = 0.3  # least chance of a sentence that "sure" leaves in an answer; chosen on the split val
 
 
 def check_decoding(model, *ways):
@@ -108,7 +111,8 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     """Answer a batch of prompts (segments without targets), each row as it would be answered alone.
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
-    "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
+    "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code;
+    "sure" leaves out of a text the sentences that had little chance (SURE).
     A model trained with --attn causal has no queries and always answers code by code; "ar" on any other is a clock,
     since it never saw its own codes.
     temperature 0 is greedy. Returns a list of Answer; a row stops after max_new tokens at the latest (0: 160, and the
@@ -134,7 +138,7 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
         last = (valid.sum(1) - 1).clamp(min=0)
         h = hidden[torch.arange(len(answers), device=h.device), last]                      # (B,D)
     for answer in answers:
-        finish(model, answer)
+        finish(model, answer, decode)
     return answers
 
 
@@ -150,6 +154,7 @@ def say_next(model, answers, h, wants, stepwise, temperature, generator):
         token = int(pick(open_, temperature, generator))
         answer.finished = token == model.text.eos_token_id
         answer.ids.append(token)
+        answer.chances.append(float(open_.float().log_softmax(-1)[token]))
         if v.pose0 <= token < v.p_open:
             answer.codes.append(token - v.pose0)
 
@@ -200,12 +205,23 @@ def most_usual(model, logits, draws=16):
     return codes[apart.mean(1).argmin()]
 
 
-def finish(model, answer):
+def surest(model, answer):
+    """The ids of a text, without sentences that had less chance than SURE as a whole; the surest one always stays."""
+    stop = model.text.convert_tokens_to_ids(".")
+    ends = [k + 1 for k, i in enumerate(answer.ids) if i == stop]
+    sentences = [slice(*ends_of) for ends_of in zip([0, *ends], ends)]
+    chances = [sum(answer.chances[where]) for where in sentences]
+    least = min(math.log(SURE), max(chances, default=0.0))
+    return [i for where, chance in zip(sentences, chances) if chance >= least for i in answer.ids[where]]
+
+
+def finish(model, answer, decode):
     """Codes -> rotations, ids -> tidy text."""
     if len(answer.codes) == model.tokenizer.n_tokens and answer.pose is None:
         codes = torch.tensor([answer.codes], device=model.device)
         answer.pose = model.tokenizer.decode(codes)[0].cpu()                               # (22,3,3)
-    words = [i for i in answer.ids if i < model.vocab.n_text and i != model.text.eos_token_id]
+    said = surest(model, answer) if decode == "sure" and not answer.codes else answer.ids
+    words = [i for i in said if i < model.vocab.n_text and i != model.text.eos_token_id]
     answer.text = model.in_words(words)
 
 
@@ -397,7 +413,7 @@ class Config:
     task: str = ""  # which task, where the inputs fit two: image2text or image2pose
     weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
-    decode: str = "argmax"  # argmax (paper) | soft | vote | ar
+    decode: str = "argmax"  # argmax (paper) | of poses: soft, vote | of texts: sure | ar
     n: int = 1  # how many answers; more than one are drawn at --temperature
     temperature: float = 0.0  # 0 is greedy; with --n above 1 and 0 here: 0.7
     seed: int = 0  # of the drawing

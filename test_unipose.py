@@ -1327,6 +1327,16 @@ def test_samples_repeat_with_their_seed_and_a_vote_goes_to_what_most_draws_say()
     assert sample.most_usual(model, torn)[0] == draws.mode().values
 
 
+def test_a_sure_answer_leaves_out_what_had_little_chance_but_never_everything():
+    """A sentence counts as a whole; what follows the last full stop was cut off, and goes as well."""
+    model, low = nano(), math.log(sample.SURE)
+    left, right, hand = (model.text_ids(f"{word} knee .") for word in ("left", "right", "hand"))
+    for chances, stays in (([low / 4] * 9, left + right + hand), ([low / 2] * 3 + [0.0] * 6, right + hand),
+                           ([2 * low, 0, 0, 3 * low, 0, 0, 3 * low, 0, 0], left)):
+        said = sample.Answer(ids=left + right + hand + left[:1], chances=[*chances, 0.0])
+        assert sample.surest(model, said) == stays
+
+
 # ---- eval.py ---------------------------------------------------------------------------------------------------------
 def test_bleu_and_rouge_l_equal_sacrebleu_and_rouge_score():
     """Corpus BLEU-4, 13a tokens, no smoothing, case kept; mean ROUGE-L F1 without stemming."""
