@@ -971,6 +971,8 @@ def test_lora_changes_nothing_at_step_zero_merges_exactly_and_is_what_peft_does(
     unipose.merge_lora(trained_one.llm.model.layers)
     assert torch.equal(before, model(batch)[0]) and abs(adapted - before) > 1e-3
     assert not model.llm.model.layers[0].self_attn.q_proj.base.weight.requires_grad
+    learning = {name: p for name, p in model.named_parameters() if re.search(r"\.[AB]$", name)}        # AdamW alone
+    assert learning and len(train.make_optimisers(train.Config(size="nano"), learning, 1e-3)) == 1
     assert not any(isinstance(module, unipose.LoRALinear) for module in trained_one.modules())
     close(adapted, trained_one(batch)[0])
     peft = pytest.importorskip("peft")

@@ -493,11 +493,11 @@ def bfloat16(config):
 
 
 def make_optimisers(config, learning, peak):
-    """AdamW (paper); at the embedded sizes Muon for the matrices inside the layers of a transformer: every direction of
-    a matrix moves as far as the strongest one, and the same examples teach more (README, what was tried).
+    """AdamW (paper); at the embedded sizes Muon for the matrices inside the layers of a transformer, LoRA's left out:
+    every direction of a matrix moves as far as the strongest one, and the same examples teach more (README).
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025."""
-    inner = [name for name, parameter in learning.items()
-             if config.size != "paper" and parameter.dim() == 2 and ".layer" in name and "lora" not in name]
+    inner = [name for name, parameter in learning.items() if config.size != "paper"
+             and parameter.dim() == 2 and ".layer" in name and not name.endswith((".A", ".B"))]
     rest = [parameter for name, parameter in learning.items() if name not in inner]
     adamw = torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     if not inner:
