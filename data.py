@@ -919,10 +919,11 @@ class World:
         return show_side(self.views[i], self.caption(i, rng))
 
     def request(self, i, rng):
-        """The same as somebody would type it: mostly whole, else the activity's name, a few statements, or both."""
-        if rng.random() < 0.7:
+        """The same as somebody would type it: whole, or the activity's name, a few of the statements, or both."""
+        if rng.random() < 0.5:
             return self.caption(i, rng)
-        said = [code for code in select(eligible(pose_table(), self.codes, i), rng) if rng.random() < 0.4]
+        share = rng.choice([0.0, 0.1, 0.3, 0.5])
+        said = [code for code in select(eligible(pose_table(), self.codes, i), rng) if rng.random() < share]
         named = self.activity[i] + "." if i % 2 == 0 and rng.random() < 0.7 else ""    # an edit may be something else
         return " ".join(filter(None, [named[:1].upper() + named[1:], said and say(said, rng)])) or self.caption(i, rng)
 

@@ -80,10 +80,10 @@ STAGES = {
                    dict(nano=(30, 8, 2e-3), tiny=(20_000, 8, 2e-3), paper=(10_200, 96, 1.5e-4))),
     "project": Stage(dict.fromkeys(SIZES, r"projector\."), IMAGE_TASKS, ("backbones", "align"), 1, False,
                      dict(nano=(20, 8, 2e-3), tiny=(300, 16, 2e-3), paper=(12_500, 32, 5e-5))),
-    # images come twice as often, too: the LLM has not met them before
-    "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."), (*TASKS, *IMAGE_TASKS, "posediff"), ("project",),
-                      200, False,
-                      dict(nano=(30, 8, 1e-3), tiny=(9_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
+    # images come three times as often, differences once more: the LLM has not met them before
+    "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."),
+                      (*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"), ("project",), 200, False,
+                      dict(nano=(30, 8, 1e-3), tiny=(18_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
 }
 PEOPLE = dict(nano=(256, 64), tiny=(40_000, 40_000), paper=(40_000, 40_000))  # people, and how many are photographed
 
