@@ -141,7 +141,8 @@ class Recorded:
             rows = [r for r in read([spec]) if r.get("split", "train") == "train"
                     and (self.tasks & set(tasks_of(r)) if tasks else "pose" in r)]
             if not rows:
-                raise Mistake(f"{spec} offers nothing of a train split for {', '.join(tasks) or 'the tokenizer'}")
+                wanted = ", ".join(sorted(self.tasks)) or "the tokenizer"
+                raise Mistake(f"{spec} offers nothing of a train split for {wanted}")
             for offered, n in Counter(map(tasks_of, rows)).items():
                 self.groups.append((set(offered), [r for r in rows if tasks_of(r) == offered], weight * n / len(rows)))
 
