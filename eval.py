@@ -446,8 +446,7 @@ def answer(model, exam, decode, batch):
 
 def examine(model, judge, exam, known, decodes, batch, seed):
     """One task -> its figures by the first way of decoding that changes it; the others stand under "decoding"."""
-    idle = {"pose": ("sure",), "text": ("soft", "vote")}[exam.target]
-    first, *others = [way for way in decodes if way not in idle] or ["argmax"]
+    first, *others = [way for way in decodes if exam.target == "pose" or way != "soft"] or ["argmax"]
     report = judge.mark(exam, answer(model, exam, first, batch)) | {"decode": first}
     if others:
         report["decoding"] = {way: judge.mark(exam, answer(model, exam, way, batch)) for way in others}
@@ -606,7 +605,7 @@ class Config:
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # only these tasks
-    decode: str = "argmax"  # argmax | soft | vote | sure | ar, several with commas between
+    decode: str = "argmax"  # argmax | soft | vote | ar, several with commas between
     batch: int = 32  # questions answered side by side
     pool: int = 1024  # training people that the baselines may look at
     seed: int = 0  # of the captions

@@ -17,7 +17,6 @@ Letters: B rows, q columns read in one step, N pose tokens, K codes, D LLM width
 """
 import pathlib
 import sys
-import math
 import textwrap
 import time
 from collections import Counter
@@ -42,7 +41,6 @@ class Answer:
     pose: torch.Tensor | None = None
     codes: list = field(default_factory=list)
     ids: list = field(default_factory=list)
-    chances: list = field(default_factory=list)  # log-probability of each token said, given those before
     finished: bool = False  # the row ended by itself, not at the length limit
     room: int = 160  # that limit, in tokens
 
@@ -95,8 +93,8 @@ def allowed_next(model, answer, want, stepwise):
     return [texts] if want == "text" or v.p_open in answer.ids else [texts, p_open]
 
 
-DECODINGS = ("argmax", "soft", "vote", "sure", "ar")
-SURE = 0.3  # least chance of a sentence that "sure" leaves in an answer; chosen on the split val
+DECODINGS = ("argmax", "soft", "vote", "ar")
+DRAWS, ENOUGH = 16, 4  # of "vote"; how many draws must say a sentence that stays in a text, chosen on the split val
 
 
 def check_decoding(model, *ways):
@@ -111,8 +109,8 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     """Answer a batch of prompts (segments without targets), each row as it would be answered alone.
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
-    "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code;
-    "sure" leaves out of a text the sentences that had little chance (SURE).
+    "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
+    "vote" leaves out of a text the sentences that less than 4 of 16 draws say as well; the others leave texts alone.
     A model trained with --attn causal has no queries and always answers code by code; "ar" on any other is a clock,
     since it never saw its own codes.
     temperature 0 is greedy. Returns a list of Answer; a row stops after max_new tokens at the latest (0: 160, and the
@@ -137,8 +135,13 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
             read_poses(model, answers, hidden, decode, temperature, generator)
         last = (valid.sum(1) - 1).clamp(min=0)
         h = hidden[torch.arange(len(answers), device=h.device), last]                      # (B,D)
-    for answer in answers:
-        finish(model, answer, decode)
+    for answer, prompt in zip(answers, prompts):
+        finish(model, answer)
+        if decode == "vote" and not answer.codes:
+            again, wanted = [model.prepare(prompt)] * DRAWS, ["text"] * DRAWS
+            same = torch.Generator(model.device).manual_seed(0)  # whoever else is in the batch
+            draws = generate(model, again, wanted, "argmax", 1.0, same, max_new)
+            answer.text = agreed(answer.text, [draw.text for draw in draws])
     return answers
 
 
@@ -154,7 +157,6 @@ def say_next(model, answers, h, wants, stepwise, temperature, generator):
         token = int(pick(open_, temperature, generator))
         answer.finished = token == model.text.eos_token_id
         answer.ids.append(token)
-        answer.chances.append(float(open_.float().log_softmax(-1)[token]))
         if v.pose0 <= token < v.p_open:
             answer.codes.append(token - v.pose0)
 
@@ -193,35 +195,34 @@ def read_poses(model, answers, hidden, decode, temperature, generator):
             answer.pose = model.tokenizer.decode_soft(logits.softmax(-1)[None])[0].cpu()   # (22,3,3)
 
 
-def most_usual(model, logits, draws=16):
+def most_usual(model, logits):
     """Draws poses from the distributions of N queries (N,K) -> the codes (N,) of the one nearest to all others.
 
     Queries do not see each other's choice, so the best code of each need not make the best pose; a draw that many
     others resemble is at least one that holds together. The same draws for the same logits."""
     generator = torch.Generator(logits.device).manual_seed(0)
-    codes = pick(logits.expand(draws, -1, -1), 1.0, generator)                             # (16,N)
+    codes = pick(logits.expand(DRAWS, -1, -1), 1.0, generator)                             # (16,N)
     joints = forward_kinematics(model.tokenizer.decode(codes).cpu(), rest())               # (16,22,3)
     apart = (joints[:, None] - joints).norm(dim=-1).mean(-1)                               # (16,16)
     return codes[apart.mean(1).argmin()]
 
 
-def surest(model, answer):
-    """The ids of a text, without sentences that had less chance than SURE as a whole; the surest one always stays."""
-    stop = model.text.convert_tokens_to_ids(".")
-    ends = [k + 1 for k, i in enumerate(answer.ids) if i == stop]
-    sentences = [slice(*ends_of) for ends_of in zip([0, *ends], ends)]
-    chances = [sum(answer.chances[where]) for where in sentences]
-    least = min(math.log(SURE), max(chances, default=0.0))
-    return [i for where, chance in zip(sentences, chances) if chance >= least for i in answer.ids[where]]
+def agreed(text, others):
+    """A text without the sentences that fewer than ENOUGH of the others say; of sentences that nobody says enough, the
+    most usual ones stay. A token's own chance tells less: it depends on what happened to be said before."""
+    def sentences(text):
+        return dict.fromkeys(sentence.strip() + "." for sentence in text.split(".") if sentence.strip())
+    votes = Counter(sentence for other in others for sentence in sentences(other))
+    enough = min(ENOUGH, max((votes[sentence] for sentence in sentences(text)), default=0))
+    return " ".join(sentence for sentence in sentences(text) if votes[sentence] >= enough)
 
 
-def finish(model, answer, decode):
+def finish(model, answer):
     """Codes -> rotations, ids -> tidy text."""
     if len(answer.codes) == model.tokenizer.n_tokens and answer.pose is None:
         codes = torch.tensor([answer.codes], device=model.device)
         answer.pose = model.tokenizer.decode(codes)[0].cpu()                               # (22,3,3)
-    said = surest(model, answer) if decode == "sure" and not answer.codes else answer.ids
-    words = [i for i in said if i < model.vocab.n_text and i != model.text.eos_token_id]
+    words = [i for i in answer.ids if i < model.vocab.n_text and i != model.text.eos_token_id]
     answer.text = model.in_words(words)
 
 
@@ -413,7 +414,7 @@ class Config:
     task: str = ""  # which task, where the inputs fit two: image2text or image2pose
     weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
-    decode: str = "argmax"  # argmax (paper) | of poses: soft, vote | of texts: sure | ar
+    decode: str = "argmax"  # argmax (paper) | soft: a smoother pose | vote: what most of 16 draws agree on | ar
     n: int = 1  # how many answers; more than one are drawn at --temperature
     temperature: float = 0.0  # 0 is greedy; with --n above 1 and 0 here: 0.7
     seed: int = 0  # of the drawing

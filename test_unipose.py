@@ -115,8 +115,7 @@ def world():
 def trained(tmp_path_factory):
     """A nano model through all six stages by the README's own command: folder, CPU seconds, what was printed."""
     out, before = tmp_path_factory.mktemp("weights") / "nano", sum(os.times()[2:4])       # of finished children
-    run = run_script("train.py", "--stage", "all", "--size", "nano", "--out", out)
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert (run := run_script("train.py", "--stage=all", "--size=nano", "--out", out)).returncode == 0, run.stderr
     return out, sum(os.times()[2:4]) - before, run.stdout
 
 
@@ -1285,7 +1284,7 @@ def test_every_row_gets_the_answer_it_gets_alone(decode):
 
 
 def test_samples_repeat_with_their_seed_and_a_vote_goes_to_what_most_draws_say():
-    """A temperature gives different poses; a sure distribution is its argmax; a torn one is what the majority says."""
+    """A temperature gives different poses; a torn distribution becomes what the majority says."""
     model, codes = nano(8), []
     for generator in map(torch.Generator().manual_seed, (1, 1, 2)):
         answers = sample.generate(model, [PROMPTS["text2pose"]] * 3, ["pose"] * 3, "argmax", 1.0, generator, max_new=2)
@@ -1294,18 +1293,19 @@ def test_samples_repeat_with_their_seed_and_a_vote_goes_to_what_most_draws_say()
     model.tokenizer.quantizer.codebook.normal_()           # untrained codes are all alike
     torn = torch.full((model.tokenizer.n_tokens, 64), -30.0)
     torn[:, 5], torn[0, 9] = 0, -1                         # only the first query is torn
-    draws = sample.pick(torn.expand(16, -1, -1), 1.0, torch.Generator().manual_seed(0))[:, 0]
+    draws = sample.pick(torn.expand(sample.DRAWS, -1, -1), 1.0, torch.Generator().manual_seed(0))[:, 0]
     assert sample.most_usual(model, torn).tolist() == [draws.mode().values] + 19 * [5]
 
 
-def test_a_sure_answer_leaves_out_what_had_little_chance_but_never_everything():
-    """A sentence counts as a whole; what follows the last full stop was cut off, and goes as well."""
-    model, low = nano(), math.log(sample.SURE)
-    left, right, hand = (model.text_ids(f"{word} knee .") for word in ("left", "right", "hand"))
-    for chances, stays in (([low / 4] * 9, left + right + hand), ([low / 2] * 3 + [0.0] * 6, right + hand),
-                           ([2 * low, 0, 0, 3 * low, 0, 0, 3 * low, 0, 0], left)):
-        said = sample.Answer(ids=left + right + hand + left[:1], chances=[*chances, 0.0])
-        assert sample.surest(model, said) == stays
+def test_a_voted_text_keeps_what_other_draws_say_too_and_never_falls_silent():
+    """Each sentence once, in its place; a draw that says a sentence twice has one vote."""
+    text, few = "A b. C d. A b. E f.", sample.ENOUGH - 1
+    others = ["A b. A b."] * few + ["E f. C d."] * few + ["X y. E f."]
+    assert sample.agreed(text, others) == "E f." and sample.agreed(text, [*others, "A b."]) == "A b. E f."
+    assert sample.agreed(text, ["A b. C d."]) == "A b. C d." and sample.agreed("", others) == ""
+    model, prompt = nano(6), PROMPTS["pose2text"]
+    plain, voted = (sample.generate(model, [prompt], ["text"], decode)[0].text for decode in ("argmax", "vote"))
+    assert 0 < len(voted) < len(plain)                     # an untrained model says most things once, or twice
 
 
 # ---- eval.py ---------------------------------------------------------------------------------------------------------
