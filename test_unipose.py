@@ -1240,7 +1240,7 @@ held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 print(held, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024 - memory["VmRSS"])"""
     weights, growth = map(int, run_script("-c", code, small, big).stdout.split())
     shards = [path.stat().st_size for path in unipose.shards(big / "llm")]
-    assert len(shards) > 3 and weights > 1e8 and growth < weights + max(shards) + 1e7, (weights, growth, max(shards))
+    assert len(shards) > 3 and weights > 1e8 and growth < weights + max(shards) + 2e7, (weights, growth, max(shards))
 
 
 # ---- sample.py -------------------------------------------------------------------------------------------------------
