@@ -110,7 +110,7 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
 
     wants: per row "pose", "text" or None (the model decides). decode: "argmax" the best code per query (the paper),
     "soft" the codebook averaged under each query's distribution, "vote" the most usual of 16 draws, "ar" code by code.
-    "vote" leaves out of a text the sentences that less than 4 of 16 draws say as well; the others leave texts alone.
+    "vote" leaves out of a text the sentences that fewer than 4 of 16 draws say too; the others leave texts alone.
     A model trained with --attn causal has no queries and always answers code by code; "ar" on any other is a clock,
     since it never saw its own codes.
     temperature 0 is greedy. Returns a list of Answer; a row stops after max_new tokens at the latest (0: 160, and the
@@ -138,10 +138,7 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     for answer, prompt in zip(answers, prompts):
         finish(model, answer)
         if decode == "vote" and not answer.codes:
-            again, wanted = [model.prepare(prompt)] * DRAWS, ["text"] * DRAWS
-            same = torch.Generator(model.device).manual_seed(0)  # whoever else is in the batch
-            draws = generate(model, again, wanted, "argmax", 1.0, same, max_new)
-            answer.text = agreed(answer.text, [draw.text for draw in draws])
+            answer.text = agreed(answer.text, other_texts(model, prompt, max_new))
     return answers
 
 
@@ -205,6 +202,14 @@ def most_usual(model, logits):
     joints = forward_kinematics(model.tokenizer.decode(codes).cpu(), rest())               # (16,22,3)
     apart = (joints[:, None] - joints).norm(dim=-1).mean(-1)                               # (16,16)
     return codes[apart.mean(1).argmin()]
+
+
+def other_texts(model, prompt, max_new):
+    """What else could be said: DRAWS texts, the same for the same prompt, whoever else is in the batch."""
+    same = torch.Generator(model.device).manual_seed(0)
+    prompts = [model.prepare(prompt)] * DRAWS              # an image is looked at once
+    draws = generate(model, prompts, ["text"] * DRAWS, temperature=1.0, generator=same, max_new=max_new)
+    return [draw.text for draw in draws]
 
 
 def agreed(text, others):

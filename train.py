@@ -83,7 +83,7 @@ STAGES = {
     # images come three times as often, differences once more: the LLM has not met them before
     "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."),
                       (*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"), ("project",), 200, False,
-                      dict(nano=(30, 8, 1e-3), tiny=(18_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
+                      dict(nano=(30, 8, 1e-3), tiny=(22_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
 }
 PEOPLE = dict(nano=(256, 64), tiny=(40_000, 40_000), paper=(40_000, 40_000))  # people, and how many are photographed
 
