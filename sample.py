@@ -419,7 +419,7 @@ class Config:
     task: str = ""  # which task, where the inputs fit two: image2text or image2pose
     weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # a body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
-    decode: str = "argmax"  # argmax (paper) | soft: a smoother pose | vote: what most of 16 draws agree on | ar
+    decode: str = "argmax"  # argmax (paper) | soft: a smoother pose | vote: what 16 draws agree on | ar
     n: int = 1  # how many answers; more than one are drawn at --temperature
     temperature: float = 0.0  # 0 is greedy; with --n above 1 and 0 here: 0.7
     seed: int = 0  # of the drawing
@@ -460,7 +460,7 @@ def main(argv=None):
     if not 1 <= config.n <= 64 or not 0 <= config.temperature <= 100:
         raise Mistake(f"--n {config.n} must be 1 to 64, and --temperature {config.temperature} 0 to 100")
     if config.n > 1 and config.decode in ("soft", "vote"):
-        raise Mistake(f"--decode {config.decode} makes one pose of all, so --n must be 1; draw with --decode argmax")
+        raise Mistake(f"--decode {config.decode} makes one answer of all, so --n must be 1; draw with --decode argmax")
     body, model = load_body(config.body), load(config.weights, find_device(config.device))
     check_decoding(model, config.decode)
     if config.decode == "ar" and model.config["attn"] != "causal":

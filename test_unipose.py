@@ -1528,7 +1528,7 @@ MISTAKES = {  # script and flags: {the rest of the command: what must be said}
                   "task edit --pose fine.npy": "edit takes 1 pose and 1 text", "task dance": "not one of",
                   "weights 'empty weights'": "has no config.json", "weights nowhere": "no weights folder",
                   "body code.pkl --pose fine.npy": "code.pkl", "decoed soft": "--decode", "n 0 --text a": "--n",
-                  "n 2 --decode soft --text a": "one pose of all", "decode fast": "not one of"},
+                  "n 2 --decode soft --text a": "one answer of all", "decode fast": "not one of"},
     "eval --": {"tasks dance": "--tasks", "size huge": "--size", "split exam": "--split", "decode guess": "--decode",
                 "n 0": "--n"},
     "train --": {"stage dance": "not one of", "stage align": "needs tokenizer", "attn diagonal": "not one of",
