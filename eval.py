@@ -37,15 +37,19 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import (
-    TASKS, World, arranged, caption, difference, paircodes, posecodes, posed, show_side, side_shown, statements,
-    verdicts, words)
+from captions import (
+    caption, difference, paircodes, posecodes, show_side, side_shown, statements, verdicts,
+)
+from data import TASKS, World, arranged, posed, words
 from sample import DECODINGS, Reader, check_decoding, generate, question
 from tokenizer import (
-    Encoder, Mistake, TokenizerConfig, cli, face_front, load_body, matrix_to_sixd, saving, script, turn_root)
+    TINY, Encoder, Mistake, TokenizerConfig, cli, face_front, load_body, matrix_to_sixd, saving,
+    script, turn_root,
+)
 from unipose import (
-    PAPER_TEXT, RULER, SIZES, TINY, UniPose, find_device, load, load_strictly, model_config, read_config, read_tensors,
-    word_tokenizer)
+    PAPER_TEXT, RULER, SIZES, UniPose, find_device, load, load_strictly, model_config, read_config,
+    read_tensors, word_tokenizer,
+)
 
 
 # ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from data import TASKS, World, arranged, check, fill, rest, templates
+from captions import check, rest
+from data import TASKS, World, arranged, body_colors, fill, read_pose, render, templates, write_pose
 from tokenizer import (
-    Mistake, asset, body_colors, cli, face_front, forward_kinematics, load_body, read_pose, reason, render, saving,
-    script, write_pose)
-from unipose import NONE, TINY, collate, find_device, float_mask, load, mixed_mask
+    TINY, Mistake, asset, cli, face_front, forward_kinematics, load_body, reason, saving, script,
+)
+from unipose import NONE, collate, find_device, float_mask, load, mixed_mask
 
 
 # ---- 1. Decoding -------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import captions
 import data
 import eval as evaluation
 import sample
@@ -218,11 +219,11 @@ def test_every_kind_of_pose_file_is_read_alike(tmp_path):
              "coarse.npy": rotmat.bfloat16().float().numpy(),
              "h.npz": {"poses": np.pad(amass, ((2, 0), (0, 0))), "gender": np.array("male", dtype=object)},
              "x.npz": {"root_orient": amass[:, :3], "pose_body": amass[:, 3:66]}}
-    tokenizer.write_pose(lay(tmp_path, files) / "new" / "w.npz", rotmat)
+    data.write_pose(lay(tmp_path, files) / "new" / "w.npz", rotmat)
     for name in [*files, "x.npz:0", "new/w.npz"]:
-        read = tokenizer.read_pose(tmp_path / name.replace("h.npz", "h.npz:2"))
+        read = data.read_pose(tmp_path / name.replace("h.npz", "h.npz:2"))
         close(read, rotmat, atol=1e-2 if name == "coarse.npy" else 1e-5)
-    tokenizer.write_pose(tmp_path / "stand.npz", torch.eye(3).expand(22, 3, 3))
+    data.write_pose(tmp_path / "stand.npz", torch.eye(3).expand(22, 3, 3))
     written = np.load(tmp_path / "stand.npz")["poses"]
     np.testing.assert_allclose(written, np.pad([[np.pi / 2]], ((0, 0), (0, 155))), atol=1e-6)  # z up: turned about x
 
@@ -249,7 +250,7 @@ def test_bad_pose_and_body_files_are_refused_in_one_sentence(tmp_path):
         "code.pkl": pickle.dumps(body | {"f": Evil(tmp_path / "ran")}, protocol=2)}
     lay(tmp_path, body_files | {name: content for name, (content, _) in pose_files.items()})
     for name, (_, told) in pose_files.items():
-        assert name.split(":")[0] in refused(told, tokenizer.read_pose, tmp_path / name)
+        assert name.split(":")[0] in refused(told, data.read_pose, tmp_path / name)
     for name in body_files:
         refused(name, tokenizer.load_body, tmp_path / name)
     assert not (tmp_path / "ran").exists()
@@ -363,14 +364,14 @@ def gold():
     """Golden poses and pairs, as `told` of them, and our codes of their own coordinates."""
     poses, told = golden("captions/poses.npz"), golden("captions/paircodes.npz")
     rotmat = tokenizer.turn_root(tokenizer.aa_to_matrix(torch.tensor(poses["pose_aa_raw"])), tokenizer.UP)
-    codes = data.posecodes_at(poses["coords"], tokenizer.aa_to_matrix(torch.tensor(poses["pose_aa_yup"])))
+    codes = captions.posecodes_at(poses["coords"], tokenizer.aa_to_matrix(torch.tensor(poses["pose_aa_yup"])))
     (a, b), together = told["pairs"].T, torch.tensor(told["rotation_change/in_sequence"])[:, None, None, None]
-    front = torch.where(together, data.face_front(rotmat[b], like=rotmat[a]), data.face_front(rotmat[b]))
-    turn = data.vertical_turn(data.face_front(rotmat[a]), front)
+    front = torch.where(together, tokenizer.face_front(rotmat[b], like=rotmat[a]), tokenizer.face_front(rotmat[b]))
+    turn = captions.vertical_turn(tokenizer.face_front(rotmat[a]), front)
     one, two = (dataclasses.replace(codes, **{name: getattr(codes, name)[rows] for name in (
                 "value", "category", "low", "high", "eligibility", "at", "rotmat")}) for rows in (a, b))
     return types.SimpleNamespace(poses=poses, told=told, rotmat=rotmat, codes=codes, turn=turn, one=one, two=two,
-                                 pairs=data.paircodes_at(one, two, turn))
+                                 pairs=captions.paircodes_at(one, two, turn))
 
 
 def golden_columns(table, gold, kind):
@@ -385,7 +386,7 @@ def golden_supers(table, gold, prefix=""):
     for p, row in enumerate(table.supers, len(table.columns)):
         parts = ["_".join(filter(None, part)) for part in (row["code"][:2], row["code"][3:]) if part[1]]
         mine["|".join(parts), row["code"][2]] = p
-    return [mine[parts.removesuffix("|torso"), data.PAIR * (prefix != "") + category]
+    return [mine[parts.removesuffix("|torso"), captions.PAIR * (prefix != "") + category]
             for parts, category in zip(gold[prefix + "bodyparts"], gold[prefix + "intptt"])]
 
 
@@ -402,12 +403,12 @@ def same_as_golden(codes, table, gold, supers, prefix=""):
 
 def test_golden_captions_places_posecodes_paircodes_and_mining_match(gold):
     """Heading and 35 places of raw poses; every value, category and eligibility; the body's turn; farthest poses."""
-    told, category, table = gold.told, gold.pairs.category, data.pair_table()
-    assert list(gold.poses["joint_names"]) == data.PLACES
-    close(data.face_front(gold.rotmat), tokenizer.aa_to_matrix(torch.tensor(gold.poses["pose_aa_yup"])))
-    np.testing.assert_allclose(data.places(gold.poses["coords22"]), gold.poses["coords"], atol=1e-6)
+    told, category, table = gold.told, gold.pairs.category, captions.pair_table()
+    assert list(gold.poses["joint_names"]) == captions.PLACES
+    close(tokenizer.face_front(gold.rotmat), tokenizer.aa_to_matrix(torch.tensor(gold.poses["pose_aa_yup"])))
+    np.testing.assert_allclose(captions.places(gold.poses["coords22"]), gold.poses["coords"], atol=1e-6)
     elementary, supers, mined = (golden(f"captions/{name}.npz") for name in ("posecodes", "superposecodes", "mining"))
-    same_as_golden(gold.codes, data.pose_table(), elementary, supers)
+    same_as_golden(gold.codes, captions.pose_table(), elementary, supers)
     same_as_golden(gold.pairs, table, told, told, "super/")
     np.testing.assert_allclose(gold.turn, told["rotation_change/deg_xyz"][:, 1], atol=0.05)
     last = len(told["rotation_change/categories"]) - 1     # both ends of the scale are called "around"
@@ -433,26 +434,26 @@ def clear(codes, table):
 
 def test_golden_captions_and_paircodes_lists_and_demands_on_pose_b_match(gold):
     """What the transitive rule, the 27 rules (and mirror images), and both leave; what a changed part asks of B."""
-    told, rules, table, changes = gold.told, data.implications("redundant"), data.pose_table(), data.pair_table()
+    told, rules, table, changes = gold.told, captions.implications("redundant"), captions.pose_table(), captions.pair_table()
     lists, kinds, supers = (golden(f"captions/{name}.npz") for name in ("code_lists", "posecodes", "superposecodes"))
     assert sum(len(targets) for _, targets in rules) == 2 * 27
     for i in clear(gold.codes, table):
-        every = set(data.eligible(table, gold.codes, i))
-        outer, follow = data.between(every), set().union(*(targets for need, targets in rules if need <= every))
+        every = set(captions.eligible(table, gold.codes, i))
+        outer, follow = captions.between(every), set().union(*(targets for need, targets in rules if need <= every))
         for name, mine in (("formatted", every), ("after_transrel", every - outer), ("after_stat", every - follow),
                            ("after_both", every - outer - follow)):
             assert mine == golden_list(lists[name][i]), (name, i)
     for k in np.intersect1d(clear(gold.pairs, changes), clear(gold.two, table)):
-        moves = {code for code in data.eligible(changes, gold.pairs, k) if code[1] != "person"}
-        changed = {part for code in moves for part in data.parts_named(code)}
+        moves = {code for code in captions.eligible(changes, gold.pairs, k) if code[1] != "person"}
+        changed = {part for code in moves for part in captions.parts_named(code)}
         demands = golden_list(told["lists/posecodes_abs"][told["pairs"][k, 1]])
-        ends = {code for code in demands if data.touched(code, changed)}
+        ends = {code for code in demands if captions.touched(code, changed)}
         assert moves == golden_list(told["lists/paircodes"][k]), k
         assert moves | ends == golden_list(told["lists/joined"][k]), k
     full = np.zeros((len(gold.codes.value), gold.pairs.b.eligibility.shape[1]), np.int8)
     full[told["pairs"][:, 1]] = gold.pairs.b.eligibility
     for codes, first, end in ((gold.two, 0, 1), (gold.one, len(table.columns), 0)):
-        rows, columns = data.helpers(gold.pairs, codes, len(changes.columns) + first)
+        rows, columns = captions.helpers(gold.pairs, codes, len(changes.columns) + first)
         full[told["pairs"][rows, end], columns] = 0        # the official code silences a helper of one pair in all
     columns = {kind: golden_columns(table, kinds, kind) for kind in kinds["kinds"]}
     for kind, at in (columns | {"superPosecodes": golden_supers(table, supers)}).items():
@@ -461,63 +462,63 @@ def test_golden_captions_and_paircodes_lists_and_demands_on_pose_b_match(gold):
 
 def test_reading_a_text_gives_back_exactly_what_was_said(world):
     """statements() inverts both grammars on 10,000 texts each: at most 15 statements, 90 words and marks, few words."""
-    known, may = data.caption_words(), data.pose_table()
+    known, may = captions.caption_words(), captions.pose_table()
     for i in range(len(world.poses)):
         rng = np.random.default_rng((1, i))
-        asked = data.select(data.eligible(may, world.codes, i), rng)
-        for demand, said in enumerate((asked, data.choose_difference(world.pairs[i % 2], i // 2, rng))):
-            text = data.say(said, rng, demand=bool(demand))
-            assert sorted(data.statements(text)) == sorted(said) and (demand or said)
+        asked = captions.select(captions.eligible(may, world.codes, i), rng)
+        for demand, said in enumerate((asked, captions.choose_difference(world.pairs[i % 2], i // 2, rng))):
+            text = captions.say(said, rng, demand=bool(demand))
+            assert sorted(captions.statements(text)) == sorted(said) and (demand or said)
             assert text and len(said) <= 15 and len(text.replace(".", " .").split()) <= 90
             assert set(text.lower().replace(".", "").split()) <= known and len(known) < 600
-            assert data.statements(text.upper().replace(".", " .")) == data.statements(text)
-        slight, far = ({(side, data.LIMB[part]) for code in said if code[2].startswith(data.PAIR) and
-                        ("slightly" in code[2]) == small for side, part in data.parts_named(code)} for small in (1, 0))
+            assert captions.statements(text.upper().replace(".", " .")) == captions.statements(text)
+        slight, far = ({(side, captions.LIMB[part]) for code in said if code[2].startswith(captions.PAIR) and
+                        ("slightly" in code[2]) == small for side, part in captions.parts_named(code)} for small in (1, 0))
         assert not slight & far                            # the slight moves of a limb that moves far are not worth it
 
 
 def test_the_tolerance_moves_a_value_over_a_threshold_and_no_further():
     """A knee at 163 degrees may be called slightly bent within 5 degrees; at 0, rounding of the cosine makes no NaN."""
-    at, still = data.posecodes(torch.eye(3).repeat(1, 22, 1, 1)).at.repeat(50, 0), np.tile(np.eye(3), (50, 22, 1, 1))
-    hip, knee, ankle = (data.PLACES.index(f"left_{part}") for part in ("hip", "knee", "ankle"))
+    at, still = captions.posecodes(torch.eye(3).repeat(1, 22, 1, 1)).at.repeat(50, 0), np.tile(np.eye(3), (50, 22, 1, 1))
+    hip, knee, ankle = (captions.PLACES.index(f"left_{part}") for part in ("hip", "knee", "ankle"))
     up, front = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 3, 2)))[0].transpose(2, 0, 1)
     for angle, category, verdict in ((163, "straight", (True, True)), (163, "slightly bent", (True, False)),
                                      (163, "bent less", (False, False)), (0, "completely bent", (True, True))):
         at[:, hip] = at[:, knee] + 0.4 * up
         at[:, ankle] = at[:, knee] + 0.3 * (np.cos(np.radians(angle)) * up + np.sin(np.radians(angle)) * front)
-        codes = data.posecodes_at(at, still.astype(np.float32))
-        assert {data.holds(("left", "knee", category, "", ""), codes, i) for i in range(50)} == {verdict}, category
+        codes = captions.posecodes_at(at, still.astype(np.float32))
+        assert {captions.holds(("left", "knee", category, "", ""), codes, i) for i in range(50)} == {verdict}, category
 
 
 def test_full_captions_are_true_read_back_exactly_and_leave_out_only_what_follows(world):
     """Poses and pairs, by chance or not, of the embedded world and of random joints: no sentence is said twice."""
     wild = tokenizer.aa_to_matrix(torch.randn(200, 22, 3, generator=torch.Generator().manual_seed(0)))
-    wild = data.posecodes(wild, False), data.paircodes(wild[0::2], wild[1::2], False, "body")
-    rules = data.implications("redundant") + data.implications("contradicted")
+    wild = captions.posecodes(wild, False), captions.paircodes(wild[0::2], wild[1::2], False, "body")
+    rules = captions.implications("redundant") + captions.implications("contradicted")
     for codes, i, chance in itertools.product((world.codes, *world.pairs, *wild), range(100), (True, False)):
         text, units = (tell(codes, i, np.random.default_rng(i) if chance else None)
-                       for tell in (data.describe, data.units_of))
-        said, lines = sorted(itertools.chain(*units.values())), data.sentences(text)
-        assert sorted(data.statements(text)) == said and all(map(all, data.verdicts(text, codes, i)))
+                       for tell in (captions.describe, captions.units_of))
+        said, lines = sorted(itertools.chain(*units.values())), captions.sentences(text)
+        assert sorted(captions.statements(text)) == said and all(map(all, captions.verdicts(text, codes, i)))
         assert len(set(lines)) == len(lines) and re.fullmatch(r"([A-Z][a-z]+( [a-z]+,?)*\. ?)+", text), text
         assert not re.search(r"(^|\. )(The (left|right) \w+ (are|touch)|(Both|The) (hands|feet|knees) is) ", text), text
-        may = set() if codes.b or chance else set(data.eligible(data.pose_table(), codes, i))
-        assert may - set(said) <= data.between(may).union(*(targets for _, targets in rules))
+        may = set() if codes.b or chance else set(captions.eligible(captions.pose_table(), codes, i))
+        assert may - set(said) <= captions.between(may).union(*(targets for _, targets in rules))
     feet, hand, near = "both feet", "the left hand", "{a} [is|are] near the head"                 # the right verb, once
-    assert data.compose([(hand, near), ("the left foot", near)]) == "the left hand and foot are near the head"
-    assert data.compose([(feet, near), (hand, near)]) == "both feet and the left hand are near the head"
-    assert data.compose([(hand, near), (hand, "{a} [is|are] bent")]) == "the left hand is near the head and bent"
+    assert captions.compose([(hand, near), ("the left foot", near)]) == "the left hand and foot are near the head"
+    assert captions.compose([(feet, near), (hand, near)]) == "both feet and the left hand are near the head"
+    assert captions.compose([(hand, near), (hand, "{a} [is|are] bent")]) == "the left hand is near the head and bent"
 
 
 def test_a_caption_is_a_function_of_its_pose_seed_number_and_frame(world):
     """Neither chunks nor, without chance, seeds matter; in frame="body" only what has to do with the floor changes."""
-    stands, (one, two) = world.poses[:40], (list(data.captions(world.poses[:40], seed)) for seed in (1, 2))
-    endless = data.captions(itertools.cycle(stands), seed=1, chunk=7)
+    stands, (one, two) = world.poses[:40], (list(captions.captions(world.poses[:40], seed)) for seed in (1, 2))
+    endless = captions.captions(itertools.cycle(stands), seed=1, chunk=7)
     assert one == [next(endless) for _ in stands] and one != two
-    assert len({(*data.captions(stands, seed, True, chunk=3 + seed),) for seed in (1, 2)}) == 1
+    assert len({(*captions.captions(stands, seed, True, chunk=3 + seed),) for seed in (1, 2)}) == 1
     lies = tokenizer.turn_root(stands, tokenizer.aa_to_matrix(torch.tensor([1.4, 0.3, -0.4])))
-    floor = np.array([row["kind"] in data.FLOOR for row in data.pose_table().columns])
-    one, two, room = (data.posecodes(*args).value for args in (
+    floor = np.array([row["kind"] in captions.FLOOR for row in captions.pose_table().columns])
+    one, two, room = (captions.posecodes(*args).value for args in (
         (stands, True, "body"), (lies, True, "body"), (lies, True)))
     np.testing.assert_allclose(one[:, ~floor], two[:, ~floor], atol=0.1)
     assert (two[:, floor] == room[:, floor]).all() and np.abs(room - one)[:, ~floor].max() > 1
@@ -558,7 +559,7 @@ def test_people_stay_within_their_limits_and_do_what_their_activity_says(world):
         turn = tokenizer.matrix_to_aa(side[:, tokenizer.JOINTS.index(f"left_{joint}")].double()).rad2deg()
         bend, off = sign * turn[:, axis], turn[:, [k for k in range(3) if k != axis]]
         assert bend.min() > low - 0.1 and bend.max() < high + 0.1 and off.abs().max() < 0.1, joint
-    still = tokenizer.matrix_to_aa(world.poses[:, tokenizer.STILL]).norm(dim=-1).rad2deg()
+    still = tokenizer.matrix_to_aa(world.poses[:, data.STILL]).norm(dim=-1).rad2deg()
     names, counts = np.unique(world.activity, return_counts=True)
     assert len(names) == len(data.people().activities) >= 24 and counts.min() > 10_000 / len(names) / 3
     joints, first, feet = tokenizer.load_body().joints(world.poses), np.array(world.activity[0::2]), [10, 11]
@@ -586,18 +587,18 @@ def test_photographs_show_people_turned_by_their_heading_and_texts_may_say_so(wo
         assert (wanted == answer).flatten(1).all(1).any() and torch.equal(exam.poses, wanted[0:16:2])
         close(exam.facing(exam.poses), world.poses[0:16:2])                  # captions speak of people who face +z
     views, activity = np.array(world.views), np.array([name.lower() for name in world.activity])
-    names = np.array([*data.VIEWS])[np.round(heading / (math.pi / 2)).astype(int) % 4]
+    names = np.array([*captions.VIEWS])[np.round(heading / (math.pi / 2)).astype(int) % 4]
     upright, lying = views != "", np.char.startswith(activity, "lying") & (np.arange(10_000) % 2 == 0)
     assert (views[upright] == names[upright]).all() and 0.6 < upright.mean() < 0.9 and not upright[lying].any()
     asked = [world.request(i, np.random.default_rng(i)) for i in range(400)]
     named = [text.lower().startswith(name + ".") for text, name in zip(asked, activity)]
-    assert 0.5 < np.mean([len(data.statements(text)) > 8 for text in asked]) < 0.65
+    assert 0.5 < np.mean([len(captions.statements(text)) > 8 for text in asked]) < 0.65
     assert 0.15 < np.mean(named) < 0.25 and not any(named[1::2])             # an edit leaves the activity it came from
     for i, text in enumerate(asked):
         plain, seen = (tell(i, np.random.default_rng(i)) for tell in (world.caption, world.sight))
-        assert data.statements(seen) == data.statements(plain) and data.side_shown(seen) == views[i]
-        assert data.side_shown(plain) == "" and world.scene(i).lower().startswith(activity[i])
-        assert named[i] or all(within for within, _ in data.verdicts(text, world.codes, i))
+        assert captions.statements(seen) == captions.statements(plain) and captions.side_shown(seen) == views[i]
+        assert captions.side_shown(plain) == "" and world.scene(i).lower().startswith(activity[i])
+        assert named[i] or all(within for within, _ in captions.verdicts(text, world.codes, i))
     marks = evaluation.view_truth(["Seen from the left. A.", "Seen from the back. A.", "A."], ["left", "left", ""])
     assert marks == {"view_accuracy": 0.5, "view_balanced": 0.5} and evaluation.view_truth(["A."], [""]) == {}
 
@@ -774,8 +775,8 @@ def test_imagescript_is_built_by_quotas_and_read_back(tmp_path, real):
     assert rows == again[1] and [row["split"] for row in rows] == ["train"] * 30 + ["test"] * 5 + ["train"] * 2
     assert len({(row["source"], row["id"]) for row in rows}) == 37 and len(set(rows[0]["texts"])) == 3
     for record in found[::6]:
-        front = data.face_front(torch.tensor(record["pose"])[None])[0]
-        assert all(exact for text in record["texts"] for _, exact in data.check(text, front))
+        front = tokenizer.face_front(torch.tensor(record["pose"])[None])[0]
+        assert all(exact for text in record["texts"] for _, exact in captions.check(text, front))
         assert data.cut(record, 336).size == (336, 336)
     close(torch.tensor(np.stack([record["pose"] for record in found[35:]])).sum(0), real[0][:2].sum(0))
     for quota in ("world=401", "dance=1", "world", "world=2:exam"):
@@ -804,14 +805,14 @@ def test_imagediff_pairs_are_near_in_features_and_differ_in_codes(tmp_path, trai
     path, people = tmp_path / "f.npy", "world:train:400"
     evaluation.main(["--weights", str(trained[0]), "--poses", people, "--features", str(path)])
     found, rows = build("imagediff", tmp_path / "a", "--quota", "world=60", "--features", path)
-    category = data.posecodes(data.face_front(data.World("train", 400).seen)).category
+    category = captions.posecodes(tokenizer.face_front(data.World("train", 400).seen)).category
     pairs, features = [(int(row["start_id"]), int(row["id"])) for row in rows], np.load(path)
     assert len(pairs) > 50 and len({frozenset(pair) for pair in pairs}) == len(pairs)
     for (a, b), record in list(zip(pairs, found))[::9]:
         cosine = features @ features[b]
         assert data.differing(category[a], category[[b]])[0] >= 10 and (cosine > cosine[a]).sum() <= 100 and a != b
-        start, pose = data.face_front(torch.tensor(np.stack([record["start"], record["pose"]])))
-        assert all(exact for text in record["texts"] for _, exact in data.check(text, pose, start))
+        start, pose = tokenizer.face_front(torch.tensor(np.stack([record["start"], record["pose"]])))
+        assert all(exact for text in record["texts"] for _, exact in captions.check(text, pose, start))
     np.save(path, features[:9])
     refused("each of the 400 poses", build, "imagediff", tmp_path / "b", "--quota", "world=60", "--features", path)
 
@@ -1497,9 +1498,10 @@ def test_however_a_batch_is_cut_the_same_model_comes_out(trained, tmp_path):
 
 # ---- the house -------------------------------------------------------------------------------------------------------
 def test_imports_run_one_way():
-    """tokenizer <- {data, unipose} <- sample <- eval <- train; data and unipose do not know each other."""
-    order = {"tokenizer": "", "data": "tokenizer", "unipose": "tokenizer", "sample": "tokenizer data unipose",
-             "eval": "tokenizer data unipose sample", "train": "tokenizer data unipose sample eval"}
+    """tokenizer <- captions <- data and tokenizer <- unipose, then sample <- eval <- train."""
+    order = {"tokenizer": "", "captions": "tokenizer", "data": "tokenizer captions", "unipose": "tokenizer",
+             "sample": "tokenizer captions data unipose", "eval": "tokenizer captions data unipose sample",
+             "train": "tokenizer captions data unipose sample eval"}
     for name, allowed in order.items():
         imported = re.findall(r"^ *(?:import|from) (\w+)", (HERE / f"{name}.py").read_text(), re.M)
         assert {*imported} & {*order} <= {*allowed.split()} and "torch" in imported, name
@@ -1574,10 +1576,10 @@ def test_answers_and_the_tour_of_seven_tasks_are_written_where_they_are_wanted(t
     assert "quoth" in said.err and all(re.search(rf"^{task}   ", said.out, re.M) for task in data.TASKS)
     assert {"text2pose_1.npz", "text2pose_3.npz", "text2pose.png", "pose2text.png"} <= set(os.listdir(tmp_path))
     assert "pose2text.png" in said.out and Image.open(tmp_path / "tour.png").height > 7 * 256
-    assert tokenizer.read_pose(tmp_path / "edit.npz").shape == (22, 3, 3)
+    assert data.read_pose(tmp_path / "edit.npz").shape == (22, 3, 3)
 
 
-@pytest.mark.parametrize("script", ["tokenizer", "data", "unipose", "sample", "eval", "train"])
+@pytest.mark.parametrize("script", ["tokenizer", "captions", "data", "unipose", "sample", "eval", "train"])
 def test_help_is_complete_and_quick(script):
     """Every flag with its sentence, in what importing torch takes."""
     begun, run = time.perf_counter(), run_script(f"{script}.py", "--help")

@@ -44,804 +44,14 @@ import typing
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 
-ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
+HERE = pathlib.Path(__file__).resolve().parent
+ASSETS = HERE / "assets"
+TINY = str(HERE / "weights" / "tiny")                       # what ships, and what every script asks by default
 
 
-# ---- 1. What every script shares: mistakes, flags, files -------------------------------------------------------------
-class Mistake(Exception):
-    """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
-
-
-def reason(error):
-    """The first line of what an exception says: libraries like to go on."""
-    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-    return (said or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def explaining(before, after=""):
-    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a Mistake that names the reason."""
-    try:
-        yield
-    except Mistake:
-        raise
-    except Exception as error:
-        raise Mistake(before + reason(error) + after) from error
-
-
-@contextlib.contextmanager
-def skipping(skipped, where):
-    """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
-    try:
-        yield
-    except Exception as error:
-        skipped.append(f"{where}: {reason(error)}")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that raises `Mistake` instead of printing its usage and leaving."""
-
-    def error(self, message):
-        raise Mistake(f"{message} (--help lists the flags)")
-
-
-def cli(Config, argv=None):
-    """Turns the dataclass `Config` into flags and parses argv (None: the command line). -> a Config.
-
-    The comment behind a field is its help text. bool: --x / --no-x; list[str]: repeat the flag. Raises Mistake.
-    """
-    about = (sys.modules[Config.__module__].__doc__ or "").strip().split("\n\n")[0]
-    parser = Parser(description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # the source is the only place that knows comments; one line per field keeps this a one-line pattern
-    comments = dict(re.findall(r"^ +(\w+) *:[^#\n]*#\s*(.*?)\s*$", inspect.getsource(Config), re.M))
-    kinds = typing.get_type_hints(Config)                  # types, also where annotations are strings
-    for field in dataclasses.fields(Config):
-        kind, default = kinds[field.name], field.default
-        text = comments.get(field.name, "").replace("%", "%%")  # argparse formats its help
-        if kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(kind) is list:
-            how, text, default = dict(action="append", metavar="X"), text + " (may be repeated)", None
-        else:
-            how = dict(type=kind, metavar=kind.__name__.upper())
-        shown = "" if default in (None, "") else f" [{default}]"
-        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-" if kind is str else "_")])
-        parser.add_argument(*names, help=text + shown, default=argparse.SUPPRESS, **how)
-    known, unknown = parser.parse_known_args(argv)         # so that a typing error can be answered
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise Mistake(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
-    config = Config(**vars(known))                         # absent flags keep the dataclass's defaults
-    if not 0 <= getattr(config, "seed", 0) < 2 ** 32:
-        raise Mistake(f"--seed {config.seed} must be from 0 to {2 ** 32 - 1}")
-    return config
-
-
-def script(main):
-    """Runs main(). A Mistake, or a file that cannot be written, becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except BrokenPipeError:                                # the reader of a pipe (`| head`) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Mistake, OSError) as error:
-        what = error if isinstance(error, Mistake) else f"{error.filename or 'the output'}: {error.strerror or error}"
-        print(f"error: {what}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None                    # what a shell expects after Ctrl-C
-
-
-@contextlib.contextmanager
-def saving(path):
-    """`with saving(path) as new:` write a file at `new`; it takes the name `path` only when it is complete.
-
-    Whatever goes wrong, nothing half-written stays behind. A failed write, or a folder of that name, raises Mistake.
-    """
-    path = pathlib.Path(path)
-    if path.is_dir() or not path.name:
-        raise Mistake(f"{path} is a folder: name a file")
-    new = path.with_name(f".{os.getpid()}-{path.name}")    # same folder (a rename must not cross disks), same suffix
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        os.replace(new, path)
-    except BaseException as error:                         # Ctrl-C as well
-        with contextlib.suppress(OSError):                 # cleaning up must not hide the first error
-            new.unlink()
-        # safetensors and torch.save report a full disk as errors of their own kinds
-        if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
-            raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
-        raise
-
-
-def files_in(path, *suffixes):
-    """The file itself, or all files below a folder that end in one of the suffixes, in order."""
-    path = pathlib.Path(path)
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-
-
-def load_json(path):
-    """What a JSON file holds. Raises Mistake."""
-    with explaining(f"{path} is not a complete JSON file: "):
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-
-
-@functools.cache
-def asset(name):
-    """The table assets/NAME.json, whose words and numbers a reader may edit. It is shared: nobody changes it."""
-    return load_json(ASSETS / f"{name}.json")
-
-
-def open_image(where, near=None):
-    """[file, first byte, bytes (-1: all)] -> PIL RGB picture. near: a JPEG may be decoded coarsely, to no less than
-    this size. Raises Mistake."""
-    try:
-        with open(where[0], "rb") as file:
-            file.seek(where[1])
-            picture = Image.open(io.BytesIO(file.read(where[2])))
-        picture.draft("RGB", near)
-        return picture.convert("RGB")
-    except Exception as error:                             # a damaged file can fail anywhere inside a decoder
-        raise Mistake(f"{where[0]} holds an image that cannot be decoded ({type(error).__name__})") from None
-
-
-# ---- 2. The skeleton: 22 joints --------------------------------------------------------------------------------------
-JOINTS = ("pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot "
-          "right_foot neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow "
-          "left_wrist right_wrist").split()
-PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]
-SWAP = {"left": "right", "right": "left"}
-MIRROR = [JOINTS.index(re.sub("left|right", lambda side: SWAP[side[0]], name)) for name in JOINTS]
-
-
-# ---- 3. Rotations ----------------------------------------------------------------------------------------------------
-def aa_to_matrix(aa):
-    """Axis-angle (...,3), radians -> rotation matrices (...,3,3). Rodrigues' formula, smooth at 0."""
-    angle = torch.linalg.vector_norm(aa, dim=-1)[..., None, None]  # its gradient at 0 is 0, not nan
-    x, y, z = aa.unbind(-1)
-    o = torch.zeros_like(x)
-    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))  # K v = axis x v
-    # torch.sinc is sin(pi x)/(pi x): it has the limits at 0 built in, where sin(t)/t would be 0/0
-    first, second = torch.sinc(angle / math.pi), 0.5 * torch.sinc(angle / (2 * math.pi)) ** 2
-    return torch.eye(3, dtype=aa.dtype, device=aa.device) + first * K + second * (K @ K)
-
-
-def matrix_to_quaternion(matrix):
-    """Rotation matrices (...,3,3) -> unit quaternions (...,4), w x y z, w >= 0.
-
-    4 q qᵀ is linear in R. Each of its rows is q times a factor; the row with the largest factor is the one to trust,
-    at any angle (a formula that starts from w alone loses the sign near pi).
-    """
-    a, b, c, d, e, f, g, h, i = matrix.flatten(-2).unbind(-1)
-    rows = torch.stack([1 + a + e + i, h - f, c - g, d - b,
-                        h - f, 1 + a - e - i, b + d, c + g,
-                        c - g, b + d, 1 - a + e - i, f + h,
-                        d - b, c + g, f + h, 1 - a - e + i], -1).unflatten(-1, (4, 4))
-    best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, 4)
-    q = F.normalize(rows.gather(-2, best).squeeze(-2), dim=-1)  # length at least 1: smooth everywhere
-    return torch.where(q[..., :1] < 0, -q, q)              # q and -q are the same rotation
-
-
-def matrix_to_aa(matrix):
-    """Rotation matrices (...,3,3) -> axis-angle (...,3), angle in [0, pi]."""
-    w, xyz = matrix_to_quaternion(matrix).split([1, 3], -1)  # cos(angle/2), axis sin(angle/2)
-    sine = torch.linalg.vector_norm(xyz, dim=-1, keepdim=True)
-    tiny = sine < 1e-7                                     # there angle/sine is 2; the other branch would give nan
-    return xyz * torch.where(tiny, 2.0, 2 * torch.atan2(sine, w) / torch.where(tiny, 1.0, sine))
-
-
-def matrix_to_sixd(matrix):
-    """(...,3,3) -> (...,6): the first two ROWS, as in the official release (others keep columns)."""
-    return matrix[..., :2, :].flatten(-2)                  # continuous, unlike any set of three numbers
-
-
-def sixd_to_matrix(sixd):
-    """(...,6) any two rows -> (...,3,3): Gram-Schmidt makes them orthonormal, their cross product is the third."""
-    first = F.normalize(sixd[..., :3], dim=-1)
-    second = sixd[..., 3:] - (first * sixd[..., 3:]).sum(-1, keepdim=True) * first  # what is across the first
-    second = F.normalize(second, dim=-1)
-    return torch.stack([first, second, torch.linalg.cross(first, second)], -2)
-
-
-def mirror(rotmat):
-    """The pose (...,22,3,3) as seen in a mirror: left and right joints change places, M R M with M = diag(-1,1,1)."""
-    sign = torch.tensor([-1.0, 1.0, 1.0], dtype=rotmat.dtype, device=rotmat.device)
-    return rotmat[..., MIRROR, :, :] * sign[:, None] * sign  # M R M, element by element
-
-
-def turn_root(rotmat, turn):
-    """The person as a whole, turned: rotmat (...,22,3,3) with turn (...,3,3) before its root."""
-    return torch.cat([turn.to(rotmat)[..., None, :, :] @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
-
-
-def face_front(rotmat, like=None):
-    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
-
-    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
-    It jumps by half a turn where someone lies on the side (PoseScript does it too).
-    """
-    left = (rotmat if like is None else like)[:, 0, :, 0]
-    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
-    return turn_root(rotmat, aa_to_matrix(-angle[:, None] * torch.eye(3)[1]))
-
-
-def kinematics(rotmat, rest):
-    """Walks the tree from the pelvis out. rotmat (...,22,3,3), rest joints (22,3).
-
-    -> rotations in the body frame (...,22,3,3), joints (...,22,3) with the pelvis where it rests.
-    """
-    turns, places = [rotmat[..., 0, :, :]], [rest[0].expand(*rotmat.shape[:-3], 3)]
-    for j, parent in enumerate(PARENTS[1:], 1):
-        turns.append(turns[parent] @ rotmat[..., j, :, :])  # (...,3,3)
-        places.append(places[parent] + turns[parent] @ (rest[j] - rest[parent]))  # (...,3), carried by its parent
-    return torch.stack(turns, -3), torch.stack(places, -2)  # (...,22,3,3), (...,22,3)
-
-
-def forward_kinematics(rotmat, rest):
-    """rotmat (...,22,3,3), rest (22,3) metres -> joints (...,22,3), pelvis at 0. Differentiable."""
-    return kinematics(rotmat, rest - rest[0])[1]
-
-
-# ---- 4. The body -----------------------------------------------------------------------------------------------------
-class Pickled:
-    """Stands in for the chumpy and scipy objects inside an SMPL pickle: keeps their state, runs none of their code."""
-
-    def __init__(self, *arguments):
-        self.state = {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def array(self):
-        """The numbers that the object held."""
-        state = {key: plain(value) for key, value in self.state.items()}
-        if "indptr" in state:                              # scipy's compressed columns -> a dense matrix
-            dense = np.zeros(tuple(state.get("_shape", state.get("shape"))))
-            columns = np.repeat(np.arange(dense.shape[1]), np.diff(state["indptr"]))
-            np.add.at(dense, (state["indices"], columns), state["data"])
-            return dense
-        if "idxs" in state:                                # chumpy's Select: chosen elements of another array
-            return state["a"].ravel()[state["idxs"]].reshape(state["preferred_shape"])
-        return state["x"]                                  # chumpy's plain array
-
-
-def plain(value):
-    """A Pickled stand-in -> its array; anything else as it is."""
-    return value.array() if isinstance(value, Pickled) else value
-
-
-def latin1(text, encoding="latin1"):
-    """How Python 3 pickles bytes under protocol 2."""
-    return text.encode("latin1")
-
-
-def number(dtype, data):
-    """How numpy pickles a single number. Its own maker would take bytes for pointers to objects."""
-    return np.frombuffer(data, dtype)[0]
-
-
-RECONSTRUCT = np.ndarray(0).__reduce__()[0]                # numpy's own maker of empty arrays, wherever it lives now
-FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]              # the same of newer pickles
-ALLOWED = {
-    "chumpy.ch Ch": Pickled, "chumpy.reordering Select": Pickled,
-    "scipy.sparse.csc csc_matrix": Pickled, "scipy.sparse._csc csc_matrix": Pickled,
-    "numpy.core.multiarray _reconstruct": RECONSTRUCT, "numpy._core.multiarray _reconstruct": RECONSTRUCT,
-    "numpy ndarray": np.ndarray, "numpy dtype": np.dtype, "__builtin__ set": set, "_codecs encode": latin1,
-    "numpy.core.multiarray scalar": number, "numpy._core.multiarray scalar": number,
-    "numpy.core.numeric _frombuffer": FROM_BUFFER, "numpy._core.numeric _frombuffer": FROM_BUFFER,
-}
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Reads arrays, as of an SMPL .pkl. A pickle is a program; this one may call nothing outside ALLOWED."""
-
-    def find_class(self, module, name):
-        if f"{module} {name}" not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
-        return ALLOWED[f"{module} {name}"]
-
-
-def read_arrays(path, wanted):
-    """The arrays named `wanted` that a .npz, .npy (then named "") or SMPL .pkl holds -> {name: array}. Raises Mistake.
-
-    Nothing in the file is executed, and entries that are not wanted are not even looked at.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise Mistake(f"no file {path}: check the path")
-    with explaining(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
-        if path.suffix.lower() == ".pkl":
-            with open(path, "rb") as file:
-                entries = SafeUnpickler(file, encoding="latin1").load()
-            return {name: np.asarray(plain(entries[name])) for name in wanted if name in entries}
-        entries = np.load(path, allow_pickle=False)        # object arrays are pickles: refused
-        if isinstance(entries, np.ndarray):
-            return {"": entries}
-        with entries:
-            return {name: entries[name] for name in wanted if name in entries.files}
-
-
-BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_regressor": ("J", "V"),
-               "kintree_table": (2, "J"), "posedirs": ("V", 3, "P")}
-
-
-def read_body(path):
-    """Reads and checks one body file -> its arrays, sizes agreeing. Raises Mistake."""
-    arrays, sizes = read_arrays(path, BODY_SHAPES), {}
-    for name, shape in BODY_SHAPES.items():
-        if name not in arrays:
-            raise Mistake(f"{path} holds no {name}: give an SMPL, SMPL-H or SMPL-X model file")
-        found = arrays[name].shape                         # a letter takes the first size met, then holds it
-        fits = len(found) == len(shape) and all(sizes.setdefault(s, n) == n if isinstance(s, str) else s == n
-                                                for s, n in zip(shape, found))
-        if not fits or arrays[name].dtype.kind not in "iuf" or not np.isfinite(arrays[name]).all():
-            raise Mistake(f"{name} in {path} is {found} {arrays[name].dtype}, not {shape} finite numbers that fit "
-                          "the rest: the file is damaged or not a body model")
-    parents = arrays["kintree_table"][0].astype(np.int64)  # the root's is 2^32-1 or -1: never read
-    if sizes["J"] < 24 or sizes["P"] != 9 * (sizes["J"] - 1) or parents[1:22].tolist() != PARENTS[1:]:
-        raise Mistake(f"{path} has another skeleton ({sizes['J']} joints): SMPL, SMPL-H and SMPL-X are read")
-    if arrays["f"].min() < 0 or arrays["f"].max() >= sizes["V"] or (parents[1:] >= np.arange(1, sizes["J"])).any():
-        raise Mistake(f"{path} points at vertices or joints that it does not have: the file is damaged")
-    return arrays, parents
-
-
-def smpl_layout(arrays, parents):
-    """Any of the body families -> SMPL's own layout of 24 joints, so that one code path poses them all.
-
-    Fingers and face do not move here: whatever hangs on a wrist joins SMPL's rigid hand, jaw and eyes join the head.
-    """
-    home = list(range(22))                                 # where each joint of the file goes among the 24
-    for parent in parents[22:]:
-        home.append({20: 22, 21: 23}.get(home[parent], home[parent]))
-    weights = np.zeros((len(arrays["v_template"]), 24))
-    np.add.at(weights.T, home, arrays["weights"].T)        # several fingers add up in one place
-    first = [home.index(j) for j in range(24)]             # rigid hands: any knuckle does as their joint
-    posedirs = np.zeros((len(weights), 3, 207))
-    posedirs[:, :, :189] = arrays["posedirs"][:, :, :189]  # 9 numbers for each of the 21 body joints; hands stay zero
-    return {"v_template": arrays["v_template"], "f": arrays["f"].astype(np.int64), "weights": weights,
-            "J_regressor": arrays["J_regressor"][first], "posedirs": posedirs,
-            "shapedirs": np.zeros((len(weights), 3, 10)),  # betas are always zero: the mean person
-            "kintree_table": np.array([PARENTS + [20, 21], range(24)])}
-
-
-def vertex_area(template, faces):
-    """How much skin a vertex stands for -> (V,): the sum of its triangles' areas, scaled to 0..1 each."""
-    a, b, c = template[faces].unbind(1)
-    areas = torch.linalg.cross(b - a, c - a).norm(dim=-1)
-    areas = (areas - areas.min()) / (areas.max() - areas.min())  # the smallest triangle counts nothing
-    return torch.zeros_like(template[:, 0]).index_add_(0, faces.flatten(), areas.repeat_interleave(3))
-
-
-class Body(nn.Module):
-    """A skinned human of mean shape: rest (22,3), template (V,3), both from the pelvis; faces (F,3), weights (V,24)."""
-
-    def __init__(self, arrays, name=""):
-        super().__init__()
-        import smplx  # slow to import: only who poses pays
-
-        spots = ("nose", "reye", "leye", "rear", "lear")   # smplx wants five face vertices by name; we read none
-        with contextlib.redirect_stdout(io.StringIO()):    # it prints remarks about shape coefficients
-            self.smpl = smplx.SMPL("", data_struct=smplx.utils.Struct(**arrays), vertex_ids=dict.fromkeys(spots, 0),
-                                   use_hands=False, use_feet_keypoints=False)
-        self.smpl.requires_grad_(False)                    # a ruler, not a part that learns
-        self.name = name
-        rest = arrays["J_regressor"] @ arrays["v_template"]
-        mine = {"rest": rest[:22] - rest[0], "template": arrays["v_template"] - rest[0], "weights": arrays["weights"],
-                "posedirs": arrays["posedirs"][:, :, :189]}
-        for key, array in mine.items():                    # not persistent: checkpoints must not carry licensed bodies
-            self.register_buffer(key, torch.as_tensor(array, dtype=torch.float32), persistent=False)
-        self.register_buffer("faces", torch.as_tensor(arrays["f"]), persistent=False)
-        self.register_buffer("area", vertex_area(self.template, self.faces), persistent=False)
-
-    def forward(self, rotmat):
-        """rotmat (B,22,3,3) -> joints (B,22,3), vertices (B,V,3), metres, pelvis at the origin. Posed by smplx."""
-        hands = torch.eye(3, dtype=rotmat.dtype, device=rotmat.device).expand(len(rotmat), 2, 3, 3)
-        posed = self.smpl(global_orient=rotmat[:, :1], body_pose=torch.cat([rotmat[:, 1:], hands], 1),
-                          betas=rotmat.new_zeros(len(rotmat), 10), pose2rot=False)
-        pelvis = posed.joints[:, :1]                       # (B,1,3) where the file puts it, and none of ours
-        return posed.joints[:, :22] - pelvis, posed.vertices - pelvis
-
-    def joints(self, rotmat):
-        """rotmat (...,22,3,3) -> joints (...,22,3): the skeleton alone, much faster than the skin."""
-        return forward_kinematics(rotmat, self.rest)
-
-    def skin(self, rotmat, chosen):
-        """Linear blend skinning of the vertices `chosen` (n,) only: rotmat (B,22,3,3) -> joints (B,22,3), (B,n,3).
-
-        The same numbers as smplx, for a training step that cannot afford every vertex (SMPL paper, equations 2-9).
-        """
-        turns, joints = kinematics(rotmat, self.rest)                                        # (B,22,3,3), (B,22,3)
-        bent = (rotmat[:, 1:] - torch.eye(3, device=rotmat.device)).flatten(1)               # (B,189)
-        shape = self.template[chosen] + torch.einsum("bp,nkp->bnk", bent, self.posedirs[chosen])         # (B,n,3)
-        weights = self.weights[chosen, :22].clone()
-        weights[:, 20:] += self.weights[chosen, 22:]                                         # hands follow the wrists
-        shift = joints - (turns @ self.rest[:, :, None]).squeeze(-1)                         # (B,22,3)
-        turn = torch.einsum("nj,bjkl->bnkl", weights, turns)                                 # (B,n,3,3) blended
-        return joints, (turn @ shape[..., None]).squeeze(-1) + weights @ shift               # (B,n,3)
-
-
-def load_body(path=""):
-    """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises Mistake."""
-    path = pathlib.Path(path or ASSETS / "body.npz")
-    return Body(smpl_layout(*read_body(path)), path.stem)
-
-
-# ---- 5. The renderer -------------------------------------------------------------------------------------------------
-LIGHT = np.array([-0.41, 0.68, 0.60])                      # length 1: from above, the picture's left, the front
-DISTANCE, PITCH = 5.0, 0.16                                # camera: metres from the person, radians looking down
-CLOTHES = {"skin": (0.87, 0.68, 0.57), "hair": (0.20, 0.14, 0.11), "shirt": (0.93, 0.91, 0.86),
-           "trousers": (0.47, 0.50, 0.56), "shoes": (0.26, 0.26, 0.29)}
-SIDES = {"left": (0.93, 0.47, 0.24), "right": (0.20, 0.52, 0.82)}                # the person's left warm, right cool
-
-
-def body_colors(body, sides=0.75, **clothes):
-    """One colour for each vertex -> (V,3) in 0..1: dressed, dark hair, so that front, back, left and right tell apart.
-
-    clothes: any entry of CLOTHES, as rgb. sides: how strongly the limbs take the tint of their side (0: not at all).
-    """
-    clothes = {**CLOTHES, **clothes}
-    # what each joint wears; those not named here wear the shirt
-    wear = dict.fromkeys(("pelvis", "hip", "knee"), "trousers") | dict.fromkeys(("ankle", "foot"), "shoes")
-    wear |= dict.fromkeys(("neck", "head", "wrist", "hand"), "skin")
-    palette = []
-    for name in JOINTS + ["left_hand", "right_hand"]:
-        side, _, part = name.rpartition("_")
-        color = np.array(clothes[wear.get(part, "shirt")])
-        limb = side in SIDES and part in ("hip", "knee", "shoulder", "elbow")  # hands and feet stay natural
-        palette.append(color + sides * limb * (SIDES.get(side, color) - color))
-    share = body.weights.cpu().numpy() ** 3                # cubed: hems half as wide as the skin's own blending
-    colors = share @ np.array(palette) / share.sum(1, keepdims=True)
-    # the skull: hair behind the ears and above the forehead, skin in front
-    head, place = body.weights[:, 15].cpu().numpy() > 0.5, (body.template - body.rest[15]).cpu().numpy()
-    tall = place[head, 1].max()                            # from the head joint to the crown, metres
-    hair = head & (place[:, 1] > 0.15 * tall) & (place[:, 2] < 0.05 - 0.9 * (0.85 * tall - place[:, 1]).clip(0))
-    colors[hair | (head & (place[:, 1] > 0.82 * tall))] = clothes["hair"]
-    return colors
-
-
-def turn_y(angle):
-    """Rotation by `angle` radians about the vertical: a person who faced +z then faces +x for angle = pi/2."""
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-
-
-def camera(points, frame, size, zoom, shift):
-    """Points (n,3) seen by the camera -> pixels (n,2), depth (n,), larger is nearer; `frame` (m,3) is what must fit.
-
-    The frame fills three quarters of the picture's width, or 0.92 of its height, whichever comes first.
-    """
-    c, s = math.cos(PITCH), math.sin(PITCH)
-    down = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    middle = (frame.min(0) + frame.max(0)) / 2             # the camera looks at it from DISTANCE
-
-    def project(at):
-        x, y, z = ((at - middle) @ down.T).T
-        return np.stack([x, -y], 1) * (DISTANCE / (DISTANCE - z))[:, None], z  # mild perspective: near limbs are larger
-
-    flat, _ = project(frame)                               # metres in the picture's plane
-    low, high = flat.min(0), flat.max(0)
-    scale = zoom * size * min(0.75 / (high[0] - low[0]), 0.92 / (high[1] - low[1]))
-    flat, depth = project(points)
-    return (flat - (low + high) / 2) * scale + (np.array(shift) + 0.5) * size, depth
-
-
-def shadow(canvas, pixels):
-    """Darkens the floor under the person: the vertices dropped onto it, counted on a coarse grid, blurred."""
-    size, grid = canvas.width, 64
-    cells = np.clip(pixels * grid / size, 0, grid - 1).astype(int)
-    counts = np.bincount(cells[:, 1] * grid + cells[:, 0], minlength=grid * grid).reshape(grid, grid)
-    # saturating: a leg seen from above holds few vertices, but its shadow is as dark as the torso's
-    soft = 100 * (1 - np.exp(-counts * 700 / len(pixels)))
-    mask = Image.fromarray(soft.astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.3)).resize((size, size), 2)
-    canvas.paste((40, 40, 50), mask=mask)
-
-
-def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236, 240), zoom=1.0, shift=(0.0, 0.0),
-           floor=True, light=LIGHT):
-    """Draws a mesh: vertices (V,3) y up, faces (F,3), colors (V,3) in 0..1 -> picture (size,size,3) uint8.
-
-    heading: radians that the person is turned about the vertical (0: faces the camera; pi/2: faces the right edge).
-    background: an rgb colour (0..255) or a picture (size,size,3). zoom, shift: framing noise (factor, share of size).
-    light: unit vector to the lamp.
-    Painter's algorithm: triangles facing us, far ones first, drawn twice as large and averaged down.
-    """
-    vertices, faces = np.asarray(vertices, np.float64) @ turn_y(heading).T, np.asarray(faces)
-    corners = vertices[faces]                                                     # (F,3,3)
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # longer where larger
-    # a vertex's normal: the sum over its triangles, so that large ones count more
-    smooth = np.stack([np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), len(vertices)) for k in range(3)], 1)
-    smooth /= np.linalg.norm(smooth, axis=1, keepdims=True) + 1e-12
-    lit = 0.5 + 0.5 * smooth @ light                       # half Lambert: no side is black
-    shaded = np.asarray(colors) * (0.30 + 0.80 * lit ** 1.5)[:, None]
-    pixels, depth = camera(vertices, vertices, 2 * size, zoom, shift)
-    seen = pixels[faces]                                                          # (F,3,2)
-    one, two = seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0]
-    front = np.flatnonzero(one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0] < 0)     # counter-clockwise, y now down
-    front = front[np.argsort(depth[faces[front]].sum(1))]  # farthest first
-    inks = (255 * shaded[faces[front]].mean(1).clip(0, 1)).astype(int) @ [1, 256, 65536]  # Pillow's packed rgb
-    canvas = Image.new("RGB", (2 * size, 2 * size), tuple(background) if np.ndim(background) == 1 else None)
-    if np.ndim(background) > 1:
-        canvas.paste(Image.fromarray(np.asarray(background, np.uint8)).resize(canvas.size))
-    if floor:
-        dropped = vertices * [1, 0, 1] + [0, vertices[:, 1].min(), 0]  # lowest point = floor
-        shadow(canvas, camera(dropped, vertices, 2 * size, zoom, shift)[0])
-    draw = ImageDraw.Draw(canvas)
-    for points, ink in zip(seen[front].reshape(-1, 6).tolist(), inks.tolist()):
-        draw.polygon(points, fill=ink)
-    return np.asarray(canvas.reduce(2))                    # averaging smooths the edges
-
-
-# ---- 6. Photographs: a person somewhere, in some clothes and light ---------------------------------------------------
-sitter = functools.cache(load_body)                        # who stands before the camera
-
-
-def muted(rng, low, high):
-    """A random colour (3,) in 0..1: a grey between low and high, and some tint."""
-    return (rng.uniform(low, high) + rng.uniform(-0.16, 0.16, 3)).clip(0, 1)
-
-
-def dress(rng):
-    """Random clothes for `body_colors`. Hair stays dark and skin lighter, so that front and back can be told apart."""
-    return {"skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05), "hair": rng.uniform(0.02, 0.14, 3),
-            "shirt": muted(rng, 0.15, 0.9), "trousers": muted(rng, 0.1, 0.75), "shoes": muted(rng, 0.05, 0.35)}
-
-
-def backdrop(rng, size):
-    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or a wall that meets the floor."""
-    across, down = np.meshgrid(*2 * [np.linspace(0, 1, size)])
-    way, cloud = rng.uniform(-1, 1, 2), Image.fromarray(rng.integers(0, 256, (7, 7), dtype=np.uint8))
-    weight = [lambda: 0 * down,
-              lambda: (0.5 + (across - 0.5) * way[0] + (down - 0.5) * way[1]).clip(0, 1),
-              lambda: np.asarray(cloud.resize((size, size), Image.BICUBIC)) / 255,
-              lambda: down > 0.68 + 0.15 * way[0]][rng.integers(4)]()
-    one, two = muted(rng, 0.35, 0.95), muted(rng, 0.35, 0.95)
-    return (255 * (one + weight[..., None] * (two - one))).astype(np.uint8)
-
-
-def photograph(rotmat, size, look, rng):
-    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
-    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
-    body, zoom, lamp = sitter(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
-    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
-    colors = body_colors(body, 0, **dress(look)) * rng.uniform(0.75, 1.15)
-    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
-    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=backdrop(rng, size), zoom=zoom,
-                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
-    return picture, camera(joints, vertices, size, zoom, shift)[0]
-
-
-# ---- 7. Pose files ---------------------------------------------------------------------------------------------------
-UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
-
-
-def as_rotations(array, where):
-    """Numbers of one pose, (22,3,3), (66,), (22,3) or (72,) -> rotmat (22,3,3) float32, exactly orthonormal.
-
-    Rotations stored in bfloat16 are off by up to 4e-3; up to 1e-2 is mended (nearest rotation), more is a Mistake.
-    """
-    if array.dtype.kind not in "iuf":
-        raise Mistake(f"{where} holds {array.dtype}, not numbers: give rotation matrices or axis-angles")
-    if array.shape not in {(22, 3, 3), (66,), (22, 3), (72,)}:
-        raise Mistake(f"{where} has the shape {array.shape}: one pose is (22,3,3), or axis-angle (66,), (22,3), (72,)")
-    pose = torch.as_tensor(array.astype(np.float64))
-    if not (pose.abs() < 1000).all():                      # false for NaN too; no angle in radians is that large
-        raise Mistake(f"{where} has NaN, infinite or huge numbers in it: a pose is 22 rotations, in radians")
-    if pose.dim() < 3:
-        return aa_to_matrix(pose.reshape(-1, 3)[:22]).float()  # 72: SMPL's two hand joints are dropped
-    gap = (pose @ pose.mT - torch.eye(3)).abs().amax((1, 2))
-    bad = torch.nonzero((gap > 1e-2) | (torch.linalg.det(pose) < 0)).flatten().tolist()
-    if bad:
-        raise Mistake(f"{where} is not made of rotations: matrix {bad[0]} ({JOINTS[bad[0]]}) is not orthonormal "
-                      "with determinant 1")
-    left, _, right = torch.linalg.svd(pose)
-    return (left @ right).float()                          # the nearest rotation, in the least-squares sense
-
-
-MOTION = ("poses", "root_orient", "pose_body", "mocap_framerate", "mocap_frame_rate")    # both spellings occur
-
-
-def motion(arrays, where):
-    """Arrays of an AMASS .npz, SMPL+H (`poses`) or SMPL-X (`root_orient`, `pose_body`) -> axis-angles (T,66), z up,
-    and frames a second, 0 where the file does not say. Raises Mistake."""
-    if {"root_orient", "pose_body"} <= arrays.keys():
-        root, limbs = arrays["root_orient"], arrays["pose_body"]
-        if root.shape[1:] != (3,) or limbs.shape != (len(root), 63):
-            raise Mistake(f"{where}: root_orient must be (frames,3) and pose_body (frames,63), as in AMASS")
-        poses = np.concatenate([root, limbs], 1)
-    elif "poses" in arrays and arrays["poses"].ndim == 2 and arrays["poses"].shape[1] >= 66:
-        poses = arrays["poses"][:, :66]
-    else:
-        raise Mistake(f"{where} holds no motion: poses (frames, 66 or more) is needed, as in AMASS")
-    rate = next((arrays[name] for name in MOTION[3:] if name in arrays), np.zeros(1))
-    return poses, float(rate.item()) if rate.size == 1 and rate.dtype.kind in "iuf" else 0.0
-
-
-def frame_of(poses, frame, where):
-    """One frame of a motion (T,66), z up -> rotmat (22,3,3), y up. Raises Mistake."""
-    if not 0 <= frame < len(poses):
-        raise Mistake(f"{where} has no frame {frame}: it holds {len(poses)}, counted from 0")
-    return turn_root(as_rotations(poses[frame], f"frame {frame} of {where}"), UP)
-
-
-def from_camera(array, where):
-    """A pose as `as_rotations` takes it, its root as a camera sees it (z ahead, y down) -> rotmat (22,3,3) in our
-    frame, where +z comes towards the camera. Raises Mistake."""
-    return turn_root(as_rotations(np.asarray(array), where), torch.tensor([1.0, -1.0, -1.0]).diag())  # about x
-
-
-def read_pose(path):
-    """Reads one pose -> rotmat (22,3,3). Raises Mistake on a file that is missing, damaged, or not one pose.
-
-    .npy: (22,3,3), or axis-angle (66,), (22,3), (72,), body frame (y up).
-    .npz: AMASS keys (`poses`, or `root_orient` + `pose_body`), z up, turned to y up here. `walk.npz:120` is frame 120.
-    """
-    path, _, frame = str(path).rpartition(":") if re.search(r"\.npz:\d+$", str(path)) else (path, "", "")
-    arrays = read_arrays(path, MOTION)
-    if "" in arrays:
-        return as_rotations(arrays[""], path)
-    poses, _ = motion(arrays, path)
-    if not frame and len(poses) > 1:
-        raise Mistake(f"{path} holds {len(poses)} frames, and one pose is wanted: name the frame, as in {path}:0")
-    return frame_of(poses, int(frame or 0), path)
-
-
-def write_pose(path, rotmat):
-    """Writes rotmat (22,3,3) as a one-frame AMASS .npz (z up); `read_pose` gives the pose back. Raises Mistake."""
-    rotmat = turn_root(rotmat.detach().cpu().double(), UP.T)                     # AMASS stores doubles
-    poses = np.zeros((1, 156))                             # SMPL-H: 52 joints, the fingers at rest
-    poses[0, :66] = matrix_to_aa(rotmat).flatten()
-    with saving(path) as new, open(new, "wb") as file:
-        np.savez(file, poses=poses, trans=np.zeros((1, 3)), betas=np.zeros(16), gender="neutral", mocap_framerate=30.0)
-
-
-# ---- 8. Synthetic people: poses without end. M of them, each of C angles ---------------------------------------------
-LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
-BODY_PARTS = ["root", "trunk", "head", *LEGS_ARMS]
-CHANGE = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays
-FEWER = [0.10, 0.40]                                       # share of edits of one part; of one or two (the rest: three)
-STILL = [JOINTS.index(f"{side}_{part}") for side in ("left", "right") for part in ("collar", "foot", "wrist")]
-
-
-def uniform(rows, n):
-    """Row numbers (M,) -> (M,n) numbers in [0,1): a pure function of (row, column), by splitmix64.
-
-    A hash of the counter, not a stream: a row stays what it is whatever else is drawn, and all rows are done at once.
-    """
-    z = np.asarray(rows, np.uint64)[:, None] * np.uint64(1 << 16) + np.arange(1, n + 1, dtype=np.uint64)
-    z = z * np.uint64(0x9E3779B97F4A7C15)                  # arrays of unsigned numbers wrap around, as they should
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
-
-
-class People:
-    """assets/activities.json as arrays. A person is C angles in degrees, named and limited as the table says.
-
-    An activity holds ranges of root, trunk and head, and for every limb a list of gestures to choose from; a gesture
-    is a range for each angle of one limb. fresh, edited: what a person, or an edit of one, draws from.
-    """
-
-    def __init__(self):
-        table = asset("activities")
-        self.gestures, self.sets = {"leg": table["legs"], "arm": table["arms"]}, table["sets"]
-        limits = {part: table["limits"][part.split("_")[-1]] for part in BODY_PARTS}
-        self.angles = [(part, angle) for part in BODY_PARTS for angle in limits[part]]
-        self.limits = np.array([limits[part][angle] for part, angle in self.angles], np.float64)     # (C,2)
-        self.owner = np.array([BODY_PARTS.index(part) for part, _ in self.angles])                             # (C,)
-        self.turns = self.read_turns(table["axes"])
-        rows = {name: {**table["usual"], **row} for name, row in table["activities"].items()}
-        self.activities = list(rows)
-        often = np.cumsum([row.get("often", 1.0) for row in rows.values()])
-        self.shares = often / often[-1]                                                      # (A,) cumulated
-        self.fresh = self.options(rows.values(), ["trunk", *LEGS_ARMS])
-        self.edited = self.options(rows.values(), ["edit_trunk", "edit_legs", "edit_legs", "edit_arms", "edit_arms"])
-
-    def at(self, angle, parts=BODY_PARTS):
-        """The columns of an angle: at("flex") -> those of both legs."""
-        return [c for c, (part, name) in enumerate(self.angles) if name == angle and part in parts]
-
-    def read_turns(self, axes):
-        """-> (3,C,22,3): angles times this are the axis-angles of three turns of every joint, the last done first."""
-        out = np.zeros((3, len(self.angles), len(JOINTS), 3))
-        for joint, turns in axes.items():
-            for slot, (part, angle, axis, share) in enumerate(turns):
-                turn = math.radians(share) * np.eye(3)["xyz".index(axis[1])] * (1 if axis[0] == "+" else -1)
-                out[slot, self.at(angle, [part]), JOINTS.index(joint)] = turn
-                if part in LEGS_ARMS:                      # the right limb mirrors the left: y and z turn backwards
-                    right = self.at(angle, [part.replace("left", "right")])
-                    out[slot, right, JOINTS.index(joint.replace("left", "right"))] = turn * [1, -1, -1]
-        return out
-
-    def span(self, part, ranges):
-        """{angle: [lo, hi]} of one part -> (2,C), 0 elsewhere. A foot left out is NaN: see `settle`."""
-        out = np.zeros((2, len(self.angles)))
-        for c in np.flatnonzero(self.owner == BODY_PARTS.index(part)):
-            out[:, c] = ranges.get(self.angles[c][1], np.nan if self.angles[c][1] == "point" else 0)
-        return out
-
-    def options(self, rows, keys):
-        """-> ranges of root, trunk and head (A,2,C), of the limbs' gestures (A,4,O,2,C), how many of these (A,4)."""
-        body, limbs = [], []
-        for row in rows:
-            ranges = row.get("root", {}), row[keys[0]], row["head"]
-            body.append(sum(self.span(*pair) for pair in zip(BODY_PARTS, ranges)))
-            limbs.append([[self.span(limb, self.gestures[limb.split("_")[1]][name])
-                           for entry in row[key] for name in self.sets.get(entry, [entry])]
-                          for limb, key in zip(LEGS_ARMS, keys[1:])])
-        counts = np.array([[len(gestures) for gestures in row] for row in limbs])
-        padded = [[(gestures * counts.max())[:counts.max()] for gestures in row] for row in limbs]
-        return np.array(body), np.array(padded), counts
-
-    def draw(self, table, activity, u):
-        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range."""
-        body, limbs, counts = table
-        choice = (u[:, :4] * counts[activity]).astype(int)                                   # (M,4)
-        spans = body[activity] + limbs[activity[:, None], np.arange(4), choice].sum(1)       # (M,2,C)
-        return spans[:, 0] + u[:, 4:] * (spans[:, 1] - spans[:, 0])
-
-    def edit(self, angles, activity, u):
-        """Changes one to three parts of each person, the head sometimes too. angles (M,C), u (M,9+2(4+C)) -> (M,C)."""
-        near, far = (self.draw(self.edited, activity, v) for v in np.split(u[:, 9:], 2, axis=1))
-        own = np.eye(len(BODY_PARTS))[self.owner]                                                      # (C,7)
-        # of two drafts of every part the one that moves more: an edit should be seen
-        pick = [np.nan_to_num(np.abs(draft - angles)) @ own for draft in (near, far)]        # (M,7)
-        target = np.where((pick[1] > pick[0])[:, self.owner], far, near)
-        tickets = u[:, :7] ** (1 / np.maximum(CHANGE, 1e-3))                                 # a lottery with weights
-        changed = tickets.argsort(1).argsort(1) >= 6 - (u[:, 7:8] > FEWER).sum(1, keepdims=True)
-        changed[:, BODY_PARTS.index("head")] = u[:, 8] < 0.4
-        return np.where(changed[:, self.owner], target, angles)
-
-    def settle(self, angles):
-        """Angles as drawn (M,C) -> as the joints have them: soles level, bowed at the hips, all within limits."""
-        angles, hinge, legs, feet = angles.copy(), self.at("hinge"), self.at("flex"), self.at("point")
-        level = angles[:, legs] - angles[:, self.at("knee")]
-        angles[:, feet] = np.where(np.isnan(angles[:, feet]), level, angles[:, feet])
-        # who already sits cannot bow far: the hips have only so much room
-        angles[:, hinge] = np.minimum(angles[:, hinge], self.limits[legs[0], 1] - angles[:, legs].max(1, keepdims=True))
-        angles[:, legs] += angles[:, hinge]
-        return angles.clip(*self.limits.T)
-
-    def rotations(self, angles, still):
-        """Settled angles (M,C), small turns of collars, feet and wrists (M,18) degrees -> rotmat (M,22,3,3) float32."""
-        angles = angles.copy()
-        angles[:, self.at("raise")] -= 90                  # the rest pose is a T
-        angles[:, self.at("pitch")] += angles[:, self.at("hinge")]
-        first, second, third = torch.tensor(np.einsum("mc,scjk->smjk", angles, self.turns, optimize=True)).float()
-        third[:, STILL] = torch.tensor(np.radians(still)).float().unflatten(1, (6, 3))
-        return aa_to_matrix(first) @ aa_to_matrix(second) @ aa_to_matrix(third)              # (M,22,3,3)
-
-
-people = functools.cache(People)                           # the tables are read once
-SPLITS = {"train": 0, "val": 1 << 20, "test": 2 << 20}     # where a split starts among all people: they never meet
-UNIFORMS = 96                                              # random numbers a row may use
-SEEN = (0.7, 0.8, 0.9)                                     # their shares, cumulated; the last takes what is left
-
-
-def populate(split, n):
-    """The first n people of a split (n even) -> activity indices (n,), rotmat (n,22,3,3), headings (n,) radians.
-
-    Rows 2i and 2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored. Raises Mistake.
-    """
-    if split not in SPLITS or not 2 <= n <= 1 << 20 or n % 2:
-        raise Mistake(f"no {n} people in split {split!r}: the splits are {', '.join(SPLITS)}, and people come in pairs")
-    crowd, u = people(), uniform(SPLITS[split] + np.arange(n), UNIFORMS)
-    wide, one, two = 4 + len(crowd.angles), u[0::2, 4:], u[1::2, 4:]
-    activity = np.searchsorted(crowd.shares, u[0::2, 0], side="right")
-    drawn = crowd.draw(crowd.fresh, activity, one[:, :wide]) + 4 * one[:, wide:2 * wide - 4] - 2    # noise: 2 degrees
-    angles = np.stack([drawn, crowd.edit(drawn, activity, two[:, :9 + 2 * wide])], 1).reshape(n, -1)
-    rotmat = crowd.rotations(crowd.settle(angles), (6 * one[:, -18:] - 3).repeat(2, 0))
-    flipped = torch.tensor(u[0::2, 1] < 0.5).repeat_interleave(2)
-    rotmat[flipped] = mirror(rotmat[flipped])
-    view = np.searchsorted(SEEN, u[:, 2], side="right")    # most face the camera
-    headings = view * math.pi / 2 + (2 * u[:, 3] - 1) * math.radians(35)
-    return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
-
-
-# ---- 9. The tokenizer: encoder, quantizer, decoder -------------------------------------------------------------------
+# ---- 1. The VQ-VAE: encoder, quantizer, decoder --------------------------------------------------
 @dataclasses.dataclass
 class TokenizerConfig:
     """Sizes of a PoseTokenizer; the defaults are the paper's."""
@@ -1027,7 +237,7 @@ class PoseTokenizer(nn.Module):
         return self._made((probs.float() @ self.quantizer.codebook).mT)
 
 
-# ---- 10. Training the tokenizer --------------------------------------------------------------------------------------
+# ---- 2. Its loss, and the noise it is trained with -----------------------------------------------
 PARTS = [[1, 4, 7, 10], [2, 5, 8, 11], [3, 6, 9], [12, 15], [13, 16, 18, 20], [14, 17, 19, 21]]   # legs torso head arms
 NOISE = (0.01, 0.05, 0.1, 0.1, 0.5, 0.5)                   # radians, for each sixth of the run; the official steps
 
@@ -1084,46 +294,476 @@ def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
     return rotmat @ shake, rotmat                          # joints wobble in their own frames
 
 
-# ---- 11. Run me ------------------------------------------------------------------------------------------------------
+# ---- 3. The skeleton: 22 joints ------------------------------------------------------------------
+JOINTS = ("pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot "
+          "right_foot neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow "
+          "left_wrist right_wrist").split()
+PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]
+SWAP = {"left": "right", "right": "left"}
+MIRROR = [JOINTS.index(re.sub("left|right", lambda side: SWAP[side[0]], name)) for name in JOINTS]
+
+
+# ---- 4. Rotations --------------------------------------------------------------------------------
+UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
+
+
+def aa_to_matrix(aa):
+    """Axis-angle (...,3), radians -> rotation matrices (...,3,3). Rodrigues' formula, smooth at 0."""
+    angle = torch.linalg.vector_norm(aa, dim=-1)[..., None, None]  # its gradient at 0 is 0, not nan
+    x, y, z = aa.unbind(-1)
+    o = torch.zeros_like(x)
+    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))  # K v = axis x v
+    # torch.sinc is sin(pi x)/(pi x): it has the limits at 0 built in, where sin(t)/t would be 0/0
+    first, second = torch.sinc(angle / math.pi), 0.5 * torch.sinc(angle / (2 * math.pi)) ** 2
+    return torch.eye(3, dtype=aa.dtype, device=aa.device) + first * K + second * (K @ K)
+
+
+def matrix_to_quaternion(matrix):
+    """Rotation matrices (...,3,3) -> unit quaternions (...,4), w x y z, w >= 0.
+
+    4 q qᵀ is linear in R. Each of its rows is q times a factor; the row with the largest factor is the one to trust,
+    at any angle (a formula that starts from w alone loses the sign near pi).
+    """
+    a, b, c, d, e, f, g, h, i = matrix.flatten(-2).unbind(-1)
+    rows = torch.stack([1 + a + e + i, h - f, c - g, d - b,
+                        h - f, 1 + a - e - i, b + d, c + g,
+                        c - g, b + d, 1 - a + e - i, f + h,
+                        d - b, c + g, f + h, 1 - a - e + i], -1).unflatten(-1, (4, 4))
+    best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, 4)
+    q = F.normalize(rows.gather(-2, best).squeeze(-2), dim=-1)  # length at least 1: smooth everywhere
+    return torch.where(q[..., :1] < 0, -q, q)              # q and -q are the same rotation
+
+
+def matrix_to_aa(matrix):
+    """Rotation matrices (...,3,3) -> axis-angle (...,3), angle in [0, pi]."""
+    w, xyz = matrix_to_quaternion(matrix).split([1, 3], -1)  # cos(angle/2), axis sin(angle/2)
+    sine = torch.linalg.vector_norm(xyz, dim=-1, keepdim=True)
+    tiny = sine < 1e-7                                     # there angle/sine is 2; the other branch would give nan
+    return xyz * torch.where(tiny, 2.0, 2 * torch.atan2(sine, w) / torch.where(tiny, 1.0, sine))
+
+
+def matrix_to_sixd(matrix):
+    """(...,3,3) -> (...,6): the first two ROWS, as in the official release (others keep columns)."""
+    return matrix[..., :2, :].flatten(-2)                  # continuous, unlike any set of three numbers
+
+
+def sixd_to_matrix(sixd):
+    """(...,6) any two rows -> (...,3,3): Gram-Schmidt makes them orthonormal, their cross product is the third."""
+    first = F.normalize(sixd[..., :3], dim=-1)
+    second = sixd[..., 3:] - (first * sixd[..., 3:]).sum(-1, keepdim=True) * first  # what is across the first
+    second = F.normalize(second, dim=-1)
+    return torch.stack([first, second, torch.linalg.cross(first, second)], -2)
+
+
+def mirror(rotmat):
+    """The pose (...,22,3,3) as seen in a mirror: left and right joints change places, M R M with M = diag(-1,1,1)."""
+    sign = torch.tensor([-1.0, 1.0, 1.0], dtype=rotmat.dtype, device=rotmat.device)
+    return rotmat[..., MIRROR, :, :] * sign[:, None] * sign  # M R M, element by element
+
+
+def turn_root(rotmat, turn):
+    """The person as a whole, turned: rotmat (...,22,3,3) with turn (...,3,3) before its root."""
+    return torch.cat([turn.to(rotmat)[..., None, :, :] @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
+
+
+def face_front(rotmat, like=None):
+    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
+
+    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
+    It jumps by half a turn where someone lies on the side (PoseScript does it too).
+    """
+    left = (rotmat if like is None else like)[:, 0, :, 0]
+    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
+    return turn_root(rotmat, aa_to_matrix(-angle[:, None] * torch.eye(3)[1]))
+
+
+def kinematics(rotmat, rest):
+    """Walks the tree from the pelvis out. rotmat (...,22,3,3), rest joints (22,3).
+
+    -> rotations in the body frame (...,22,3,3), joints (...,22,3) with the pelvis where it rests.
+    """
+    turns, places = [rotmat[..., 0, :, :]], [rest[0].expand(*rotmat.shape[:-3], 3)]
+    for j, parent in enumerate(PARENTS[1:], 1):
+        turns.append(turns[parent] @ rotmat[..., j, :, :])  # (...,3,3)
+        places.append(places[parent] + turns[parent] @ (rest[j] - rest[parent]))  # (...,3), carried by its parent
+    return torch.stack(turns, -3), torch.stack(places, -2)  # (...,22,3,3), (...,22,3)
+
+
+def forward_kinematics(rotmat, rest):
+    """rotmat (...,22,3,3), rest (22,3) metres -> joints (...,22,3), pelvis at 0. Differentiable."""
+    return kinematics(rotmat, rest - rest[0])[1]
+
+
+# ---- 5. The body ---------------------------------------------------------------------------------
+BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_regressor": ("J", "V"),
+               "kintree_table": (2, "J"), "posedirs": ("V", 3, "P")}
+
+
+def read_body(path):
+    """Reads and checks one body file -> its arrays, sizes agreeing. Raises Mistake."""
+    arrays, sizes = read_arrays(path, BODY_SHAPES), {}
+    for name, shape in BODY_SHAPES.items():
+        if name not in arrays:
+            raise Mistake(f"{path} holds no {name}: give an SMPL, SMPL-H or SMPL-X model file")
+        found = arrays[name].shape                         # a letter takes the first size met, then holds it
+        fits = len(found) == len(shape) and all(sizes.setdefault(s, n) == n if isinstance(s, str) else s == n
+                                                for s, n in zip(shape, found))
+        if not fits or arrays[name].dtype.kind not in "iuf" or not np.isfinite(arrays[name]).all():
+            raise Mistake(f"{name} in {path} is {found} {arrays[name].dtype}, not {shape} finite numbers that fit "
+                          "the rest: the file is damaged or not a body model")
+    parents = arrays["kintree_table"][0].astype(np.int64)  # the root's is 2^32-1 or -1: never read
+    if sizes["J"] < 24 or sizes["P"] != 9 * (sizes["J"] - 1) or parents[1:22].tolist() != PARENTS[1:]:
+        raise Mistake(f"{path} has another skeleton ({sizes['J']} joints): SMPL, SMPL-H and SMPL-X are read")
+    if arrays["f"].min() < 0 or arrays["f"].max() >= sizes["V"] or (parents[1:] >= np.arange(1, sizes["J"])).any():
+        raise Mistake(f"{path} points at vertices or joints that it does not have: the file is damaged")
+    return arrays, parents
+
+
+def smpl_layout(arrays, parents):
+    """Any of the body families -> SMPL's own layout of 24 joints, so that one code path poses them all.
+
+    Fingers and face do not move here: whatever hangs on a wrist joins SMPL's rigid hand, jaw and eyes join the head.
+    """
+    home = list(range(22))                                 # where each joint of the file goes among the 24
+    for parent in parents[22:]:
+        home.append({20: 22, 21: 23}.get(home[parent], home[parent]))
+    weights = np.zeros((len(arrays["v_template"]), 24))
+    np.add.at(weights.T, home, arrays["weights"].T)        # several fingers add up in one place
+    first = [home.index(j) for j in range(24)]             # rigid hands: any knuckle does as their joint
+    posedirs = np.zeros((len(weights), 3, 207))
+    posedirs[:, :, :189] = arrays["posedirs"][:, :, :189]  # 9 numbers for each of the 21 body joints; hands stay zero
+    return {"v_template": arrays["v_template"], "f": arrays["f"].astype(np.int64), "weights": weights,
+            "J_regressor": arrays["J_regressor"][first], "posedirs": posedirs,
+            "shapedirs": np.zeros((len(weights), 3, 10)),  # betas are always zero: the mean person
+            "kintree_table": np.array([PARENTS + [20, 21], range(24)])}
+
+
+def vertex_area(template, faces):
+    """How much skin a vertex stands for -> (V,): the sum of its triangles' areas, scaled to 0..1 each."""
+    a, b, c = template[faces].unbind(1)
+    areas = torch.linalg.cross(b - a, c - a).norm(dim=-1)
+    areas = (areas - areas.min()) / (areas.max() - areas.min())  # the smallest triangle counts nothing
+    return torch.zeros_like(template[:, 0]).index_add_(0, faces.flatten(), areas.repeat_interleave(3))
+
+
+class Body(nn.Module):
+    """A skinned human of mean shape: rest (22,3), template (V,3), both from the pelvis; faces (F,3), weights (V,24)."""
+
+    def __init__(self, arrays, name=""):
+        super().__init__()
+        import smplx  # slow to import: only who poses pays
+
+        spots = ("nose", "reye", "leye", "rear", "lear")   # smplx wants five face vertices by name; we read none
+        with contextlib.redirect_stdout(io.StringIO()):    # it prints remarks about shape coefficients
+            self.smpl = smplx.SMPL("", data_struct=smplx.utils.Struct(**arrays), vertex_ids=dict.fromkeys(spots, 0),
+                                   use_hands=False, use_feet_keypoints=False)
+        self.smpl.requires_grad_(False)                    # a ruler, not a part that learns
+        self.name = name
+        rest = arrays["J_regressor"] @ arrays["v_template"]
+        mine = {"rest": rest[:22] - rest[0], "template": arrays["v_template"] - rest[0], "weights": arrays["weights"],
+                "posedirs": arrays["posedirs"][:, :, :189]}
+        for key, array in mine.items():                    # not persistent: checkpoints must not carry licensed bodies
+            self.register_buffer(key, torch.as_tensor(array, dtype=torch.float32), persistent=False)
+        self.register_buffer("faces", torch.as_tensor(arrays["f"]), persistent=False)
+        self.register_buffer("area", vertex_area(self.template, self.faces), persistent=False)
+
+    def forward(self, rotmat):
+        """rotmat (B,22,3,3) -> joints (B,22,3), vertices (B,V,3), metres, pelvis at the origin. Posed by smplx."""
+        hands = torch.eye(3, dtype=rotmat.dtype, device=rotmat.device).expand(len(rotmat), 2, 3, 3)
+        posed = self.smpl(global_orient=rotmat[:, :1], body_pose=torch.cat([rotmat[:, 1:], hands], 1),
+                          betas=rotmat.new_zeros(len(rotmat), 10), pose2rot=False)
+        pelvis = posed.joints[:, :1]                       # (B,1,3) where the file puts it, and none of ours
+        return posed.joints[:, :22] - pelvis, posed.vertices - pelvis
+
+    def joints(self, rotmat):
+        """rotmat (...,22,3,3) -> joints (...,22,3): the skeleton alone, much faster than the skin."""
+        return forward_kinematics(rotmat, self.rest)
+
+    def skin(self, rotmat, chosen):
+        """Linear blend skinning of the vertices `chosen` (n,) only: rotmat (B,22,3,3) -> joints (B,22,3), (B,n,3).
+
+        The same numbers as smplx, for a training step that cannot afford every vertex (SMPL paper, equations 2-9).
+        """
+        turns, joints = kinematics(rotmat, self.rest)                                        # (B,22,3,3), (B,22,3)
+        bent = (rotmat[:, 1:] - torch.eye(3, device=rotmat.device)).flatten(1)               # (B,189)
+        shape = self.template[chosen] + torch.einsum("bp,nkp->bnk", bent, self.posedirs[chosen])         # (B,n,3)
+        weights = self.weights[chosen, :22].clone()
+        weights[:, 20:] += self.weights[chosen, 22:]                                         # hands follow the wrists
+        shift = joints - (turns @ self.rest[:, :, None]).squeeze(-1)                         # (B,22,3)
+        turn = torch.einsum("nj,bjkl->bnkl", weights, turns)                                 # (B,n,3,3) blended
+        return joints, (turn @ shape[..., None]).squeeze(-1) + weights @ shift               # (B,n,3)
+
+
+def load_body(path=""):
+    """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises Mistake."""
+    path = pathlib.Path(path or ASSETS / "body.npz")
+    return Body(smpl_layout(*read_body(path)), path.stem)
+
+
+# ---- 6. Shared by all scripts: user errors, flags, files -----------------------------------------
+class Mistake(Exception):
+    """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
+
+
+def reason(error):
+    """The first line of what an exception says: libraries like to go on."""
+    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+    return (said or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explaining(before, after=""):
+    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a Mistake that names the reason."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        raise Mistake(before + reason(error) + after) from error
+
+
+@contextlib.contextmanager
+def skipping(skipped, where):
+    """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
+    try:
+        yield
+    except Exception as error:
+        skipped.append(f"{where}: {reason(error)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises `Mistake` instead of printing its usage and leaving."""
+
+    def error(self, message):
+        raise Mistake(f"{message} (--help lists the flags)")
+
+
+def cli(Config, argv=None):
+    """Turns the dataclass `Config` into flags and parses argv (None: the command line). -> a Config.
+
+    The comment behind a field is its help text. bool: --x / --no-x; list[str]: repeat the flag. Raises Mistake.
+    """
+    about = (sys.modules[Config.__module__].__doc__ or "").strip().split("\n\n")[0]
+    parser = Parser(description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # the source is the only place that knows comments; one line per field keeps this a one-line pattern
+    comments = dict(re.findall(r"^ +(\w+) *:[^#\n]*#\s*(.*?)\s*$", inspect.getsource(Config), re.M))
+    kinds = typing.get_type_hints(Config)                  # types, also where annotations are strings
+    for field in dataclasses.fields(Config):
+        kind, default = kinds[field.name], field.default
+        text = comments.get(field.name, "").replace("%", "%%")  # argparse formats its help
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is list:
+            how, text, default = dict(action="append", metavar="X"), text + " (may be repeated)", None
+        else:
+            how = dict(type=kind, metavar=kind.__name__.upper())
+        shown = "" if default in (None, "") else f" [{default}]"
+        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-" if kind is str else "_")])
+        parser.add_argument(*names, help=text + shown, default=argparse.SUPPRESS, **how)
+    known, unknown = parser.parse_known_args(argv)         # so that a typing error can be answered
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise Mistake(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
+    config = Config(**vars(known))                         # absent flags keep the dataclass's defaults
+    if not 0 <= getattr(config, "seed", 0) < 2 ** 32:
+        raise Mistake(f"--seed {config.seed} must be from 0 to {2 ** 32 - 1}")
+    return config
+
+
+def script(main):
+    """Runs main(). A Mistake, or a file that cannot be written, becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except BrokenPipeError:                                # the reader of a pipe (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Mistake, OSError) as error:
+        what = error if isinstance(error, Mistake) else f"{error.filename or 'the output'}: {error.strerror or error}"
+        print(f"error: {what}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None                    # what a shell expects after Ctrl-C
+
+
+@contextlib.contextmanager
+def saving(path):
+    """`with saving(path) as new:` write a file at `new`; it takes the name `path` only when it is complete.
+
+    Whatever goes wrong, nothing half-written stays behind. A failed write, or a folder of that name, raises Mistake.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.name:
+        raise Mistake(f"{path} is a folder: name a file")
+    new = path.with_name(f".{os.getpid()}-{path.name}")    # same folder (a rename must not cross disks), same suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        os.replace(new, path)
+    except BaseException as error:                         # Ctrl-C as well
+        with contextlib.suppress(OSError):                 # cleaning up must not hide the first error
+            new.unlink()
+        # safetensors and torch.save report a full disk as errors of their own kinds
+        if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
+            raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
+        raise
+
+
+def files_in(path, *suffixes):
+    """The file itself, or all files below a folder that end in one of the suffixes, in order."""
+    path = pathlib.Path(path)
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+
+
+def load_json(path):
+    """What a JSON file holds. Raises Mistake."""
+    with explaining(f"{path} is not a complete JSON file: "):
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+@functools.cache
+def asset(name):
+    """The table assets/NAME.json, whose words and numbers a reader may edit. It is shared: nobody changes it."""
+    return load_json(ASSETS / f"{name}.json")
+
+
+class Pickled:
+    """Stands in for the chumpy and scipy objects inside an SMPL pickle: keeps their state, runs none of their code."""
+
+    def __init__(self, *arguments):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self):
+        """The numbers that the object held."""
+        state = {key: plain(value) for key, value in self.state.items()}
+        if "indptr" in state:                              # scipy's compressed columns -> a dense matrix
+            dense = np.zeros(tuple(state.get("_shape", state.get("shape"))))
+            columns = np.repeat(np.arange(dense.shape[1]), np.diff(state["indptr"]))
+            np.add.at(dense, (state["indices"], columns), state["data"])
+            return dense
+        if "idxs" in state:                                # chumpy's Select: chosen elements of another array
+            return state["a"].ravel()[state["idxs"]].reshape(state["preferred_shape"])
+        return state["x"]                                  # chumpy's plain array
+
+
+def plain(value):
+    """A Pickled stand-in -> its array; anything else as it is."""
+    return value.array() if isinstance(value, Pickled) else value
+
+
+def latin1(text, encoding="latin1"):
+    """How Python 3 pickles bytes under protocol 2."""
+    return text.encode("latin1")
+
+
+def number(dtype, data):
+    """How numpy pickles a single number. Its own maker would take bytes for pointers to objects."""
+    return np.frombuffer(data, dtype)[0]
+
+
+RECONSTRUCT = np.ndarray(0).__reduce__()[0]                # numpy's own maker of empty arrays, wherever it lives now
+FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]              # the same of newer pickles
+ALLOWED = {
+    "chumpy.ch Ch": Pickled, "chumpy.reordering Select": Pickled,
+    "scipy.sparse.csc csc_matrix": Pickled, "scipy.sparse._csc csc_matrix": Pickled,
+    "numpy.core.multiarray _reconstruct": RECONSTRUCT, "numpy._core.multiarray _reconstruct": RECONSTRUCT,
+    "numpy ndarray": np.ndarray, "numpy dtype": np.dtype, "__builtin__ set": set, "_codecs encode": latin1,
+    "numpy.core.multiarray scalar": number, "numpy._core.multiarray scalar": number,
+    "numpy.core.numeric _frombuffer": FROM_BUFFER, "numpy._core.numeric _frombuffer": FROM_BUFFER,
+}
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Reads arrays, as of an SMPL .pkl. A pickle is a program; this one may call nothing outside ALLOWED."""
+
+    def find_class(self, module, name):
+        if f"{module} {name}" not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+        return ALLOWED[f"{module} {name}"]
+
+
+def read_arrays(path, wanted):
+    """The arrays named `wanted` that a .npz, .npy (then named "") or SMPL .pkl holds -> {name: array}. Raises Mistake.
+
+    Nothing in the file is executed, and entries that are not wanted are not even looked at.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise Mistake(f"no file {path}: check the path")
+    with explaining(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
+        if path.suffix.lower() == ".pkl":
+            with open(path, "rb") as file:
+                entries = SafeUnpickler(file, encoding="latin1").load()
+            return {name: np.asarray(plain(entries[name])) for name in wanted if name in entries}
+        entries = np.load(path, allow_pickle=False)        # object arrays are pickles: refused
+        if isinstance(entries, np.ndarray):
+            return {"": entries}
+        with entries:
+            return {name: entries[name] for name in wanted if name in entries.files}
+
+
+# ---- 7. Run me -----------------------------------------------------------------------------------
+# A person of the training split who points to the side, in whole degrees: the axis-angle of each
+# joint that leaves the T-pose.
+EXAMPLE = {
+    "left_hip": (-3, 9, 2),
+    "right_hip": (-3, -6, -6),
+    "neck": (11, -7, -1),
+    "head": (11, -7, -1),
+    "left_shoulder": (0, 0, -87),
+    "left_elbow": (0, -9, 0),
+    "right_shoulder": (-16, 2, -5),
+}
+
+
+def example_pose():
+    """The pose of EXAMPLE -> rotmat (22,3,3): what `python tokenizer.py` and `python captions.py` show."""
+    degrees = torch.zeros(len(JOINTS), 3)
+    for joint, angles in EXAMPLE.items():
+        degrees[JOINTS.index(joint)] = torch.tensor(angles)
+    return aa_to_matrix(torch.deg2rad(degrees))
+
+
+def load_pose_tokenizer(folder):
+    """The pose tokenizer alone out of a weights folder, in eval mode, float32. Raises Mistake."""
+    from safetensors.torch import load_file
+    folder = pathlib.Path(folder)
+    with explaining(f"{folder} is not a complete weights folder: "):
+        sizes = load_json(folder / "config.json")["tokenizer"]
+        tensors = load_file(folder / "model.safetensors")
+        tokenizer = PoseTokenizer(TokenizerConfig(**sizes))
+        prefix = "tokenizer."
+        tokenizer.load_state_dict({name.removeprefix(prefix): tensor.float()
+                                   for name, tensor in tensors.items() if name.startswith(prefix)})
+    return tokenizer.eval()
+
+
 @dataclasses.dataclass
 class Config:
-    """Take one pose through files, numbers and words, and draw it."""
-    pose: str = ""  # pose file to read (.npz or .npy); empty: the first synthetic person
-    body: str = ""  # body model file (SMPL .pkl or .npz, SMPL-H, SMPL-X); empty: the free body in assets/
-    out: str = "out"  # folder for the picture and the pose
-    size: int = 320  # pixels of the picture
+    """Turn one pose into the code words of a trained tokenizer, and back."""
+    weights: str = TINY  # a trained folder
 
 
 def main():
-    """Round-trips one pose through files, numbers and words, and draws it."""
-    config, say = cli(Config), lambda name, text: print(f"{name:<18}{text}")
-    if not 16 <= config.size <= 4096:
-        raise Mistake(f"--size {config.size} must be from 16 to 4096 pixels")
-    body = load_body(config.body)
-    rotmat = read_pose(config.pose) if config.pose else populate("train", 2)[1][0]
-    write_pose(f"{config.out}/pose.npz", rotmat)
-    gap = (read_pose(f"{config.out}/pose.npz") - rotmat).abs().max()
-    say("a pose", f"22 rotations {tuple(rotmat.shape)}; to {config.out}/pose.npz and back: {gap:.0e} off")
+    """Prints one pose as code words, and how far off it comes back."""
+    config = cli(Config)
+    tokenizer = load_pose_tokenizer(config.weights)
+    body = load_body()
+    rotmat = example_pose()
+
     sixd = matrix_to_sixd(rotmat)
-    say("in 6D", f"{tuple(sixd.shape)}, and back: {(sixd_to_matrix(sixd) - rotmat).abs().max():.0e} off")
-    joints, vertices = body(rotmat[None])
-    tall = vertices[0, :, 1].max() - vertices[0, :, 1].min()
-    say("on a body", f"{body.name}: {len(body.template)} vertices, {len(body.faces)} triangles, {tall:.2f} m tall")
-    with torch.random.fork_rng():                          # layers draw their start from the global generator
-        torch.manual_seed(0)
-        tokenizer = PoseTokenizer()
-    generator = torch.Generator().manual_seed(0)
-    tokenizer(noisy(rotmat.expand(32, 22, 3, 3), generator)[0], generator)       # one training step fills the codebook
-    ids = tokenizer.eval().encode(rotmat[None])
-    error = 1000 * (body.joints(tokenizer.decode(ids)) - joints).norm(dim=-1).mean()
-    count = sum(value.numel() for value in [*tokenizer.parameters(), tokenizer.quantizer.codebook])
-    say("the tokenizer", f"{count / 1e6:.2f} M numbers; {tokenizer.n_tokens} tokens, {tokenizer.config.codes} codes")
-    say("the pose in words", " ".join(map(str, ids[0, :12].tolist())) + " ...")
-    say("and back", f"{error:.0f} mm off: these weights are random, train.py teaches them")
-    views = [render(vertices[0], body.faces, body_colors(body), config.size, heading) for heading in (0, 0.8, math.pi)]
-    with saving(f"{config.out}/pose.png") as new:
-        Image.fromarray(np.concatenate(views, 1)).save(new)
-    say("drawn", f"{config.out}/pose.png: from the front, turned by 46 degrees, from behind")
+    codes = tokenizer.encode(rotmat[None])                                                   # (1,N)
+    decoded = tokenizer.decode(codes)                                                        # (1,22,3,3)
+    error = 1000 * (body.joints(decoded[0]) - body.joints(rotmat)).norm(dim=-1)              # (22,) mm
+
+    print(f"a pose        22 rotations; in 6D {sixd.numel()} numbers")
+    print(f"in words      {' '.join(map(str, codes[0].tolist()))}")
+    print(f"              {tokenizer.n_tokens} words out of {tokenizer.config.codes}")
+    print(f"and back      {error.mean():.1f} mm off, mean of 22 joints")
+    for joint in ("left_knee", "left_elbow", "left_wrist", "right_wrist", "head"):
+        print(f"    {joint:<12}{error[JOINTS.index(joint)]:>6.1f} mm")
 
 
 if __name__ == "__main__":

@@ -40,14 +40,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from data import SIDE, TASKS, TEMPLATES, Mixture, World, arranged, cut, fill, read, templates, words
+from data import fill, SIDE, TASKS, TEMPLATES, Mixture, World, arranged, cut, read, templates, words
 from eval import Retrieval, load_ruler, read_texts
 from tokenizer import (
-    MIRROR, Mistake, cli, face_front, load_body, load_json, matrix_to_sixd, mirror, noisy, saving, script,
-    some_vertices, tokenizer_loss)
+    MIRROR, Mistake, cli, face_front, load_body, load_json, matrix_to_sixd, mirror, noisy, saving,
+    script, some_vertices, tokenizer_loss,
+)
 from unipose import (
-    CHOICES, LORA, RULER, SIZES, UniPose, base_model, collate, find_device, load, load_strictly, model_config,
-    provenance, read_config, read_tensors, save, word_tokenizer)
+    CHOICES, LORA, RULER, SIZES, UniPose, base_model, collate, find_device, load,
+    load_strictly, model_config, provenance, read_config, read_tensors, save, word_tokenizer,
+)
 
 # ---- 1. The stages -----------------------------------------------------------------------------------------------
 POSE_TASKS = ("pose2text", "posediff", "text2pose", "edit")

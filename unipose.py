@@ -42,7 +42,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tokenizer import Mistake, PoseTokenizer, Quantizer, TokenizerConfig, asset, cli, explaining, reason, saving, script
+from tokenizer import (
+    Mistake, PoseTokenizer, Quantizer, TokenizerConfig, asset, cli, explaining, reason, saving,
+    script,
+)
 
 # ---- 1. Sizes ----------------------------------------------------------------------------------------------------
 # What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
