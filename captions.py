@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from tokenizer import (
-    JOINTS, PARENTS, asset, cli, example_pose, face_front, forward_kinematics, load_body,
-    matrix_to_aa, script,
+    JOINTS, PARENTS, cli, example_pose, face_front, forward_kinematics, load_asset, load_body,
+    matrix_to_aa, run_main,
 )
 
 
@@ -25,10 +25,10 @@ from tokenizer import (
 #
 # One flat table, assets/codes.json, holds the S = 271 columns of 13 kinds and P = 150 super-posecodes, and/or formulas
 # over them. M poses. Source: PoseScript (Delmas et al. 2022) as released, with its random noise on values left out.
-SEGMENTS = {"hand": ("wrist", "middle2"), "thigh": ("hip", "knee"), "shin": ("knee", "ankle"),
+LIMB_SEGMENTS = {"hand": ("wrist", "middle2"), "thigh": ("hip", "knee"), "shin": ("knee", "ankle"),
             "upperarm": ("shoulder", "elbow"), "forearm": ("elbow", "wrist")}    # virtual places: the middle of two
-PLACES = [*JOINTS, "left_middle2", "right_middle2", "left_hand", "right_hand", "torso",
-          *(f"{side}_{part}" for part in list(SEGMENTS)[1:] for side in ("left", "right"))]
+KEYPOINTS = [*JOINTS, "left_middle2", "right_middle2", "left_hand", "right_hand", "torso",
+          *(f"{side}_{part}" for part in list(LIMB_SEGMENTS)[1:] for side in ("left", "right"))]
 PAIR = "(i) "                                              # marks the category of a paircode
 RELATIONS = ("distance", "relativePos")                    # the kinds that name a second part
 FLOOR = ("relativeVAxis", "onGround", "bodyInclineX", "bodyInclineZ")    # the kinds that have to do with the floor
@@ -46,7 +46,7 @@ def sided(text, side):
     return re.sub(r"\b[so]_", lambda found: names[found[0]], text)
 
 
-def expand(book, key):
+def expand_rows(book, key):
     """The rows of a list of the tables, one for every joint set and side."""
     for row in book[key]:
         for joints in book["near"] if row["sets"] == "near" else row["sets"]:
@@ -56,7 +56,7 @@ def expand(book, key):
                 yield {"kind": "", **row, "joints": names, "focus": focus}
 
 
-class Table:
+class CodeTable:
     """All columns and super-codes of one family, from assets/codes.json (its `about` explains the lists) to arrays.
 
     thresholds (S,8), noise (S,); score, absolute (S,9): eligibility of each category in captions, and as a demand on
@@ -66,18 +66,18 @@ class Table:
 
     def __init__(self, columns, supers, poses=None):
         """columns, supers: lists of the book. poses: a second Table, which formulas read as "B ..." and "A ..."."""
-        book = asset("codes")
+        book = load_asset("codes")
         kinds = book["kinds"] | book["pair_kinds"]
         self.mark = PAIR if poses else ""
-        self.columns = sorted(expand(book, columns), key=lambda row: list(kinds).index(row["kind"]))
-        self.groups = [(kind, np.array([[PLACES.index(place) for place in row["joints"].split()] for row in rows]))
+        self.columns = sorted(expand_rows(book, columns), key=lambda row: list(kinds).index(row["kind"]))
+        self.groups = [(kind, np.array([[KEYPOINTS.index(place) for place in row["joints"].split()] for row in rows]))
                        for kind, rows in itertools.groupby(self.columns, lambda row: row["kind"])]
         self.names = [kinds[row["kind"]]["categories"] for row in self.columns]
         self.noise = np.float32([kinds[row["kind"]]["noise"] for row in self.columns])
         self.thresholds = np.float32([(kinds[row["kind"]]["thresholds"] + 8 * [np.inf])[:8] for row in self.columns])
         rare = self.flags("rare")
         self.score, self.absolute = self.flags("acc") * (1 + rare), self.flags("abs") * (1 + rare)
-        self.read_supers(expand(book, supers), poses)
+        self.read_supers(expand_rows(book, supers), poses)
 
     def flags(self, key):
         """-> (S,9) int8: 1 where a column lists the category under `key`."""
@@ -140,20 +140,20 @@ def read_term(term, index, names):
     return [(index[key], names[index[key]].index(category)) for category in wanted.split(" | ")]
 
 
-pose_table = functools.cache(functools.partial(Table, "posecodes", "supers"))   # 271 columns, 150 super-posecodes
+pose_table = functools.cache(functools.partial(CodeTable, "posecodes", "supers"))   # 271 columns, 150 super-posecodes
 
 
-def places(joints):
+def keypoints(joints):
     """joints (M,22,3), or (M,24,3) with the middle of both hands -> the 35 places that codes are read from (M,35,3)."""
-    at = dict(zip(PLACES, np.moveaxis(np.asarray(joints, np.float32), 1, 0)))
+    at = dict(zip(KEYPOINTS, np.moveaxis(np.asarray(joints, np.float32), 1, 0)))
     for side in ("left", "right"):
         along = at[f"{side}_wrist"] - at[f"{side}_elbow"]
         length = np.maximum(np.linalg.norm(along, axis=-1, keepdims=True), 1e-9)
         at.setdefault(f"{side}_middle2", at[f"{side}_wrist"] + 0.1367 * along / length)  # the hand prolongs the forearm
-        for part, (one, two) in SEGMENTS.items():
+        for part, (one, two) in LIMB_SEGMENTS.items():
             at[f"{side}_{part}"] = (at[f"{side}_{one}"] + at[f"{side}_{two}"]) / 2
     at["torso"] = (at["pelvis"] + at["neck"] + at["spine3"]) / 3
-    return np.stack([at[name] for name in PLACES], 1)
+    return np.stack([at[name] for name in KEYPOINTS], 1)
 
 
 def angle_between(u, v):
@@ -173,7 +173,7 @@ def body_incline(axis, left, right, pelvis, left_ankle, right_ankle):
     return np.where(stands, np.degrees(np.arctan2(up[..., 2], up[..., 1])), np.nan)     # upside down: neither way
 
 
-def head_turn(axis, rotmat, top):
+def head_angle(axis, rotmat, top):
     """Angle c, b or a (M,1), degrees, for axis Z, Y or X, where the head is turned by Rz(c) Ry(b) Rx(a) against its
     joint `top` (inclusive). rotmat (M,22,3,3)."""
     joint, R = JOINTS.index("head"), rotmat[:, JOINTS.index("head")]
@@ -202,14 +202,14 @@ def measure(kind, sets, at, rotmat, own=None):
     if name.startswith("bodyIncline"):
         return body_incline(axis, a, *others)
     if name.startswith("relativeRot"):
-        return head_turn(axis, rotmat, sets[0, 1])
+        return head_angle(axis, rotmat, sets[0, 1])
     # what is left is relativePos; a paircode compares a place with itself in the other pose
     return (a if kind.startswith("pair_") else a - others[0])[..., "XYZ".index(axis)]
 
 
-def stood_up(at, rotmat):
+def stand_upright(at, rotmat):
     """Places and rotations as posecodes read them, turned until the trunk is upright and its hips face front."""
-    pelvis, neck, left, right = (at[:, PLACES.index(name)] for name in ("pelvis", "neck", "left_hip", "right_hip"))
+    pelvis, neck, left, right = (at[:, KEYPOINTS.index(name)] for name in ("pelvis", "neck", "left_hip", "right_hip"))
     up, front = neck - pelvis, np.cross(left - right, neck - pelvis)
     turn = np.stack([np.cross(up, front), up, front], 1)                                     # (M,3,3)
     turn /= np.linalg.norm(turn, axis=-1, keepdims=True)
@@ -224,19 +224,19 @@ class Codes:
     low: np.ndarray                                        # (M,S+P) the least category within the tolerance ...
     high: np.ndarray                                       # (M,S+P) ... and the greatest
     eligibility: np.ndarray                                # (M,S+P) 0 must not be said, 1 may, 2 should
-    at: np.ndarray = None                                  # (M,35,3) the places
+    keypoints: np.ndarray = None                                  # (M,35,3) the places
     rotmat: np.ndarray = None                              # (M,22,3,3)
-    own: tuple = None                                      # these two in the body's own frame, if asked for
-    b: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
+    body_frame: tuple = None                                      # these two in the body's own frame, if asked for
+    target_codes: object = None                                       # of pairs: the Codes of pose B, eligibility as demands
 
 
-def met(low, high, table):
+def supers_hold(low, high, table):
     """Which supers can hold (M,P) if every column may take any category from low to high (both M, columns)."""
     terms = (low[:, table.column] <= table.wanted) & (table.wanted <= high[:, table.column])    # (M,P,W,R)
     return terms.all(-1).any(-1).astype(np.int8)                                                # (M,P)
 
 
-def code_up(value, table, others=()):
+def assign_categories(value, table, others=()):
     """Values (M,S) -> Codes. others: (Codes of pose B, of pose A) where formulas read them."""
     value = np.nan_to_num(value).astype(np.float32)
     # the first category i with value <= threshold i, else the last
@@ -246,8 +246,8 @@ def code_up(value, table, others=()):
     def all_columns(mine, name):
         return np.concatenate([mine, *(getattr(other, name)[:, :other.value.shape[1]] for other in others)], 1)
 
-    holds = met(*2 * [all_columns(category, "category")], table)
-    near = met(all_columns(low, "low"), all_columns(high, "high"), table)
+    holds = supers_hold(*2 * [all_columns(category, "category")], table)
+    near = supers_hold(all_columns(low, "low"), all_columns(high, "high"), table)
     eligibility = table.score[np.arange(value.shape[1]), category]
     # the support rules that depend on the pose: the super-code speaks for its parts
     row, which = np.nonzero(holds[:, table.silencer] * (category[:, table.silenced] == table.silenced_at))
@@ -259,13 +259,13 @@ def code_up(value, table, others=()):
 def posecodes_at(at, rotmat, frame="world"):
     """Posecodes of places (M,35,3), metres, and local rotations (M,22,3,3), both y up and facing +z. -> Codes"""
     at, rotmat, table = np.asarray(at, np.float32), np.asarray(rotmat, np.float32), pose_table()
-    own = {"world": lambda *_: None, "body": stood_up}[frame](at, rotmat)
-    codes = code_up(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
-    return dataclasses.replace(codes, at=at, rotmat=rotmat, own=own)
+    own = {"world": lambda *_: None, "body": stand_upright}[frame](at, rotmat)
+    codes = assign_categories(np.concatenate([measure(*group, at, rotmat, own) for group in table.groups], 1), table)
+    return dataclasses.replace(codes, keypoints=at, rotmat=rotmat, body_frame=own)
 
 
 @functools.cache
-def rest():
+def rest_joints():
     """The embedded body's joints at rest (22,3): one size for everybody, since the thresholds are metres."""
     return load_body().rest
 
@@ -278,7 +278,7 @@ def posecodes(rotmat, facing=True, frame="world"):
     "body": those of the trunk, so they also fit who lies or stands on the hands: "above" is nearer to the head.
     """
     rotmat = (rotmat if facing else face_front(rotmat)).detach().float().cpu()
-    return posecodes_at(places(forward_kinematics(rotmat, rest())), rotmat, frame)
+    return posecodes_at(keypoints(forward_kinematics(rotmat, rest_joints())), rotmat, frame)
 
 
 # ---- 2. Paircodes --------------------------------------------------------------------------------
@@ -287,10 +287,10 @@ def posecodes(rotmat, facing=True, frame="world"):
 @functools.cache
 def pair_table():
     """The table of paircodes: 49 columns and the turn of the body, 52 super-paircodes."""
-    return Table("paircodes", "pair_supers", pose_table())
+    return CodeTable("paircodes", "pair_supers", pose_table())
 
 
-def helpers(pairs, codes, first):
+def supporting_codes(pairs, codes, first):
     """Posecodes that fulfil a super-paircode that holds -> (rows, columns). first: their first column in formulas."""
     table, width = pair_table(), codes.value.shape[1]
     mine = (table.column >= first) & (table.column < first + width)
@@ -300,15 +300,15 @@ def helpers(pairs, codes, first):
 
 
 def paircodes_at(a, b, turn):
-    """Paircodes of Codes a -> b and the turn of the body (M,), degrees about +y from A to B. -> Codes, with `.b`"""
+    """Paircodes of Codes a -> b and the turn of the body (M,), degrees about +y from A to B. -> Codes, with `.target_codes`"""
     table, poses = pair_table(), pose_table()
-    value = [measure(*group, a.at, a.rotmat, a.own) - measure(*group, b.at, b.rotmat, b.own)
+    value = [measure(*group, a.keypoints, a.rotmat, a.body_frame) - measure(*group, b.keypoints, b.rotmat, b.body_frame)
              for group in table.groups[:-1]]
-    pairs = code_up(np.concatenate([*value, turn[:, None]], 1), table, (b, a))
+    pairs = assign_categories(np.concatenate([*value, turn[:, None]], 1), table, (b, a))
     width = len(poses.columns)
     demand = poses.absolute[np.arange(width), b.category[:, :width]]
-    demand[helpers(pairs, b, len(table.columns))] = 0      # what a super-paircode says already
-    pairs.b = dataclasses.replace(b, eligibility=np.concatenate([demand, b.category[:, width:] * poses.asked], 1))
+    demand[supporting_codes(pairs, b, len(table.columns))] = 0      # what a super-paircode says already
+    pairs.target_codes = dataclasses.replace(b, eligibility=np.concatenate([demand, b.category[:, width:] * poses.asked], 1))
     return pairs
 
 
@@ -318,7 +318,7 @@ def vertical_turn(a, b):
 
 
 def paircodes(a, b, facing=True, frame="world"):
-    """All paircodes from poses a to b, rotmat (M,22,3,3) each. -> Codes; `.b` holds the posecodes of b.
+    """All paircodes from poses a to b, rotmat (M,22,3,3) each. -> Codes; `.target_codes` holds the posecodes of b.
 
     facing, frame: see `posecodes`. Not facing: B may have turned since A; places are compared as if both faced front.
     """
@@ -337,7 +337,7 @@ OPPOSITE |= {more: less for less, more in OPPOSITE.items()}
 LIMB_PARTS = {"arm": ("shoulder", "upperarm", "elbow", "forearm", "wrist", "hand"),
               "leg": ("hip", "thigh", "knee", "shin", "ankle", "foot"), "": ()}          # "": trunk and head have none
 LIMB = defaultdict(str, {part: name for name, parts in LIMB_PARTS.items() for part in parts})
-phrases = functools.partial(asset, "phrases")              # the words
+phrases = functools.partial(load_asset, "phrases")              # the words
 
 
 def patterns(code, full=False):
@@ -356,46 +356,46 @@ def patterns(code, full=False):
     return book["two"].get(f"{part} {category} {part2}") or book["two"][category]
 
 
-def called(side, part):
+def part_name(side, part):
     """What a part is called: ("left", "upperarm") -> "the left upper arm"; side "both" -> "both upper arms"."""
     several = {"both": "both", "own": "the", "opposite": "the opposite"}.get(side)
     names, side = (phrases()["plurals"], several) if several else (phrases()["names"], "the " + side)
     return " ".join([*side.replace("<plural>", "").split(), names.get(part, part)])
 
 
-def worded(pattern, code, modal=""):
+def fill_pattern(pattern, code, modal=""):
     """A pattern with its parts named and its verbs open: "the left knee [is|are] straight". modal: "should", "must"."""
     side, part, _, side2, part2 = code
     if modal:                                              # [is|are] -> should be, [touches|touch] -> should touch
         pattern = re.sub(r"\[\w+\|(\w+)\]", lambda verb: f"{modal} {verb[1].replace('are', 'be')}", pattern)
-    return pattern.format(a=called(side, part), b=called(side2, part2), x=called("left", part),
-                          y=called("right", part), p=called("own", part))
+    return pattern.format(a=part_name(side, part), b=part_name(side2, part2), x=part_name("left", part),
+                          y=part_name("right", part), p=part_name("own", part))
 
 
-def agree(text, subject=""):
+def conjugate(text, subject=""):
     """Open verbs -> the form that a subject asks for, "" for the one that stands before the verb."""
     subject = subject or text.partition(" [")[0]
     many = " and " in subject or subject.rpartition(" ")[2] in phrases()["plurals"].values()
     return re.sub(r"\[(\w+)\|(\w+)\]", lambda verb: verb[2 if many else 1], text)
 
 
-def twin(code):
+def mirror_code(code):
     """The code that says of the other side what this one says of its own."""
     other = {"left": "right", "right": "left", "at_right": "at_left", "at_left": "at_right"}
     return tuple(other.get(word, word) for word in code)
 
 
-def silent():
+def claimless_sentences():
     """Sentences of texts that say nothing that joints could show."""
-    return [phrases()["nothing"], *(show_side(view).lower().rstrip(".") for view in VIEWS)]
+    return [phrases()["nothing"], *(add_view(view).lower().rstrip(".") for view in VIEWS)]
 
 
-def tokens(line):
+def count_tokens(line):
     """Words and marks of a sentence, its full stop included."""
     return len(line.split()) + 1
 
 
-def eligible(table, codes, i):
+def eligible_codes(table, codes, i):
     """{code: eligibility} of row i: what may be said of it."""
     row, category = codes.eligibility[i], codes.category[i]
     return {table.codes[s][category[s]]: int(row[s]) for s in np.flatnonzero(row)}
@@ -406,7 +406,7 @@ def implications(key):
     """[(conditions, targets)] of a list of the tables: where the conditions are said, the targets need not be."""
     def code(text):
         words = text.split()
-        side2, part2 = side_part(words.pop()) if words[-1] in PLACES else ("", "")
+        side2, part2 = side_part(words.pop()) if words[-1] in KEYPOINTS else ("", "")
         (side, part), category = side_part(words[0]), " ".join(words[1:])
         if (side, part) == ("right", part2):               # of two sides the left one is named first
             side, category, side2 = "left", OPPOSITE.get(category, category), "right"
@@ -416,14 +416,14 @@ def implications(key):
             for conditions, *targets in phrases()[key] for side in ("left", "right")]
 
 
-def crowds(code):
+def exclusion_keys(code):
     """Keys that only one code of a text may have: a hand is near one part of a limb, aligned with one thing."""
     side, part, category, side2, part2 = code
     aligned = {(side, part)} if category.endswith("-aligned") else set()
     return aligned | {(side, part, side2, LIMB[part2])} if part != part2 and (aligned or category == "close") else set()
 
 
-def worth(code):
+def informativeness(code):
     """How much a code tells of where the joints are, millimetres: the most specific entry of a measured table."""
     table, (_, part, category, _, part2) = phrases()["worth"], code
     moved = PAIR + part if category.startswith(PAIR) else part
@@ -431,23 +431,23 @@ def worth(code):
     return next(table[key] for key in keys if key in table)
 
 
-def region(code):
+def text_position(code):
     """Where a code stands in a text: trunk, head, arms, legs, and within these from the top."""
     return next((r, parts.index(code[1])) for r, parts in enumerate(phrases()["regions"].values()) if code[1] in parts)
 
 
-def grouped(said):
+def group_sides(said):
     """Codes -> what each sentence says, in the same order: [(code,) or (left code, right code), ...]."""
     units, done = [], set()
     for code in said:
         if code not in done:
-            both = code != twin(code) and twin(code) in said and "{b}" not in patterns(code)[0]
-            units.append(tuple(sorted((code, twin(code)))) if both else (code,))             # "left" before "right"
+            both = code != mirror_code(code) and mirror_code(code) in said and "{b}" not in patterns(code)[0]
+            units.append(tuple(sorted((code, mirror_code(code)))) if both else (code,))             # "left" before "right"
             done.update(units[-1])
     return units
 
 
-def select(may, rng, demand=False):
+def choose_codes(may, rng, demand=False):
     """{code: eligibility} -> the codes of one text, in order of speech, within its limits. demand: see `say`.
 
     What tells most of the pose goes first, so a listener may take the rest for the usual: on the embedded world this
@@ -458,90 +458,90 @@ def select(may, rng, demand=False):
         if conditions <= codes:
             codes -= targets
     # eligibility 2 doubles a code's worth (e^0.7), chance changes it by up to a sixth
-    score = {code: math.log(worth(code)) + 0.7 * e + (0.15 * rng.random() if rng else 0) for code, e in may.items()}
+    score = {code: math.log(informativeness(code)) + 0.7 * e + (0.15 * rng.random() if rng else 0) for code, e in may.items()}
     for code in sorted(codes, key=lambda code: (-score[code], code)):
-        if not crowds(code) & crowded:
-            crowded |= crowds(code)
+        if not exclusion_keys(code) & crowded:
+            crowded |= exclusion_keys(code)
             said.append(code)
     said = said[:MOST_STATEMENTS]
     # what does not fit in its shortest words goes, the least telling first
-    while sum(tokens(spellings(unit, demand)[0]) for unit in grouped(said)) > MOST_TOKENS:
+    while sum(count_tokens(wordings(unit, demand)[0]) for unit in group_sides(said)) > MOST_TOKENS:
         said.pop()
-    return sorted(said, key=lambda code: (region(code), code))
+    return sorted(said, key=lambda code: (text_position(code), code))
 
 
-def parts_named(code):
+def parts_in_code(code):
     """The parts that a code names, one side at a time: [(side, part), ...]."""
     single = {many: one for one, many in phrases()["plurals"].items()}
     return [(side, single.get(part, part)) for own, part in (code[:2], code[3:]) if part
             for side in (("left", "right") if own == "<plural>" else (own,))]
 
 
-def touched(code, changed):
+def names_changed_part(code, changed):
     """Does a code name one of the changed (side, part), or a part further down its limb?"""
     lines = [(side, part, ("person", "body", "torso", LIMB[part], *LIMB_PARTS[LIMB[part]]))
-             for side, part in parts_named(code)]
+             for side, part in parts_in_code(code)]
     return any((own, above) in changed for side, part, line in lines for above in line[:line.index(part) + 1]
                for own in ("", side))
 
 
-def choose_difference(pairs, i, rng):
+def choose_difference_codes(pairs, i, rng):
     """Codes of pairs -> the statements of a difference text: paircodes first, then demands on what changed.
 
     Where something of a limb moves far, its slight moves go unsaid."""
-    moves = eligible(pair_table(), pairs, i)
-    limbs = {code: {(side, LIMB[part]) for side, part in parts_named(code)} for code in moves}  # trunk and head are one
+    moves = eligible_codes(pair_table(), pairs, i)
+    limbs = {code: {(side, LIMB[part]) for side, part in parts_in_code(code)} for code in moves}  # trunk and head are one
     far = {limb for code in moves if "slightly" not in code[2] for limb in limbs[code]}
-    changed = {part for code in moves for part in parts_named(code)}
-    ends = {code: e for code, e in eligible(pose_table(), pairs.b, i).items() if touched(code, changed)}
+    changed = {part for code in moves for part in parts_in_code(code)}
+    ends = {code: e for code, e in eligible_codes(pose_table(), pairs.target_codes, i).items() if names_changed_part(code, changed)}
     # + 6: every move goes before every demand; where B ends up says less than which way things go
     moves = {code: e + 6 for code, e in moves.items() if "slightly" not in code[2] or not limbs[code] & far}
-    return select(moves | ends, rng, demand=True)
+    return choose_codes(moves | ends, rng, demand=True)
 
 
 @functools.cache
-def spellings(unit, demand):
+def wordings(unit, demand):
     """The sentences for one code, or for those of both sides, the shortest first. demand: see `say`."""
     name = ("both", *unit[0][1:]) if len(unit) > 1 else unit[0]
     modals = ("should", "must") if demand and not name[2].startswith(PAIR) else ("",)
-    lines = [agree(worded(pattern, name, modal)) for pattern in patterns(name) for modal in modals]
-    return sorted(lines, key=tokens)
+    lines = [conjugate(fill_pattern(pattern, name, modal)) for pattern in patterns(name) for modal in modals]
+    return sorted(lines, key=count_tokens)
 
 
-def say(said, rng, demand=False):
+def to_text(said, rng, demand=False):
     """Statements -> text. demand: posecodes are asked for ("should be straight"), as in a difference text.
 
     Phrases are drawn at random; one sentence after the other of a text over its limit, or all without rng, is short.
     """
-    choices = [spellings(unit, demand) for unit in grouped(said)]
+    choices = [wordings(unit, demand) for unit in group_sides(said)]
     lines = [choice[rng.integers(len(choice)) if rng else 0] for choice in choices]
     for k in rng.permutation(len(lines)) if rng else ():
-        if sum(map(tokens, lines)) > MOST_TOKENS:
+        if sum(map(count_tokens, lines)) > MOST_TOKENS:
             lines[k] = choices[k][0]
     return " ".join(line[0].upper() + line[1:] + "." for line in lines or [phrases()["nothing"]])
 
 
 def caption(codes, i, rng):
     """Pose i in words, of `posecodes`; without rng always the same. -> at most 15 statements, 90 words and marks"""
-    return say(select(eligible(pose_table(), codes, i), rng), rng)
+    return to_text(choose_codes(eligible_codes(pose_table(), codes, i), rng), rng)
 
 
 def difference(pairs, i, rng):
     """How to get from pose A to pose B of pair i, in words; never empty. pairs: of `paircodes`."""
-    return say(choose_difference(pairs, i, rng), rng, demand=True)
+    return to_text(choose_difference_codes(pairs, i, rng), rng, demand=True)
 
 
 VIEWS = ("front", "right", "back", "left")                 # the side turned to the camera, one for each quarter turn
 
 
-def show_side(view, text=""):
+def add_view(view, text=""):
     """A caption that first says which side of the person a photograph shows; view: one of VIEWS, or "" for none."""
     return f"Seen from the {view}. {text}".strip() if view else text
 
 
-def side_shown(text):
+def view_in(text):
     """The view that `show_side` put into a text, "" where there is none."""
-    return next((view for view in VIEWS if show_side(view).lower() in text.lower()), "")
+    return next((view for view in VIEWS if add_view(view).lower() in text.lower()), "")
 
 
 # ---- 4. Full captions ----------------------------------------------------------------------------
@@ -559,12 +559,12 @@ PREFIX = r"(?:(?:the|both) (?:left |right )?)?"            # of a subject
 COPULA = re.compile(r"\{a\} (?:\[is\|are\]|is|are|should be|must be) ")
 
 
-def kept(may, rng):
+def subsample(may, rng):
     """{code: eligibility} -> the codes that are said: chance skips some that are not rare, never everything."""
     return [code for code, e in may.items() if e > 1 or rng is None or rng.random() >= SKIPPED] or list(may)
 
 
-def between(said):
+def implied_by_order(said):
     """The codes that follow from two others by order: a < c, where a < b and b < c are said."""
     links = {link: code for code in said if code[2] in OPPOSITE
              for link in ((code[2], code[:2], code[3:]), (OPPOSITE[code[2]], code[3:], code[:2]))}
@@ -573,7 +573,7 @@ def between(said):
 
 
 @functools.cache
-def ways(code):
+def merge_options(code):
     """Under which names a code can be said: [(name, all codes that it stands for), ...], the widest first."""
     side, part, category, side2, part2 = code
     mate, mate2, found = MATES.get(part), MATES.get(part2), {code: {code}}
@@ -582,42 +582,42 @@ def ways(code):
             name = side, part if one == part else LIMB[part], category, side2, part2 if two == part2 else LIMB[part2]
             found[name] = {code, (side, one, category, side2, two)}
     for name, codes in list(found.items()) if side in ("left", "right") and part != part2 else ():
-        _, one, category, side2, two = name if side == "left" else twin(name)
+        _, one, category, side2, two = name if side == "left" else mirror_code(name)
         near = {"left": "own", "right": "opposite"}.get(side2, side2)
-        found["both", one, category, near, two] = codes | {*map(twin, codes)}
+        found["both", one, category, near, two] = codes | {*map(mirror_code, codes)}
     known = pose_table().where.keys() | pair_table().where.keys()
     return sorted(((name, codes) for name, codes in found.items() if codes <= known), key=lambda way: -len(way[1]))
 
 
-def merged(said, rng):
+def merge_codes(said, rng):
     """Codes -> {name: the codes that it stands for}. A name needs them all to be said, so that it can be undone."""
     units, free = {}, set(said)
     for code in said:
         if code in free:
-            name, codes = next(way for way in ways(code) if len(way[1]) == 1
+            name, codes = next(way for way in merge_options(code) if len(way[1]) == 1
                                or way[1] <= free and (rng is None or rng.random() < MERGED))
             units[name] = codes
             free -= codes
     return units
 
 
-def units_of(codes, i, rng=None):
+def caption_units(codes, i, rng=None):
     """What the full caption of pose i, or text of pair i, says: {name: the codes that it stands for}."""
-    may = eligible(pair_table() if codes.b else pose_table(), codes, i)
-    said = kept(may, rng)
-    if codes.b:
-        changed = {part for code in said if code[1] != "person" for part in parts_named(code)}
-        may = {code: e for code, e in eligible(pose_table(), codes.b, i).items() if touched(code, changed)}
-        return merged(said, rng) | merged(kept(may, rng), rng)
-    every, outer = set(said), between(said)
+    may = eligible_codes(pair_table() if codes.target_codes else pose_table(), codes, i)
+    said = subsample(may, rng)
+    if codes.target_codes:
+        changed = {part for code in said if code[1] != "person" for part in parts_in_code(code)}
+        may = {code: e for code, e in eligible_codes(pose_table(), codes.target_codes, i).items() if names_changed_part(code, changed)}
+        return merge_codes(said, rng) | merge_codes(subsample(may, rng), rng)
+    every, outer = set(said), implied_by_order(said)
     rules = [rule for key in ("redundant", "contradicted") for rule in implications(key) if rule[0] <= every]
     # a name goes where each of its codes follows from codes that it does not stand for
-    return {name: own for name, own in merged([code for code in said if code not in outer], rng).items() if not all(
+    return {name: own for name, own in merge_codes([code for code in said if code not in outer], rng).items() if not all(
         any(code in targets and not conditions & own for conditions, targets in rules) for code in own)}
 
 
 @functools.cache
-def nouns():
+def subject_pattern():
     """A regular expression of a subject, "the left upper arm", or of a list of them, "both feet and the left hand"."""
     names, many, regions = (phrases()[key] for key in ("names", "plurals", "regions"))
     words = {"face", *many.values(), *(names.get(part, part) for parts in regions.values() for part in parts)}
@@ -626,18 +626,18 @@ def nouns():
 
 
 @functools.cache
-def clauses(name, modal="", full=True):
+def clause_options(name, modal="", full=True):
     """All that can be said by a name: [("the left hand", "{a} [is|are] near the head"), ...]. The subject may be ""."""
-    texts = [worded(pattern, name, modal) for pattern in patterns(name, full)]
-    return [(one, text.replace(one, "{a}", 1)) for text in texts for one in (re.findall(nouns(), text) or [""])[:1]]
+    texts = [fill_pattern(pattern, name, modal) for pattern in patterns(name, full)]
+    return [(one, text.replace(one, "{a}", 1)) for text in texts for one in (re.findall(subject_pattern(), text) or [""])[:1]]
 
 
-def listed(words):
+def join_words(words):
     """["the left hand", "the left foot", "the head"] -> "the left hand, the left foot and the head"."""
     return " and ".join(", ".join(words).rsplit(", ", 1))
 
 
-def factored(clauses, rng):
+def group_clauses(clauses, rng):
     """Clauses [(subject, template), ...] -> [those of one sentence, ...], in order."""
     groups, free, out = {}, set(range(len(clauses))), []
     each_other = {"the " + many for many in phrases()["plurals"].values()}
@@ -657,35 +657,35 @@ def factored(clauses, rng):
     return [[clauses[k] for k in group] for group in sorted(out + [[k] for k in free])]
 
 
-def compose(group):
+def join_clauses(group):
     """Clauses of one subject, or of one template -> a sentence."""
     subjects, (first, *rest) = (list(dict.fromkeys(column)) for column in zip(*group))
     start, link = re.match(PREFIX, subjects[0])[0], COPULA.match(first)
     if {start} == {re.match(PREFIX, subject)[0] for subject in subjects}:
         subjects[1:] = [subject.removeprefix(start) for subject in subjects[1:]]
     rest = [more[link.end():] if link else more.removeprefix("{a}").strip() for more in rest]
-    text = listed([first, *(more.replace("{a}", "[it|them]") for more in rest)])
-    return agree(text.replace("{a}", listed(subjects)), listed(subjects))
+    text = join_words([first, *(more.replace("{a}", "[it|them]") for more in rest)])
+    return conjugate(text.replace("{a}", join_words(subjects)), join_words(subjects))
 
 
-def describe(codes, i, rng=None):
+def full_caption(codes, i, rng=None):
     """The full caption of pose i, or text of pair i, by the published pipeline. codes: of `posecodes` or `paircodes`.
 
     rng: np.random.Generator of all that is left to chance: what is skipped, merged, grouped, the words, the order.
     None: one text for a pose, the most complete: nothing is skipped, all is merged, every phrase is its list's first.
     """
-    units, chance = units_of(codes, i, rng), defaultdict(rng.random if rng else float)
+    units, chance = caption_units(codes, i, rng), defaultdict(rng.random if rng else float)
     order = [0, *(1 + rng.permutation(3))] if rng else range(4)
-    modals = {name: "" if codes.b is None or name[2].startswith(PAIR) else ("should", "must")[chance["modal"] > 0.5]
+    modals = {name: "" if codes.target_codes is None or name[2].startswith(PAIR) else ("should", "must")[chance["modal"] > 0.5]
               for name in units}
-    names = sorted(units, key=lambda name: (modals[name], order[region(name)[0]], region(name), name))
+    names = sorted(units, key=lambda name: (modals[name], order[text_position(name)[0]], text_position(name), name))
     # the same words for the same thing: they can be shared
-    said = [ways[int(len(ways) * chance[name[2]])] for name in names for ways in [clauses(name, modals[name])]]
-    lines = [compose(group) for group in factored(said, rng)] or [phrases()["nothing"]]
+    said = [ways[int(len(ways) * chance[name[2]])] for name in names for ways in [clause_options(name, modals[name])]]
+    lines = [join_clauses(group) for group in group_clauses(said, rng)] or [phrases()["nothing"]]
     return " ".join(line[0].upper() + line[1:] + "." for line in lines)
 
 
-def captions(poses, seed=0, deterministic=False, frame="world", chunk=1000):
+def full_captions(poses, seed=0, deterministic=False, frame="world", chunk=1000):
     """Full captions of a stream of poses (22,3,3), one by one; only a chunk of them is held in memory.
 
     Number i is a pure function of (pose i, seed, i), or of the pose alone if deterministic. frame: see `posecodes`.
@@ -694,36 +694,36 @@ def captions(poses, seed=0, deterministic=False, frame="world", chunk=1000):
     while rows := list(itertools.islice(poses, chunk)):
         codes = posecodes(torch.stack([pose for _, pose in rows]), facing=False, frame=frame)
         for k, (i, _) in enumerate(rows):
-            yield describe(codes, k, None if deterministic else np.random.default_rng((seed, i)))
+            yield full_caption(codes, k, None if deterministic else np.random.default_rng((seed, i)))
 
 
 @functools.cache
-def told():
+def sentence_index():
     """{(subject, template, its verb in either form): the codes that they say}: every clause, compact or full."""
-    known, codes = {("", "{a}" + line): () for line in silent()}, [*pose_table().where, *pair_table().where]
+    known, codes = {("", "{a}" + line): () for line in claimless_sentences()}, [*pose_table().where, *pair_table().where]
     for (name, said), modal, full in itertools.product(
-            itertools.chain(*map(ways, codes)), ("", "should", "must"), (False, True)):
-        for (subject, template), thing in itertools.product(clauses(name, modal, full), ("hand", "hands")):
-            key = subject, agree(template, thing)          # two readings would be no reading
+            itertools.chain(*map(merge_options, codes)), ("", "should", "must"), (False, True)):
+        for (subject, template), thing in itertools.product(clause_options(name, modal, full), ("hand", "hands")):
+            key = subject, conjugate(template, thing)          # two readings would be no reading
             assert known.setdefault(key, said) == said, key
     return known
 
 
 @functools.lru_cache(1 << 16)
-def codes_in(line):
+def parse_sentence(line):
     """A sentence of `sentences` -> the codes that it says; None where it is outside of the grammar."""
-    names = (re.findall(nouns(), line) or [""])[0]
+    names = (re.findall(subject_pattern(), line) or [""])[0]
     first, *rest = re.split(", | and ", line.replace(names, "{a}", 1))
     start, link = re.match(PREFIX, names)[0], (COPULA.match(first) or [""])[0]
     pieces = [[first], *([re.sub(r"\b(it|them)\b", "{a}", piece), "{a} " + piece, "{a}" + piece, link + piece]
                          for piece in rest)]
     subjects = [one if re.match(PREFIX, one)[0] else start + one for one in re.split(", | and ", names)]
-    said = [next((told()[one, way] for way in piece if (one, way) in told()), None)
+    said = [next((sentence_index()[one, way] for way in piece if (one, way) in sentence_index()), None)
             for one in subjects for piece in pieces]
     return None if None in said else tuple(itertools.chain(*map(sorted, said)))
 
 
-def sentences(text):
+def split_sentences(text):
     """Text -> its sentences as they are spelled here: lower case, single spaces, no marks but commas."""
     # a language model's text may be in any case and have spaces before its full stops
     pieces = re.split(r"[.!?;\n]+", text.lower().replace(" ,", ","))
@@ -732,13 +732,13 @@ def sentences(text):
 
 def statements(text):
     """Text -> the codes that it says, exactly as they were chosen; sentences outside the grammar are skipped."""
-    return [code for line in sentences(text) for code in codes_in(line) or ()]
+    return [code for line in split_sentences(text) for code in parse_sentence(line) or ()]
 
 
-def holds(code, codes, i):
+def is_true(code, codes, i):
     """Is a code true of row i? -> (within the tolerance, exactly)."""
     moves = code[2].startswith(PAIR)                       # a demand is about pose B
-    table, codes = (pair_table(), codes) if moves else (pose_table(), codes.b or codes)
+    table, codes = (pair_table(), codes) if moves else (pose_table(), codes.target_codes or codes)
     if codes.value.shape[1] != len(table.columns):         # "raise the hand" says nothing true of a single pose
         return False, False
     low, category, high = codes.low[i], codes.category[i], codes.high[i]
@@ -746,28 +746,28 @@ def holds(code, codes, i):
             any(category[s] == c for s, c in table.where[code]))
 
 
-def verdicts(text, codes, i):
+def check_statements(text, codes, i):
     """Each statement of a text against row i of Codes (of poses or pairs): [(within the tolerance, exactly), ...].
 
     A sentence outside the grammar counts as one statement that does not hold.
     """
-    return [verdict for codes_said in map(codes_in, sentences(text)) for verdict in (
-        [(False, False)] if codes_said is None else [holds(code, codes, i) for code in codes_said])]
+    return [verdict for codes_said in map(parse_sentence, split_sentences(text)) for verdict in (
+        [(False, False)] if codes_said is None else [is_true(code, codes, i) for code in codes_said])]
 
 
-def check(text, rotmat, source=None):
+def check_text(text, rotmat, source=None):
     """Each statement of a text against a pose (22,3,3): [(within the tolerance, exactly), ...].
 
     source: pose A of a difference text, whose pose B is rotmat. Many at once: `verdicts` on codes made beforehand.
     """
-    return verdicts(text, posecodes(rotmat[None]) if source is None else paircodes(source[None], rotmat[None]), 0)
+    return check_statements(text, posecodes(rotmat[None]) if source is None else paircodes(source[None], rotmat[None]), 0)
 
 
 def caption_words():
     """Every word that the two grammars can say."""
-    units = {grouped(said)[0] for code in [*pose_table().where, *pair_table().where]
-             for said in ([code], [code, twin(code)])}
-    return {word for unit in units for demand in (False, True) for line in spellings(unit, demand)
+    units = {group_sides(said)[0] for code in [*pose_table().where, *pair_table().where]
+             for said in ([code], [code, mirror_code(code)])}
+    return {word for unit in units for demand in (False, True) for line in wordings(unit, demand)
             for word in line.split()} | {*phrases()["nothing"].split()}
 
 
@@ -793,11 +793,11 @@ def main():
 
     text = caption(codes, 0, rng)
     print(f"said          {text}")
-    print(f"in full       {describe(codes, 0, rng)}")
+    print(f"in full       {full_caption(codes, 0, rng)}")
     print("read back")
-    for code, (within, _) in zip(statements(text), verdicts(text, codes, 0)):
+    for code, (within, _) in zip(statements(text), check_statements(text, codes, 0)):
         print(f"    {code}: {within}")
 
 
 if __name__ == "__main__":
-    script(main)
+    run_main(main)

@@ -1,6 +1,6 @@
 """How good, how fast: every number of this project comes from here.
 
-A task is an exam. The model sees the question, and its answer is marked against the truth with plain rulers:
+A task is an exam. The model sees the question, and its answer is marked against the truth with plain retrieval models:
 
     made pose   MPJPE, PA-MPJPE        how far the joints are off                                   (mm)
                 statements             how much of what the caption says is true of the made pose   (share)
@@ -38,17 +38,17 @@ from torch import nn
 from tqdm import tqdm
 
 from captions import (
-    caption, difference, paircodes, posecodes, show_side, side_shown, statements, verdicts,
+    add_view, caption, check_statements, difference, paircodes, posecodes, statements, view_in,
 )
-from data import TASKS, World, arranged, posed, words
-from sample import DECODINGS, Reader, check_decoding, generate, question
+from data import TASKS, World, records_with_pose, vocabulary
+from sample import DECODINGS, CachedModel, generate, question, validate_decoding
 from tokenizer import (
-    TINY, Encoder, Mistake, TokenizerConfig, cli, face_front, load_body, matrix_to_sixd, saving,
-    script, turn_root,
+    TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, load_body,
+    matrix_to_sixd, run_main, turn_root,
 )
 from unipose import (
-    PAPER_TEXT, RULER, SIZES, UniPose, find_device, load, load_strictly, model_config, read_config,
-    read_tensors, word_tokenizer,
+    PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, UniPose, find_device, load, load_strictly, model_config,
+    read_config, read_tensors, word_tokenizer,
 )
 
 
@@ -135,14 +135,14 @@ def rouge_l(made, truth):
 
 
 # ---- 3. Statements: is it true? ------------------------------------------------------------------------------------
-def measured(poses, sources=None):
+def codes_of(poses, sources=None):
     """The codes of poses (n,22,3,3) that face +z, or of the ways there from sources (n,22,3,3)."""
     return posecodes(poses) if sources is None else paircodes(sources, poses)
 
 
-def tell(poses, sources, seed):
+def true_texts(poses, sources, seed):
     """True texts of the embedded world: captions of poses (n,22,3,3), or how to get there from sources (n,22,3,3)."""
-    codes, say = measured(poses, sources), caption if sources is None else difference
+    codes, say = codes_of(poses, sources), caption if sources is None else difference
     return [say(codes, k, np.random.default_rng((seed, k))) for k in range(len(poses))]
 
 
@@ -151,27 +151,27 @@ def shares(marks):
     return [sum(column) / len(marks) for column in zip(*marks)] if marks else [0.0, 0.0]
 
 
-def pose_truth(texts, poses, sources=None):
+def pose_statement_metrics(texts, poses, sources=None):
     """Made poses (n,22,3,3), facing +z, against their captions, or against differences from sources (n,22,3,3).
 
     Returns the share of all statements that hold: statement_accuracy within the tolerance of the captioning pipeline
     (a category that its noise could have reached), statement_accuracy_exact without it.
     """
-    codes = measured(poses, sources)
-    within, exact = shares([mark for k, text in enumerate(texts) for mark in verdicts(text, codes, k)])
+    codes = codes_of(poses, sources)
+    within, exact = shares([mark for k, text in enumerate(texts) for mark in check_statements(text, codes, k)])
     return {"statement_accuracy": within, "statement_accuracy_exact": exact}
 
 
-def text_truth(made, truth, poses, sources=None):
+def text_statement_metrics(made, truth, poses, sources=None):
     """Made texts against the poses they speak of, and against what the references say.
 
     precision, precision_exact: share of the statements made that hold; a sentence outside the grammar never holds, and
     one said twice in a text counts once. recall: share of the references' statements that were made. f1: of both.
     """
-    codes, marks, recalled = measured(poses, sources), [], []
+    codes, marks, recalled = codes_of(poses, sources), [], []
     for k, (text, reference) in enumerate(zip(made, truth)):
         once = dict.fromkeys(line.strip() for line in text.lower().split("."))
-        marks += verdicts(". ".join(once), codes, k)
+        marks += check_statements(". ".join(once), codes, k)
         said = set(statements(text))
         recalled += [statement in said for statement in set(statements(reference))]
     (precision, exact), recall = shares(marks), sum(recalled) / max(len(recalled), 1)
@@ -179,17 +179,17 @@ def text_truth(made, truth, poses, sources=None):
             "f1": 2 * precision * recall / max(precision + recall, 1e-9)}
 
 
-def view_truth(made, views):
+def view_metrics(made, views):
     """view_accuracy: share of texts that say from which side the picture shows the person, where that can be said;
     view_balanced: mean over the sides of the share of each. Paper §4.3: general models mistake the orientation."""
-    right = {view: [side_shown(text) == view for text, own in zip(made, views) if own == view] for view in set(views)}
+    right = {view: [view_in(text) == view for text, own in zip(made, views) if own == view] for view in set(views)}
     right.pop("", None)
     return {"view_accuracy": float(np.mean(sum(right.values(), []))),
             "view_balanced": float(np.mean([np.mean(marks) for marks in right.values()]))} if right else {}
 
 
-# ---- 4. Embeddings: what a ruler that has seen many poses and texts thinks -----------------------------------------
-def ranks(similarity):
+# ---- 4. Embeddings: what a retrieval_model that has seen many poses and texts thinks -----------------------------------------
+def rank_of_own(similarity):
     """(n,n) -> (n,) how many columns beat each row's own. A tie counts half: equal answers must not all win."""
     own = similarity.diagonal()[:, None]
     return (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
@@ -202,13 +202,13 @@ def r_precision(query, answer, top=3, group=32):
     """
     whole = len(query) // group * group
     similarity = query[:whole].view(-1, group, query.size(1)) @ answer[:whole].view(-1, group, answer.size(1)).mT
-    rank = torch.cat([ranks(block) for block in similarity]) if whole else torch.empty(0)
+    rank = torch.cat([rank_of_own(block) for block in similarity]) if whole else torch.empty(0)
     return [(rank < k).float().mean().item() for k in range(1, top + 1)] if whole else []
 
 
 def recall_at(query, answer, tops=(1, 5, 10, 20)):
     """Share of queries whose own answer is among the best k of the whole set. (n,d) unit vectors -> list."""
-    rank = ranks(query @ answer.mT)
+    rank = rank_of_own(query @ answer.mT)
     return [(rank < k).float().mean().item() for k in tops]
 
 
@@ -227,14 +227,14 @@ def frechet(a, b):
     return max(0.0, distance.item())                        # rounding can leave -1e-16
 
 
-# ---- 5. The retrieval model: a ruler, not a part of UniPose --------------------------------------------------------
+# ---- 5. The retrieval model: a retrieval_model, not a part of UniPose --------------------------------------------------------
 class Retrieval(nn.Module):
     """Poses and captions, or pose pairs and differences, in one space of unit vectors (UniPose appendix B.2).
 
     pose   the tokenizer's encoder -> 40 places of d channels; the pair version joins A and B place by place;
            a convolution that takes the places as channels leaves one vector
     text   word embeddings -> biGRU with a learned start -> one vector
-    One module carries both rulers: encoder, text side and scale are shared (the official code trains two networks).
+    One module carries both retrieval models: encoder, text side and scale are shared (the official code trains two networks).
     words: size of the text vocabulary (official: frozen DistilBERT embeddings; here learned); d: 512 in the paper.
     """
 
@@ -242,15 +242,15 @@ class Retrieval(nn.Module):
         super().__init__()
         self.config = {"words": words, "d": d}
         shape = TokenizerConfig(code_dim=d, hidden=d, upsample_step=1)
-        self.encoder = Encoder(shape)
-        self.pair = nn.Sequential(nn.Conv1d(2 * d, 2 * d, 3, padding=1), nn.ReLU(), nn.Conv1d(2 * d, d, 3, padding=1),
+        self.pose_encoder = Encoder(shape)
+        self.pair_encoder = nn.Sequential(nn.Conv1d(2 * d, 2 * d, 3, padding=1), nn.ReLU(), nn.Conv1d(2 * d, d, 3, padding=1),
                                   nn.ReLU(), nn.Conv1d(d, d, 3, padding=1))
         self.pool = nn.Conv1d(shape.n_tokens, 1, 3, padding=1)
-        self.words = nn.Embedding(words, d)
-        self.read = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.Linear(d, d))
+        self.word_embedding = nn.Embedding(words, d)
+        self.text_input = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.Linear(d, d))
         self.gru = nn.GRU(d, d, batch_first=True, bidirectional=True)
-        self.start = nn.Parameter(torch.randn(2, 1, d))
-        self.tell = nn.Sequential(nn.Linear(2 * d, d), nn.LayerNorm(d), nn.LeakyReLU(0.2), nn.Linear(d, d))
+        self.gru_state = nn.Parameter(torch.randn(2, 1, d))
+        self.text_output = nn.Sequential(nn.Linear(2 * d, d), nn.LayerNorm(d), nn.LeakyReLU(0.2), nn.Linear(d, d))
         self.scale = nn.Parameter(torch.tensor(10.0))
 
     def embed_pose(self, pose):
@@ -260,17 +260,17 @@ class Retrieval(nn.Module):
     def embed_pair(self, pair):
         """pair (B,2,22,3,3), A then B -> (B,d), length 1."""
         both = torch.cat([self.places(pair[:, 0]), self.places(pair[:, 1])], 1)          # (B,2d,40)
-        return F.normalize(self.pool(self.pair(both).mT).squeeze(1), dim=-1)             # (B,d)
+        return F.normalize(self.pool(self.pair_encoder(both).mT).squeeze(1), dim=-1)             # (B,d)
 
     def places(self, pose):
-        return self.encoder(matrix_to_sixd(pose))                                        # (B,d,40)
+        return self.pose_encoder(matrix_to_sixd(pose))                                        # (B,d,40)
 
     def embed_text(self, ids, mask):
         """ids (B,T) long, mask (B,T) True on words, padding on the right -> (B,d), length 1."""
         length = mask.sum(1).clamp(min=1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(self.read(self.words(ids)), length, True, enforce_sorted=False)
-        _, last = self.gru(packed, self.start.expand(-1, len(ids), -1).contiguous())     # (2,B,d) one per direction
-        return F.normalize(self.tell(torch.cat([last[0], last[1]], -1)), dim=-1)         # (B,d)
+        packed = nn.utils.rnn.pack_padded_sequence(self.text_input(self.word_embedding(ids)), length, True, enforce_sorted=False)
+        _, last = self.gru(packed, self.gru_state.expand(-1, len(ids), -1).contiguous())     # (2,B,d) one per direction
+        return F.normalize(self.text_output(torch.cat([last[0], last[1]], -1)), dim=-1)         # (B,d)
 
     def forward(self, pose, ids, mask):
         """pose (B,22,3,3) or pairs (B,2,22,3,3) with their texts -> loss, {"top1", "scale"}.
@@ -284,7 +284,7 @@ class Retrieval(nn.Module):
         return loss, {"top1": (similarity.argmax(1) == own).float().mean(), "scale": self.scale.detach()}
 
 
-def read_texts(text, captions, limit=196):
+def tokenize_texts(text, captions, limit=196):
     """Captions -> ids (B,T), mask (B,T) for `Retrieval.embed_text`. text: the Hugging Face tokenizer of the model."""
     rows = [text(caption, add_special_tokens=False).input_ids[:limit] for caption in captions]
     longest = max(1, *map(len, rows))
@@ -292,23 +292,21 @@ def read_texts(text, captions, limit=196):
     return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
 
 
-def load_ruler(folder, device="cpu"):
-    """The retrieval model that travels in a weights folder, or None where none was trained. Raises Mistake."""
+def load_retrieval_model(folder, device="cpu"):
+    """The retrieval model that travels in a weights folder, or None where none was trained. Raises UserError."""
     config = read_config(folder).get("retrieval")
     if not config:
         return None
     path = pathlib.Path(folder) / "model.safetensors"
     with torch.random.fork_rng():
-        ruler = Retrieval(**config)
-    load_strictly(ruler, {k.removeprefix(RULER): v for k, v in read_tensors(path).items() if k.startswith(RULER)}, path)
-    return ruler.to(device).eval()
+        retrieval_model = Retrieval(**config)
+    load_strictly(retrieval_model, {k.removeprefix(RETRIEVAL_PREFIX): v for k, v in read_tensors(path).items() if k.startswith(RETRIEVAL_PREFIX)}, path)
+    return retrieval_model.to(device).eval()
 
 
 # ---- 6. Exams: what is asked, and what is true ---------------------------------------------------------------------
-PAIRS = ("posediff", "imagediff", "edit")                  # tasks about two poses, the second an edit of the first
 
-
-class Exam:
+class EvalSet:
     """n questions of one task over the first 2n people of a world, where every two make a pair.
 
     poses (n,22,3,3): the pose to be made or told of, as the answer should show it; sources (n,22,3,3): pose A of the
@@ -316,63 +314,67 @@ class Exam:
     """
 
     def __init__(self, world, task, n, seed=0):
-        self.world, self.task, self.target = world, task, TASKS[task].target
-        self.rows = 2 * torch.arange(n) + (task in PAIRS)
+        self.world, self.task, self.seed, row = world, task, seed, TASKS[task]
+        self.target = row.target
+        self.starts = 2 * torch.arange(n)                  # person A, or the only one
+        self.rows = self.starts + int(row.pair)            # whom the answer is about
         self.poses = world.poses[self.rows]
-        self.sources = world.poses[self.rows - 1] if task in PAIRS else None
-        self.views = [world.views[i] if task == "image2text" else "" for i in self.rows]
-        self.texts = [*map(show_side, self.views, tell(self.poses, self.sources, seed))]
+        self.sources = world.poses[self.starts] if row.pair else None
+        self.views = [world.views[i] if row.text == "image_caption" else "" for i in self.rows]
+        self.texts = [world.text(task, 2 * k, self.rng(k)) for k in range(n)]
         self.turns = torch.eye(3).expand(n, 3, 3)          # from the body's frame to the answer's
-        if task == "image2pose":                           # the answer is in the camera's frame
-            self.poses = world.seen[self.rows]
+        if row.frame == "camera":
+            self.poses = world.camera_poses[self.rows]
             self.turns = self.poses[:, 0] @ world.poses[self.rows, 0].mT
+
+    def rng(self, k):
+        """The generator of the k-th text."""
+        return np.random.default_rng((self.seed, k))
 
     def question(self, k, model=None):
         """The k-th prompt: the task's plain template (of that model), filled in, without its answer."""
-        row = int(self.rows[k])
-        people = (row - 1, row) if self.task in PAIRS else (row,)
-        return question(self.task, arranged(self.task, text=[self.texts[k]], pose=(self.world.poses[i] for i in people),
-                                            image=map(self.world.image, people))[:-1], model)
+        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k))
+        return question(self.task, inputs, model)
 
     def facing(self, poses):
         """Poses in the answer's frame, turned back to face +z, which is where statements are made."""
         return turn_root(poses, self.turns.mT)                                           # (n,22,3,3)
 
 
-class Judge(NamedTuple):
-    """Marks answers. body: whose joints are measured; ruler: a Retrieval or None; text: the model's HF tokenizer."""
+class Evaluator(NamedTuple):
+    """Marks answers. body: whose joints are measured; retrieval_model: a Retrieval or None; text: the model's HF tokenizer."""
     body: object
-    ruler: object
+    retrieval_model: object
     text: object
 
-    def mark(self, exam, made):
+    def metrics(self, exam, made):
         """made: n poses (n,22,3,3) or n texts, as the exam asks -> {name of a figure: value}."""
         if exam.target == "text":
             marks = {"bleu4": bleu4(made, exam.texts), "rouge_l": rouge_l(made, exam.texts)}
-            marks |= text_truth(made, exam.texts, exam.poses, exam.sources)
-            marks |= view_truth(made, exam.views)
-            return marks | self.opinion(exam, exam.poses, made)
+            marks |= text_statement_metrics(made, exam.texts, exam.poses, exam.sources)
+            marks |= view_metrics(made, exam.views)
+            return marks | self.retrieval_metrics(exam, exam.poses, made)
         joints, truth = self.body.joints(made), self.body.joints(exam.poses)             # (n,22,3) each
         marks = {"mpjpe": mpjpe(joints, truth).mean().item(), "pa_mpjpe": pa_mpjpe(joints, truth).mean().item()}
-        marks |= pose_truth(exam.texts, exam.facing(made), exam.sources)
-        return marks | self.opinion(exam, made, exam.texts)
+        marks |= pose_statement_metrics(exam.texts, exam.facing(made), exam.sources)
+        return marks | self.retrieval_metrics(exam, made, exam.texts)
 
     @torch.no_grad()
-    def opinion(self, exam, poses, texts):
-        """What the ruler thinks of made poses with true texts, or the reverse; nothing without a ruler.
+    def retrieval_metrics(self, exam, poses, texts):
+        """What the retrieval_model thinks of made poses with true texts, or the reverse; nothing without a retrieval_model.
 
         r_precision: own answer among the best 1, 2, 3 of 32; recall_at: among the best 1, 5, 10, 20 of all n; matching:
         mean cosine; fid: between the clouds of made and true poses.
         """
-        if self.ruler is None:
+        if self.retrieval_model is None:
             return {}
 
         def embed(poses):
             poses = exam.facing(poses)
             if exam.sources is None:
-                return self.ruler.embed_pose(poses)
-            return self.ruler.embed_pair(torch.stack([exam.sources, poses], 1))
-        told, shown = self.ruler.embed_text(*read_texts(self.text, texts)), embed(poses)  # (n,d) each
+                return self.retrieval_model.embed_pose(poses)
+            return self.retrieval_model.embed_pair(torch.stack([exam.sources, poses], 1))
+        told, shown = self.retrieval_model.embed_text(*tokenize_texts(self.text, texts)), embed(poses)  # (n,d) each
         asked, made = (told, shown) if exam.target == "pose" else (shown, told)
         marks = {"r_precision": r_precision(asked, made), "recall_at": recall_at(asked, made),
                  "matching": (told * shown).sum(-1).mean().item()}
@@ -406,28 +408,28 @@ def nearest_by_features(asked, known, vision):
 
 def baselines(exam, known, model, seed):
     """name -> answers made without a language model, out of the training people of the exam `known`."""
-    chosen = {}                                            # name -> which training person's answer is copied
+    chosen, row = {}, TASKS[exam.task]                     # name -> which training person's answer is copied
     if exam.target == "text":
         chosen["random_caption"] = np.random.default_rng(seed).integers(len(known.texts), size=len(exam.texts))
-    if exam.task == "text2pose":
+    if row.inputs == ("text",):
         chosen["nearest_caption"] = nearest_by_statements(exam.texts, known.texts)
-    if exam.task in ("image2pose", "image2text"):
+    if row.inputs == ("image",):
         chosen["nearest_feature"] = nearest_by_features(exam, known, model.vision)
     if exam.target == "text":
         return {who: [known.texts[k] for k in rows] for who, rows in chosen.items()}
     answers = {"mean_pose": project_rotation(known.poses.mean(0)).expand_as(exam.poses)}
     answers |= {who: known.poses[rows] for who, rows in chosen.items()}
-    return answers | ({"input_pose": exam.sources} if exam.task == "edit" else {})
+    return answers | ({"input_pose": exam.sources} if row.pair else {})
 
 
 @torch.no_grad()
 def round_trip(model, poses):
     """Poses (n,22,3,3) -> codes (n,N) and what the tokenizer makes of them (n,22,3,3)."""
-    codes = model.tokenizer.encode(poses.to(model.device))
-    return codes.cpu(), model.tokenizer.decode(codes).cpu()
+    codes = model.pose_tokenizer.encode(poses.to(model.device))
+    return codes.cpu(), model.pose_tokenizer.decode(codes).cpu()
 
 
-def ceilings(exam, model, seed):
+def upper_bounds(exam, model, seed):
     """name -> answers that no speaker of code words can beat: the truth, and the truth seen through the tokenizer.
 
     A true text is told a second time with other dice, which is the BLEU and the recall of a perfect speaker.
@@ -435,11 +437,11 @@ def ceilings(exam, model, seed):
     truth = {"tokenizer": round_trip(model, exam.poses)[1], "ground_truth": exam.poses}
     if exam.target == "pose":
         return truth
-    return {who: [*map(show_side, exam.views, tell(p, exam.sources, seed + 1))] for who, p in truth.items()}
+    return {who: [*map(add_view, exam.views, true_texts(p, exam.sources, seed + 1))] for who, p in truth.items()}
 
 
 # ---- 8. The whole report -------------------------------------------------------------------------------------------
-def answer(model, exam, decode, batch):
+def answer_all(model, exam, decode, batch):
     """The model's answers to an exam: poses (n,22,3,3) or a list of n texts."""
     made, n = [], len(exam.texts)
     for k in tqdm(range(0, n, batch), desc=f"{exam.task}: {decode}", leave=False):
@@ -448,22 +450,22 @@ def answer(model, exam, decode, batch):
     return torch.stack([a.pose for a in made]) if exam.target == "pose" else [a.text for a in made]
 
 
-def examine(model, judge, exam, known, decodes, batch, seed):
+def evaluate_task(model, judge, exam, known, decodes, batch, seed):
     """One task -> its figures by the first way of decoding that changes it; the others stand under "decoding"."""
     first, *others = [way for way in decodes if exam.target == "pose" or way != "soft"] or ["argmax"]
-    report = judge.mark(exam, answer(model, exam, first, batch)) | {"decode": first}
+    report = judge.metrics(exam, answer_all(model, exam, first, batch)) | {"decode": first}
     if others:
-        report["decoding"] = {way: judge.mark(exam, answer(model, exam, way, batch)) for way in others}
-    report["baselines"] = {who: judge.mark(exam, made) for who, made in baselines(exam, known, model, seed).items()}
-    report["ceilings"] = {who: judge.mark(exam, made) for who, made in ceilings(exam, model, seed).items()}
+        report["decoding"] = {way: judge.metrics(exam, answer_all(model, exam, way, batch)) for way in others}
+    report["baselines"] = {who: judge.metrics(exam, made) for who, made in baselines(exam, known, model, seed).items()}
+    report["ceilings"] = {who: judge.metrics(exam, made) for who, made in upper_bounds(exam, model, seed).items()}
     return report
 
 
-def examine_tokenizer(model, judge, exam):
+def evaluate_tokenizer(model, judge, exam):
     """The tokenizer alone: its error, and which shares of the statements and of the code words are alive."""
     codes, made = round_trip(model, exam.poses)
-    marks = judge.mark(exam, made)
-    use = torch.bincount(codes.flatten(), minlength=model.tokenizer.config.codes).double() / codes.numel()
+    marks = judge.metrics(exam, made)
+    use = torch.bincount(codes.flatten(), minlength=model.pose_tokenizer.config.codes).double() / codes.numel()
     return {"mpjpe": marks["mpjpe"], "pa_mpjpe": marks["pa_mpjpe"], "active": (use > 0).double().mean().item(),
             "perplexity": torch.special.entr(use).sum().exp().item(),
             "statements_kept": marks["statement_accuracy"], "statements_kept_exact": marks["statement_accuracy_exact"]}
@@ -478,11 +480,11 @@ def evaluate(model, judge, tasks=tuple(TASKS), split="test", n=512, decode="argm
     size = model.vision.clip_size
     world, train = World(split, 2 * n, size), World("train", 2 * pool, size)
     report = {"size": model.config["size"], "seed": seed, "split": split, "n": n, "body": judge.body.name,
-              "decode": decode, "tokenizer": examine_tokenizer(model, judge, Exam(world, "text2pose", n, seed)),
+              "decode": decode, "tokenizer": evaluate_tokenizer(model, judge, EvalSet(world, "text2pose", n, seed)),
               "tasks": {}}
     for task in tasks:
-        exam, known = Exam(world, task, n, seed), Exam(train, task, pool, seed)
-        report["tasks"][task] = examine(model, judge, exam, known, decode.split(","), batch, seed)
+        exam, known = EvalSet(world, task, n, seed), EvalSet(train, task, pool, seed)
+        report["tasks"][task] = evaluate_task(model, judge, exam, known, decode.split(","), batch, seed)
     return report
 
 
@@ -496,7 +498,7 @@ COLUMNS = {"MPJPE": ("mpjpe",), "PA": ("pa_mpjpe",), "true": ("statement_accurac
            "R@1/32": ("r_precision",), "FID": ("fid",)}
 
 
-def table(report):
+def format_table(report):
     """The report as aligned lines: one row for each task and whoever answered it."""
     rows = [("tokenizer", f"{report['tokenizer']['active']:.0%} codes active", report["tokenizer"])]
     for task, figures in report["tasks"].items():
@@ -519,19 +521,19 @@ def pose_seconds(model, reader, stepwise):
 
     Parallel: <p>, N queries and </p> go through in one step. Stepwise: <p>, then each code before the next is said.
     """
-    v, n, fork = model.vocab, model.tokenizer.n_tokens, copy.copy(reader)
+    v, n, fork = model.vocab, model.pose_tokenizer.n_tokens, copy.copy(reader)
     fork.cache = copy.deepcopy(reader.cache)
     codes = model.llm.lm_head.weight[v.pose0:v.p_open]                                   # (K,D)
 
-    def read(ids, block, slot):
-        ids, block, slot = (torch.tensor([row], device=model.device) for row in (ids, block, slot))
-        hidden = fork.read_ids(ids, block, slot, torch.ones_like(ids, dtype=torch.bool))  # (1,q,D)
+    def read(ids, block, code_index):
+        ids, block, code_index = (torch.tensor([row], device=model.device) for row in (ids, block, code_index))
+        hidden = fork.read_ids(ids, block, code_index, torch.ones_like(ids, dtype=torch.bool))  # (1,q,D)
         return (hidden[0] @ codes.T).argmax(-1).tolist()                                 # q codes
 
     begun, last = time.perf_counter(), v.p_open
     if stepwise:
-        for slot in range(-1, n - 1):                      # <p> stands before slot 0
-            last = v.pose0 + read([last], [-1], [slot])[0]
+        for code_index in range(-1, n - 1):                      # <p> stands before code_index 0
+            last = v.pose0 + read([last], [-1], [code_index])[0]
     else:
         read([v.p_open, *range(v.query0, v.query0 + n), v.p_close], [-1, *[0] * n, -1], [-1] * (n + 2))
     return time.perf_counter() - begun
@@ -555,10 +557,10 @@ def copy_speed(device, size=1 << 28):
     return 2 * size / min(seconds)
 
 
-def speed(model, seed=0, repeats=7):
+def measure_speed(model, seed=0, repeats=7):
     """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every task's latency."""
-    exams = {task: Exam(World("test", 2, model.vision.clip_size), task, 1, seed) for task in TASKS}
-    row, reader = model.encode(exams["text2pose"].question(0, model)), Reader(model, 1)
+    exams = {task: EvalSet(World("test", 2, model.vision.clip_size), task, 1, seed) for task in TASKS}
+    row, reader = model.encode(exams["text2pose"].question(0, model)), CachedModel(model, 1)
     prompt = torch.tensor([row.ids], device=model.device)                                # (1,T)
     causal = torch.full_like(prompt, -1)
     with torch.no_grad():
@@ -566,7 +568,7 @@ def speed(model, seed=0, repeats=7):
 
     def whole(task, decode="argmax"):
         # an untrained model does not know when to stop: a pose answer gets no more steps than it needs
-        steps = 160 if exams[task].target == "text" else model.tokenizer.n_tokens + 3 if decode == "ar" else 3
+        steps = 160 if exams[task].target == "text" else model.pose_tokenizer.n_tokens + 3 if decode == "ar" else 3
         prompt, begun = exams[task].question(0, model), time.perf_counter()
         generate(model, [prompt], [exams[task].target], decode=decode, max_new=steps)
         return time.perf_counter() - begun
@@ -581,14 +583,14 @@ def speed(model, seed=0, repeats=7):
     latency = medians(repeats, **{task: functools.partial(whole, task) for task in TASKS})
     copied, held = copy_speed(model.device), torch.cuda.max_memory_allocated() if model.device.type == "cuda" else (
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return {"prompt_tokens": len(row.ids), "pose_tokens": model.tokenizer.n_tokens, "latency_ms": latency,
+    return {"prompt_tokens": len(row.ids), "pose_tokens": model.pose_tokenizer.n_tokens, "latency_ms": latency,
             "llm_gb": weights / 1e9, "copy_gb_per_s": copied / 1e9, "read_once_ms": 1000 * weights / copied,
             "peak_memory_gb": held / 1e9,
             "pose_ms": pose, "pose_ratio": pose["one_by_one"] / pose["parallel"],
             "answer_ms": full, "answer_ratio": full["one_by_one"] / full["parallel"]}
 
 
-def show_speed(figures):
+def format_speed(figures):
     """The speed report as lines."""
     lines = ["{pose_tokens} code words a pose, {prompt_tokens} tokens before it, median ms".format(**figures),
              f"{'':<36}{'parallel':>10}{'one by one':>12}{'ratio':>8}"]
@@ -621,64 +623,64 @@ class Config:
     poses: list[str] = field(default_factory=list)  # --features: data sets, KIND:PATH as for data.py
 
 
-def untrained(size, seed, device):
+def random_model(size, seed, device):
     """Random weights of a size, made where they are used; on a GPU all but the pose tokenizer in bfloat16."""
     torch.manual_seed(seed)
-    text = word_tokenizer(words())
+    text = word_tokenizer(vocabulary())
     if size == "paper":                                    # a head as large as the paper's, though few words are known
-        text = word_tokenizer([*words(), *(f"word{i}" for i in range(PAPER_TEXT - len(text)))])
+        text = word_tokenizer([*vocabulary(), *(f"word{i}" for i in range(PAPER_TEXT - len(text)))])
     with torch.device(device):
         model = UniPose(model_config(size), text).eval()
     for name, parameter in model.named_parameters():
-        if device.startswith("cuda") and not name.startswith("tokenizer."):
+        if device.startswith("cuda") and not name.startswith("pose_tokenizer."):
             parameter.data = parameter.data.bfloat16()
     return model
 
 
-def refuse(config):
-    """Settings that cannot work. Raises Mistake."""
+def validate(config):
+    """Settings that cannot work. Raises UserError."""
     for flag, given, choices in (("tasks", config.tasks, TASKS), ("size", [config.size], ["", *SIZES]),
                                  ("split", [config.split], ["test", "val", "train"]),
                                  ("decode", config.decode.split(","), DECODINGS)):
         for one in given:
             if one not in choices:
-                raise Mistake(f"--{flag} {one} is not one of {', '.join(filter(None, choices))}")
+                raise UserError(f"--{flag} {one} is not one of {', '.join(filter(None, choices))}")
     if min(config.n, config.batch, config.pool) < 2:
-        raise Mistake("--n, --batch and --pool must be at least 2")
+        raise UserError("--n, --batch and --pool must be at least 2")
 
 
 def main(argv=None):
     """Prints one table, or times."""
     config = cli(Config, argv)
-    refuse(config)
-    device, ruler = find_device(config.device), None
+    validate(config)
+    device, retrieval_model = find_device(config.device), None
     if config.size:
-        model = untrained(config.size, config.seed, device)
+        model = random_model(config.size, config.seed, device)
     else:
-        model, ruler = load(config.weights, device), load_ruler(config.weights)
-    check_decoding(model, *config.decode.split(","))
+        model, retrieval_model = load(config.weights, device), load_retrieval_model(config.weights)
+    validate_decoding(model, *config.decode.split(","))
     if config.features:
-        if ruler is None:
-            raise Mistake(f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
-        parts = face_front(posed(config.poses)[1]).split(256)
-        with torch.no_grad(), saving(config.features) as path, open(path, "wb") as file:
-            np.save(file, torch.cat([ruler.to(device).embed_pose(part.to(device)).cpu() for part in parts]).numpy())
+        if retrieval_model is None:
+            raise UserError(f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
+        parts = face_front(records_with_pose(config.poses)[1]).split(256)
+        with torch.no_grad(), atomic_write(config.features) as path, open(path, "wb") as file:
+            np.save(file, torch.cat([retrieval_model.to(device).embed_pose(part.to(device)).cpu() for part in parts]).numpy())
         return
     if config.speed:
-        report = {"size": model.config["size"], "seed": config.seed, "speed": speed(model, config.seed)}
-        lines = show_speed(report["speed"])
+        report = {"size": model.config["size"], "seed": config.seed, "speed": measure_speed(model, config.seed)}
+        lines = format_speed(report["speed"])
         lines += ["(the paper, on an A100: 200 ms in parallel, 2500 one by one)"] * (config.size == "paper")
     else:
-        judge = Judge(load_body(config.body), ruler, model.text)
+        judge = Evaluator(load_body(config.body), retrieval_model, model.text_tokenizer)
         report = evaluate(model, judge, config.tasks or tuple(TASKS), config.split, config.n, config.decode,
                           config.batch, config.pool, config.seed)
         name = f"random weights, seed {config.seed}" if config.size else config.weights
-        lines = [PROTOCOL.format(weights=name, **report), *table(report)]
+        lines = [PROTOCOL.format(weights=name, **report), *format_table(report)]
     print("\n".join(lines))
     if config.json:
-        with saving(config.json) as path:
+        with atomic_write(config.json) as path:
             path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    script(main)
+    run_main(main)

@@ -91,7 +91,7 @@ class ResBlock(nn.Module):
         return self.model(x)
 
 
-def stretch(lengths, width):
+def upsample_stages(lengths, width):
     """For each length: resize the axis to it by repeating neighbours, then convolve."""
     layers = []
     for length in lengths:
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         super().__init__()
         width, steps = config.hidden, range(config.upsample_step + 1)
         self.encoder = nn.Sequential(
-            nn.Conv1d(6, width, 3, padding=1), nn.ReLU(), *stretch([40 * 2 ** k for k in steps], width),
+            nn.Conv1d(6, width, 3, padding=1), nn.ReLU(), *upsample_stages([40 * 2 ** k for k in steps], width),
             nn.Conv1d(width, width, 4, stride=2, padding=1), ResBlock(width),
             nn.Conv1d(width, config.code_dim, 3, padding=1))
 
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         width = config.hidden
         lengths = np.linspace(22, config.n_tokens, 4, endpoint=False).astype(int)[::-1].tolist()
         self.decoder = nn.Sequential(
-            nn.Conv1d(config.code_dim, width, 3, padding=1), nn.ReLU(), *stretch(lengths, width),
+            nn.Conv1d(config.code_dim, width, 3, padding=1), nn.ReLU(), *upsample_stages(lengths, width),
             ResBlock(width), nn.Conv1d(width, width, 3, padding=1), nn.Conv1d(width, 6, 3, padding=1))
 
     def forward(self, latents):
@@ -159,7 +159,7 @@ class Quantizer(nn.Module):
         at the first step, and dead codes later; by default `generator` draws them.
         """
         flat = latents.detach().mT.flatten(0, 1)                                             # (B*N,C)
-        spare = self._spare(flat, generator, rows) if self.training else None                # (K,C)
+        spare = self._random_latents(flat, generator, rows) if self.training else None                # (K,C)
         if self.training and not self.initialised:
             self.codebook.copy_(spare)                     # random codes would lie far from every latent
             self.code_sum.copy_(spare)
@@ -168,14 +168,14 @@ class Quantizer(nn.Module):
         codes = self.codebook[ids].mT                                                        # (B,C,N)
         counts = torch.bincount(ids.flatten(), minlength=len(self.codebook)).to(flat.dtype)  # (K,)
         if self.training:
-            self._follow(flat, ids.flatten(), counts, spare)
+            self._ema_update(flat, ids.flatten(), counts, spare)
         share = counts / counts.sum()
         info = {"commit": F.mse_loss(latents, codes),
                 "perplexity": torch.exp(-(share * torch.log(share + 1e-7)).sum()),
                 "active": (counts > 0).to(flat.dtype).mean()}
         return latents + (codes - latents).detach(), ids, info
 
-    def _spare(self, flat, generator, rows):
+    def _random_latents(self, flat, generator, rows):
         """K latents of this batch, to stand in for codes that nobody uses."""
         (K, C), have = self.codebook.shape, len(flat)
         if rows is None and have >= K:
@@ -188,7 +188,7 @@ class Quantizer(nn.Module):
             spare = flat[rows.to(flat.device)] + noise.to(flat)
         return spare
 
-    def _follow(self, flat, ids, counts, spare):
+    def _ema_update(self, flat, ids, counts, spare):
         """Each code -> the running mean of the latents that chose it; codes with a running count below 1 are dead."""
         sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)  # (K,C)
         self.code_sum.mul_(self.mu).add_(sums, alpha=1 - self.mu)
@@ -207,34 +207,34 @@ class PoseTokenizer(nn.Module):
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
         self.quantizer = Quantizer(self.config)
 
-    def _read(self, rotmat):
+    def _encode(self, rotmat):
         """rotmat (B,22,3,3) -> latents (B,C,N)."""
-        return self.encoder(matrix_to_sixd(turn_root(rotmat, UP.T) if self.config.z_up else rotmat))
+        return self.encoder(matrix_to_sixd(turn_root(rotmat, Z_UP_TO_Y_UP.T) if self.config.z_up else rotmat))
 
-    def _made(self, codes):
+    def _decode(self, codes):
         """Code vectors (B,C,N) -> rotmat (B,22,3,3)."""
         rotmat = sixd_to_matrix(self.decoder(codes))
-        return turn_root(rotmat, UP) if self.config.z_up else rotmat
+        return turn_root(rotmat, Z_UP_TO_Y_UP) if self.config.z_up else rotmat
 
     def forward(self, rotmat, generator=None, rows=None):
         """rotmat (B,22,3,3) -> its reconstruction (B,22,3,3), ids (B,N), the quantizer's info. For training."""
-        codes, ids, info = self.quantizer(self._read(rotmat), generator, rows)               # (B,C,N), (B,N)
-        return self._made(codes), ids, info                                                  # (B,22,3,3)
+        codes, ids, info = self.quantizer(self._encode(rotmat), generator, rows)               # (B,C,N), (B,N)
+        return self._decode(codes), ids, info                                                  # (B,22,3,3)
 
     @torch.no_grad()
     def encode(self, rotmat):
         """rotmat (B,22,3,3) -> ids (B,N)."""
-        return self.quantizer.nearest(self._read(rotmat.float()))
+        return self.quantizer.nearest(self._encode(rotmat.float()))
 
     @torch.no_grad()
     def decode(self, ids):
         """ids (B,N) -> rotmat (B,22,3,3)."""
-        return self._made(self.quantizer.codebook[ids].mT)
+        return self._decode(self.quantizer.codebook[ids].mT)
 
     @torch.no_grad()
     def decode_soft(self, probs):
         """probs (B,N,K), each query's distribution over the codes -> rotmat (B,22,3,3) of the average code vectors."""
-        return self._made((probs.float() @ self.quantizer.codebook).mT)
+        return self._decode((probs.float() @ self.quantizer.codebook).mT)
 
 
 # ---- 2. Its loss, and the noise it is trained with -----------------------------------------------
@@ -242,7 +242,7 @@ PARTS = [[1, 4, 7, 10], [2, 5, 8, 11], [3, 6, 9], [12, 15], [13, 16, 18, 20], [1
 NOISE = (0.01, 0.05, 0.1, 0.1, 0.5, 0.5)                   # radians, for each sixth of the run; the official steps
 
 
-def some_vertices(body, n=425, seed=0):
+def sample_vertices(body, n=425, seed=0):
     """n vertices, more where there is more surface; always the same ones -> indices (n,)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(body.area.cpu(), n, generator=generator).to(body.faces.device)
@@ -269,7 +269,7 @@ def tokenizer_loss(tokenizer, rotmat, body, chosen=None, noised=None, generator=
     return sum(terms.values()), {k: v.detach() for k, v in (terms | figures).items()}
 
 
-def noisy(rotmat, generator, root=True, parts=False, progress=1.0):
+def augment(rotmat, generator, root=True, parts=False, progress=1.0):
     """Training noise: rotmat (B,22,3,3) -> what the encoder sees, and what it must answer, both (B,22,3,3).
 
     root: turn the person, in input and target alike: up to 45 degrees about the vertical, 20 about the others.
@@ -304,7 +304,7 @@ MIRROR = [JOINTS.index(re.sub("left|right", lambda side: SWAP[side[0]], name)) f
 
 
 # ---- 4. Rotations --------------------------------------------------------------------------------
-UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
+Z_UP_TO_Y_UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
 
 
 def aa_to_matrix(aa):
@@ -400,22 +400,22 @@ BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_
 
 
 def read_body(path):
-    """Reads and checks one body file -> its arrays, sizes agreeing. Raises Mistake."""
+    """Reads and checks one body file -> its arrays, sizes agreeing. Raises UserError."""
     arrays, sizes = read_arrays(path, BODY_SHAPES), {}
     for name, shape in BODY_SHAPES.items():
         if name not in arrays:
-            raise Mistake(f"{path} holds no {name}: give an SMPL, SMPL-H or SMPL-X model file")
+            raise UserError(f"{path} holds no {name}: give an SMPL, SMPL-H or SMPL-X model file")
         found = arrays[name].shape                         # a letter takes the first size met, then holds it
         fits = len(found) == len(shape) and all(sizes.setdefault(s, n) == n if isinstance(s, str) else s == n
                                                 for s, n in zip(shape, found))
         if not fits or arrays[name].dtype.kind not in "iuf" or not np.isfinite(arrays[name]).all():
-            raise Mistake(f"{name} in {path} is {found} {arrays[name].dtype}, not {shape} finite numbers that fit "
+            raise UserError(f"{name} in {path} is {found} {arrays[name].dtype}, not {shape} finite numbers that fit "
                           "the rest: the file is damaged or not a body model")
     parents = arrays["kintree_table"][0].astype(np.int64)  # the root's is 2^32-1 or -1: never read
     if sizes["J"] < 24 or sizes["P"] != 9 * (sizes["J"] - 1) or parents[1:22].tolist() != PARENTS[1:]:
-        raise Mistake(f"{path} has another skeleton ({sizes['J']} joints): SMPL, SMPL-H and SMPL-X are read")
+        raise UserError(f"{path} has another skeleton ({sizes['J']} joints): SMPL, SMPL-H and SMPL-X are read")
     if arrays["f"].min() < 0 or arrays["f"].max() >= sizes["V"] or (parents[1:] >= np.arange(1, sizes["J"])).any():
-        raise Mistake(f"{path} points at vertices or joints that it does not have: the file is damaged")
+        raise UserError(f"{path} points at vertices or joints that it does not have: the file is damaged")
     return arrays, parents
 
 
@@ -495,53 +495,53 @@ class Body(nn.Module):
 
 
 def load_body(path=""):
-    """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises Mistake."""
+    """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises UserError."""
     path = pathlib.Path(path or ASSETS / "body.npz")
     return Body(smpl_layout(*read_body(path)), path.stem)
 
 
 # ---- 6. Shared by all scripts: user errors, flags, files -----------------------------------------
-class Mistake(Exception):
+class UserError(Exception):
     """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
 
 
-def reason(error):
+def first_line(error):
     """The first line of what an exception says: libraries like to go on."""
     said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
     return (said or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
-def explaining(before, after=""):
-    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a Mistake that names the reason."""
+def as_user_error(before, after=""):
+    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a UserError that names the reason."""
     try:
         yield
-    except Mistake:
+    except UserError:
         raise
     except Exception as error:
-        raise Mistake(before + reason(error) + after) from error
+        raise UserError(before + first_line(error) + after) from error
 
 
 @contextlib.contextmanager
-def skipping(skipped, where):
+def skip_bad_entry(skipped, where):
     """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
     try:
         yield
     except Exception as error:
-        skipped.append(f"{where}: {reason(error)}")
+        skipped.append(f"{where}: {first_line(error)}")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises `Mistake` instead of printing its usage and leaving."""
+    """argparse that raises `UserError` instead of printing its usage and leaving."""
 
     def error(self, message):
-        raise Mistake(f"{message} (--help lists the flags)")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def cli(Config, argv=None):
     """Turns the dataclass `Config` into flags and parses argv (None: the command line). -> a Config.
 
-    The comment behind a field is its help text. bool: --x / --no-x; list[str]: repeat the flag. Raises Mistake.
+    The comment behind a field is its help text. bool: --x / --no-x; list[str]: repeat the flag. Raises UserError.
     """
     about = (sys.modules[Config.__module__].__doc__ or "").strip().split("\n\n")[0]
     parser = Parser(description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -564,21 +564,21 @@ def cli(Config, argv=None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise Mistake(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
+        raise UserError(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
     config = Config(**vars(known))                         # absent flags keep the dataclass's defaults
     if not 0 <= getattr(config, "seed", 0) < 2 ** 32:
-        raise Mistake(f"--seed {config.seed} must be from 0 to {2 ** 32 - 1}")
+        raise UserError(f"--seed {config.seed} must be from 0 to {2 ** 32 - 1}")
     return config
 
 
-def script(main):
-    """Runs main(). A Mistake, or a file that cannot be written, becomes one line on stderr and exit code 2."""
+def run_main(main):
+    """Runs main(). A UserError, or a file that cannot be written, becomes one line on stderr and exit code 2."""
     try:
         main()
     except BrokenPipeError:                                # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Mistake, OSError) as error:
-        what = error if isinstance(error, Mistake) else f"{error.filename or 'the output'}: {error.strerror or error}"
+    except (UserError, OSError) as error:
+        what = error if isinstance(error, UserError) else f"{error.filename or 'the output'}: {error.strerror or error}"
         print(f"error: {what}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -586,14 +586,14 @@ def script(main):
 
 
 @contextlib.contextmanager
-def saving(path):
+def atomic_write(path):
     """`with saving(path) as new:` write a file at `new`; it takes the name `path` only when it is complete.
 
-    Whatever goes wrong, nothing half-written stays behind. A failed write, or a folder of that name, raises Mistake.
+    Whatever goes wrong, nothing half-written stays behind. A failed write, or a folder of that name, raises UserError.
     """
     path = pathlib.Path(path)
     if path.is_dir() or not path.name:
-        raise Mistake(f"{path} is a folder: name a file")
+        raise UserError(f"{path} is a folder: name a file")
     new = path.with_name(f".{os.getpid()}-{path.name}")    # same folder (a rename must not cross disks), same suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -604,24 +604,24 @@ def saving(path):
             new.unlink()
         # safetensors and torch.save report a full disk as errors of their own kinds
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
-            raise Mistake(f"cannot write {path}: {reason(error)}. Free some space or choose another place") from error
+            raise UserError(f"cannot write {path}: {first_line(error)}. Free some space or choose another place") from error
         raise
 
 
-def files_in(path, *suffixes):
+def list_files(path, *suffixes):
     """The file itself, or all files below a folder that end in one of the suffixes, in order."""
     path = pathlib.Path(path)
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
 
 
 def load_json(path):
-    """What a JSON file holds. Raises Mistake."""
-    with explaining(f"{path} is not a complete JSON file: "):
+    """What a JSON file holds. Raises UserError."""
+    with as_user_error(f"{path} is not a complete JSON file: "):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
 @functools.cache
-def asset(name):
+def load_asset(name):
     """The table assets/NAME.json, whose words and numbers a reader may edit. It is shared: nobody changes it."""
     return load_json(ASSETS / f"{name}.json")
 
@@ -637,7 +637,7 @@ class Pickled:
 
     def array(self):
         """The numbers that the object held."""
-        state = {key: plain(value) for key, value in self.state.items()}
+        state = {key: to_plain(value) for key, value in self.state.items()}
         if "indptr" in state:                              # scipy's compressed columns -> a dense matrix
             dense = np.zeros(tuple(state.get("_shape", state.get("shape"))))
             columns = np.repeat(np.arange(dense.shape[1]), np.diff(state["indptr"]))
@@ -648,7 +648,7 @@ class Pickled:
         return state["x"]                                  # chumpy's plain array
 
 
-def plain(value):
+def to_plain(value):
     """A Pickled stand-in -> its array; anything else as it is."""
     return value.array() if isinstance(value, Pickled) else value
 
@@ -685,18 +685,18 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 def read_arrays(path, wanted):
-    """The arrays named `wanted` that a .npz, .npy (then named "") or SMPL .pkl holds -> {name: array}. Raises Mistake.
+    """The arrays named `wanted` that a .npz, .npy (then named "") or SMPL .pkl holds -> {name: array}. Raises UserError.
 
     Nothing in the file is executed, and entries that are not wanted are not even looked at.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise Mistake(f"no file {path}: check the path")
-    with explaining(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
+        raise UserError(f"no file {path}: check the path")
+    with as_user_error(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
         if path.suffix.lower() == ".pkl":
             with open(path, "rb") as file:
                 entries = SafeUnpickler(file, encoding="latin1").load()
-            return {name: np.asarray(plain(entries[name])) for name in wanted if name in entries}
+            return {name: np.asarray(to_plain(entries[name])) for name in wanted if name in entries}
         entries = np.load(path, allow_pickle=False)        # object arrays are pickles: refused
         if isinstance(entries, np.ndarray):
             return {"": entries}
@@ -727,14 +727,14 @@ def example_pose():
 
 
 def load_pose_tokenizer(folder):
-    """The pose tokenizer alone out of a weights folder, in eval mode, float32. Raises Mistake."""
+    """The pose tokenizer alone out of a weights folder, in eval mode, float32. Raises UserError."""
     from safetensors.torch import load_file
     folder = pathlib.Path(folder)
-    with explaining(f"{folder} is not a complete weights folder: "):
+    with as_user_error(f"{folder} is not a complete weights folder: "):
         sizes = load_json(folder / "config.json")["tokenizer"]
         tensors = load_file(folder / "model.safetensors")
         tokenizer = PoseTokenizer(TokenizerConfig(**sizes))
-        prefix = "tokenizer."
+        prefix = "pose_tokenizer."
         tokenizer.load_state_dict({name.removeprefix(prefix): tensor.float()
                                    for name, tensor in tensors.items() if name.startswith(prefix)})
     return tokenizer.eval()
@@ -767,4 +767,4 @@ def main():
 
 
 if __name__ == "__main__":
-    script(main)
+    run_main(main)

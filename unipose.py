@@ -43,15 +43,15 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    Mistake, PoseTokenizer, Quantizer, TokenizerConfig, asset, cli, explaining, reason, saving,
-    script,
+    PoseTokenizer, Quantizer, TokenizerConfig, UserError, as_user_error, atomic_write, cli,
+    first_line, load_asset, run_main,
 )
 
 # ---- 1. Sizes ----------------------------------------------------------------------------------------------------
 # What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
 # with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
-# slots: see `UniPose.embed`; lora_r 0: `instruct` trains all weights, since a tiny LLM leaves nothing to be saved.
-SIZES = asset("sizes")
+# code_positions: see `UniPose.embed`; lora_r 0: `instruct` trains all weights, since a tiny LLM leaves nothing to be saved.
+SIZES = load_asset("sizes")
 TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
 CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
            "projector": ("mlp", "linear")}  # the first is the paper's, of the projector the release's
@@ -68,7 +68,7 @@ MODEL_KEYS = tuple(model_config("nano"))  # what config.json must hold of the mo
 
 
 # ---- 2. One sequence ---------------------------------------------------------------------------------------------
-NONE, IMAGE = -100, -1  # a position without a label; a position that an image patch will fill
+IGNORE_INDEX, IMAGE_PLACEHOLDER = -100, -1  # a position without a label; a position that an image patch will fill
 
 
 def word_tokenizer(words):
@@ -87,17 +87,17 @@ def word_tokenizer(words):
 
 
 # unknown word, begin, end: of the embedded models, Mistral and Llama 1 and 2; of Llama 3, which knows every word
-MARKS = (("<unk>", "<s>", "</s>"), ("<|reserved_special_token_0|>", "<|begin_of_text|>", "<|end_of_text|>"))
+SPECIAL_TOKENS = (("<unk>", "<s>", "</s>"), ("<|reserved_special_token_0|>", "<|begin_of_text|>", "<|end_of_text|>"))
 
 
 def fast_tokenizer(text):
     """A `tokenizers.Tokenizer` as a Hugging Face one with three marks."""
     from transformers import PreTrainedTokenizerFast
-    unk, bos, eos = next((marks for marks in MARKS if None not in map(text.token_to_id, marks)), MARKS[0])
+    unk, bos, eos = next((marks for marks in SPECIAL_TOKENS if None not in map(text.token_to_id, marks)), SPECIAL_TOKENS[0])
     return PreTrainedTokenizerFast(tokenizer_object=text, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
 
 
-def tidy(text):
+def tidy_text(text):
     """Spaces and capitals as in print: "the head . it" -> "The head. It"."""
     sentences = " ".join(text.split()).replace(" .", ".").replace(" ,", ",").replace(" ?", "?").split(". ")
     return ". ".join(s[:1].upper() + s[1:] for s in sentences)
@@ -118,54 +118,54 @@ class Vocab:
 
 class Sequence(NamedTuple):
     """One row, aligned: ids (T,), labels (T,) = what position t must say or NONE, block (T,) = -1 for a causal token
-    or b for the b-th bidirectional pose, slot (T,) = which of its pose's N a code is or -1, images: list of features
+    or b for the b-th bidirectional pose, code_index (T,) = which of its pose's N a code is or -1, images: list of features
     (P,Dv) that fill the IMAGE positions in order."""
     ids: list
     labels: list
     block: list
-    slot: list
+    code_index: list
     images: list
 
 
-def encode(segments, vocab, text_ids, wrap, bos, eos, n_patches, attn="mixed"):
-    """Segments -> ids, labels, block and slot together, so that nothing is derived a second time.
+def encode(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches, attn="mixed"):
+    """Segments -> ids, labels, block and code_index together, so that nothing is derived a second time.
 
     segments: (kind, value, is_target) with text: str, pose: N codes (ints), image: features (P,Dv). Everything before
-    the first target is the prompt, wrapped in `[INST]` and `[/INST]` (wrap: the ids of both); targets end with eos.
+    the first target is the prompt, wrapped in `[INST]` and `[/INST]` (prompt_marks: the ids of both); targets end with eos.
     Without targets the row stops where the answer begins. Which poses become blocks: "mixed" target poses (the
     official rule), "mixed_all" input poses too, "causal" none; a target pose is then its own codes, one after the other
     (the ablation of Table 7).
     """
-    # id, label of the position before, own label, block, slot
-    rows, images, blocks = [(bos, NONE, NONE, -1, -1)], [], count()
+    # id, label of the position before, own label, block, code_index
+    rows, images, blocks = [(bos, IGNORE_INDEX, IGNORE_INDEX, -1, -1)], [], count()
     prompt = [s for s in segments if not s[2]]
     target = [s for s in segments if s[2]]
     assert segments == prompt + target, "targets come last"
-    for kind, value, said in [("ids", wrap[0], False), *prompt, ("ids", wrap[1], False), *target]:
+    for kind, value, said in [("ids", prompt_marks[0], False), *prompt, ("ids", prompt_marks[1], False), *target]:
         if kind in ("text", "ids"):
-            rows += [(i, i if said else NONE, NONE, -1, -1) for i in (text_ids(value) if kind == "text" else value)]
+            rows += [(i, i if said else IGNORE_INDEX, IGNORE_INDEX, -1, -1) for i in (text_ids(value) if kind == "text" else value)]
         elif kind == "image":
             images.append(value)
-            rows += [(i, NONE, NONE, -1, -1) for i in (vocab.img_open, *[IMAGE] * n_patches, vocab.img_close)]
+            rows += [(i, IGNORE_INDEX, IGNORE_INDEX, -1, -1) for i in (vocab.img_open, *[IMAGE_PLACEHOLDER] * n_patches, vocab.img_close)]
         else:
             codes = [vocab.pose0 + int(code) for code in value]
             queried = said and attn != "causal"
             b = next(blocks) if queried or attn == "mixed_all" else -1
-            rows.append((vocab.p_open, vocab.p_open if said else NONE, NONE, -1, -1))
+            rows.append((vocab.p_open, vocab.p_open if said else IGNORE_INDEX, IGNORE_INDEX, -1, -1))
             if queried:  # query i says code i at its own position
-                rows += [(vocab.query0 + i, NONE, code, b, -1) for i, code in enumerate(codes)]
+                rows += [(vocab.query0 + i, IGNORE_INDEX, code, b, -1) for i, code in enumerate(codes)]
             else:
-                rows += [(code, code if said else NONE, NONE, b, i) for i, code in enumerate(codes)]
-            rows.append((vocab.p_close, NONE, NONE, -1, -1))  # given, never predicted: the length of a pose is known
+                rows += [(code, code if said else IGNORE_INDEX, IGNORE_INDEX, b, i) for i, code in enumerate(codes)]
+            rows.append((vocab.p_close, IGNORE_INDEX, IGNORE_INDEX, -1, -1))  # given, never predicted: the length of a pose is known
     if target:
-        rows.append((eos, eos, NONE, -1, -1))
-    ids, before, own, block, slot = map(list, zip(*rows))
-    labels = [o if o != NONE else b for o, b in zip(own, before[1:] + [NONE])]
-    return Sequence(ids, labels, block, slot, images)
+        rows.append((eos, eos, IGNORE_INDEX, -1, -1))
+    ids, before, own, block, code_index = map(list, zip(*rows))
+    labels = [o if o != IGNORE_INDEX else b for o, b in zip(own, before[1:] + [IGNORE_INDEX])]
+    return Sequence(ids, labels, block, code_index, images)
 
 
 def collate(sequences, side="right"):
-    """Rows of unequal length -> ids, labels, block, slot, valid (B,T) and images (n,P,Dv) in row order, or None.
+    """Rows of unequal length -> ids, labels, block, code_index, valid (B,T) and images (n,P,Dv) in row order, or None.
 
     side: "right" for training, "left" for answering, so that every row's answer starts in the same column."""
     longest = max(len(s.ids) for s in sequences)
@@ -176,7 +176,7 @@ def collate(sequences, side="right"):
 
     images = [torch.as_tensor(f).float() for s in sequences for f in s.images]
     batch = {key: torch.tensor([pad(getattr(s, key), fill) for s in sequences])
-             for key, fill in dict(ids=0, labels=NONE, block=-1, slot=-1).items()}          # (B,T) each
+             for key, fill in dict(ids=0, labels=IGNORE_INDEX, block=-1, code_index=-1).items()}          # (B,T) each
     return {**batch, "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
             "images": torch.stack(images) if images else None}
 
@@ -281,13 +281,13 @@ class DualVision(nn.Module):
 
     def clip_pixels(self, pictures):
         """Pictures -> (B,3,S,S) for CLIP."""
-        return torch.stack([preprocess(p, self.clip_size, CLIP_MEAN, CLIP_STD, math.floor) for p in pil(pictures)])
+        return torch.stack([preprocess(p, self.clip_size, CLIP_MEAN, CLIP_STD, math.floor) for p in as_pil(pictures)])
 
     def pose_pixels(self, pictures):
         """Pictures -> (B,3,H,W) for the pose ViT: a square whose outer columns are then cut off (256 -> 256x192)."""
         high, wide = self.pose_size
         margin = (high - wide) // 2
-        square = [preprocess(p, high, POSE_MEAN, POSE_STD, round) for p in pil(pictures)]
+        square = [preprocess(p, high, POSE_MEAN, POSE_STD, round) for p in as_pil(pictures)]
         return torch.stack(square)[..., margin:high - margin]
 
     def pose_map(self, pixels):
@@ -310,7 +310,7 @@ class DualVision(nn.Module):
         return torch.cat(parts, -1)                                                      # (B,P,Dv)
 
 
-def pil(pictures):
+def as_pil(pictures):
     """uint8 arrays or PIL images -> PIL RGB images."""
     return [p if isinstance(p, Image.Image) else Image.fromarray(np.asarray(p)) for p in pictures]
 
@@ -332,11 +332,11 @@ class UniPose(nn.Module):
     def __init__(self, config, text=None):
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM
-        self.config, self.text = dict(config), text
-        self.worded = text is None or text.convert_tokens_to_ids("[inst]") != text.unk_token_id  # see word_tokenizer
-        self.tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+        self.config, self.text_tokenizer = dict(config), text
+        self.is_word_level = text is None or text.convert_tokens_to_ids("[inst]") != text.unk_token_id  # see word_tokenizer
+        self.pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
         self.vision = DualVision(config["clip"], config["pose_vit"], config["vision"])
-        self.vocab = Vocab(len(text) if text else PAPER_TEXT, self.tokenizer.config.codes, self.tokenizer.n_tokens)
+        self.vocab = Vocab(len(text) if text else PAPER_TEXT, self.pose_tokenizer.config.codes, self.pose_tokenizer.n_tokens)
         llm = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False, **config["llm"])
         self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=self.vocab.size, **llm))
         self.projector = make_projector(config["projector"], self.vision.width, self.llm.config.hidden_size)
@@ -360,7 +360,7 @@ class UniPose(nn.Module):
         with torch.no_grad():
             for kind, value, said in segments:
                 if kind == "pose" and torch.is_tensor(value) and value.is_floating_point():
-                    value = self.tokenizer.encode(value[None].to(self.device))[0].tolist()  # N codes
+                    value = self.pose_tokenizer.encode(value[None].to(self.device))[0].tolist()  # N codes
                 elif kind == "image" and not (torch.is_tensor(value) and value.dim() == 2):
                     value = self.vision([value])[0]                                      # (P,Dv)
                 ready.append((kind, value, said))
@@ -368,24 +368,24 @@ class UniPose(nn.Module):
 
     def text_ids(self, text):
         """Text -> ids. A `</s>` or `[/INST]` that somebody typed is an unknown word, not a mark of the sequence."""
-        marks = {self.text.bos_token_id, self.text.eos_token_id, *(ids[0] for ids in self.wrap if len(ids) == 1)}
-        ids = self.text(text, add_special_tokens=False).input_ids
-        return [self.text.unk_token_id if i in marks else i for i in ids]
+        marks = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id, *(ids[0] for ids in self.prompt_marks if len(ids) == 1)}
+        ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
+        return [self.text_tokenizer.unk_token_id if i in marks else i for i in ids]
 
     @property
-    def wrap(self):
+    def prompt_marks(self):
         """The ids of what opens and closes a prompt."""
-        return [self.text(mark, add_special_tokens=False).input_ids for mark in ("[INST] ", " [/INST]")]
+        return [self.text_tokenizer(mark, add_special_tokens=False).input_ids for mark in ("[INST] ", " [/INST]")]
 
     def encode(self, segments):
         """Segments -> Sequence; see the function `encode`."""
-        segments, wrap = self.prepare(segments), self.wrap
-        if not self.worded:
-            segments, wrap = self.spell(segments), ([], [])
-        return encode(segments, self.vocab, self.text_ids, wrap, self.text.bos_token_id, self.text.eos_token_id,
+        segments, prompt_marks = self.prepare(segments), self.prompt_marks
+        if not self.is_word_level:
+            segments, prompt_marks = self.tokenize_official(segments), ([], [])
+        return encode(segments, self.vocab, self.text_ids, prompt_marks, self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id,
                       self.vision.n_patches, self.config["attn"])
 
-    def spell(self, segments):
+    def tokenize_official(self, segments):
         """What a model of word pieces reads: every text as ids, joined and cut as in the official training.
 
         The row is `[INST] prompt [/INST] answer </s>` with the spaces that stand here. Texts side by side are one
@@ -396,7 +396,7 @@ class UniPose(nn.Module):
         if said:
             full_stop = [("text", ".", True)] * (said[-1][0] == "pose")
             said = [("text", " ", True), *said, *full_stop, ("text", " ", True)]
-        rules = str(self.text.backend_tokenizer.normalizer)
+        rules = str(self.text_tokenizer.backend_tokenizer.normalizer)
         first = " " if "Replace" in rules and "Prepend" not in rules else ""  # see word_pieces
         row = [("text", first + "[INST] ", False), *given, ("text", " [/INST]", False), *said]
         spelled = []
@@ -410,28 +410,28 @@ class UniPose(nn.Module):
         return spelled
 
     @property
-    def lead(self):
+    def answer_prefix(self):
         """The ids that an answer says before a pose: the space after `[/INST]` is a piece of its own, `▁`."""
-        return [] if self.worded else self.text_ids(" [/INST] ")[len(self.text_ids(" [/INST]")):]
+        return [] if self.is_word_level else self.text_ids(" [/INST] ")[len(self.text_ids(" [/INST]")):]
 
-    def in_words(self, ids):
+    def decode_text(self, ids):
         """Text ids -> text."""
-        text = self.text.decode(ids)
-        return tidy(text) if self.worded else text.strip()
+        text = self.text_tokenizer.decode(ids)
+        return tidy_text(text) if self.is_word_level else text.strip()
 
-    def embed(self, ids, slot, images=None):
-        """ids, slot (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches fill the IMAGE positions in order.
+    def embed(self, ids, code_index, images=None):
+        """ids, code_index (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches fill the IMAGE positions in order.
 
         A code word means another thing at every place of a pose, and rotary positions are relative: a 7B model works
-        the place out, a model of four layers hardly does. With config["slots"] a code that is read also carries the
+        the place out, a model of four layers hardly does. With config["code_positions"] a code that is read also carries the
         embedding of the query of its place, which costs no parameter (not in the paper; off in its size)."""
         x = self.llm.model.embed_tokens(ids.clamp(min=0))                                # (B,T,D)
-        if self.config["slots"]:
-            places = self.llm.model.embed_tokens(self.vocab.query0 + slot.clamp(min=0))  # (B,T,D)
-            x = x + places * (slot >= 0)[..., None]
+        if self.config["code_positions"]:
+            places = self.llm.model.embed_tokens(self.vocab.query0 + code_index.clamp(min=0))  # (B,T,D)
+            x = x + places * (code_index >= 0)[..., None]
         if images is not None:
             patches = self.projector(images.to(x))                                       # (n,P,D)
-            x = x.masked_scatter((ids == IMAGE)[..., None], patches.to(x.dtype))
+            x = x.masked_scatter((ids == IMAGE_PLACEHOLDER)[..., None], patches.to(x.dtype))
         return x
 
     def hidden(self, x, mask, positions, cache=None):
@@ -443,15 +443,15 @@ class UniPose(nn.Module):
     def forward(self, batch):
         """A collated batch -> (loss, logs). Cross-entropy summed over labelled positions / how many there are.
 
-        batch: ids, labels, block, slot, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
+        batch: ids, labels, block, code_index, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
         labelled positions only. Every target pose's `</p>` counts in the denominator though nothing predicts it, as in
         the official loss. logs: "terms" that number, and (how many right, of how many) codes and words.
         """
         batch = {k: v if v is None else v.to(self.device) for k, v in batch.items()}
         positions = (batch["valid"].cumsum(1) - 1).clamp(min=0)                          # (B,T)
-        x = self.embed(batch["ids"], batch["slot"], batch["images"])                     # (B,T,D)
+        x = self.embed(batch["ids"], batch["code_index"], batch["images"])                     # (B,T,D)
         h = self.hidden(x, mixed_mask(batch["block"], batch["valid"]), positions)        # (B,T,D)
-        said = batch["labels"] != NONE
+        said = batch["labels"] != IGNORE_INDEX
         labels = batch["labels"][said]                                                   # (n,)
         logits = self.llm.lm_head(h[said]).float()                                       # (n,vocabulary)
         terms = len(labels) + (labels == self.vocab.p_open).sum()
@@ -463,7 +463,7 @@ class UniPose(nn.Module):
 
 
 # ---- 7. Checkpoints ----------------------------------------------------------------------------------------------
-RULER = "retrieval."  # keys of the evaluation's ruler, which travels in the same file (eval.py)
+RETRIEVAL_PREFIX = "retrieval."  # keys of the evaluation's retrieval_model, which travels in the same file (eval.py)
 
 
 def provenance():
@@ -481,129 +481,129 @@ def provenance():
 def save(model, folder, half=False, extra=None, **notes):
     """Write config.json, model.safetensors and tokenizer.json to `folder`: all are complete before one is renamed.
 
-    half: float16, but for the tokenizer's running sums, which outgrow it. extra: more tensors by name (the ruler's).
-    notes: anything for config.json (stages, seed, …). Raises Mistake when the disk is full or the folder is none.
+    half: float16, but for the tokenizer's running sums, which outgrow it. extra: more tensors by name (the retrieval_model's).
+    notes: anything for config.json (stages, seed, …). Raises UserError when the disk is full or the folder is none.
     """
     from safetensors.torch import save_file
     folder, state = pathlib.Path(folder), {**model.state_dict(), **(extra or {})}
     if half:
         state = {k: v.half() if v.is_floating_point() and ".code_" not in k else v for k, v in state.items()}
     config = {**model.config, "float16": half, **provenance(), **notes}
-    with (saving(folder / "config.json") as words, saving(folder / "tokenizer.json") as text,
-          saving(folder / "model.safetensors") as weights):
+    with (atomic_write(folder / "config.json") as words, atomic_write(folder / "tokenizer.json") as text,
+          atomic_write(folder / "model.safetensors") as weights):
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, weights)
-        model.text.backend_tokenizer.save(str(text))
+        model.text_tokenizer.backend_tokenizer.save(str(text))
         words.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_config(folder):
-    """config.json of a weights folder as a dict; Mistake when the folder or the file is not there or not readable.
+    """config.json of a weights folder as a dict; UserError when the folder or the file is not there or not readable.
     The official cache folder has none: what its files tell."""
     folder = pathlib.Path(folder)
     if is_official(folder):
         return official_config(folder)
     if not folder.is_dir():
-        raise Mistake(f"there is no weights folder at {folder}; give --weights, or run `python train.py --stage all`")
+        raise UserError(f"there is no weights folder at {folder}; give --weights, or run `python train.py --stage all`")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise Mistake(f"the weights folder {folder} has no {name}; it is not a finished checkpoint of train.py")
+            raise UserError(f"the weights folder {folder} has no {name}; it is not a finished checkpoint of train.py")
     config = read_json(folder / "config.json")
     missing = [key for key in MODEL_KEYS if key not in config]
     if missing:
-        raise Mistake(f"{folder / 'config.json'} lacks {', '.join(missing)}; it does not describe a UniPose model")
+        raise UserError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it does not describe a UniPose model")
     for key, choices in CHOICES.items():
         if config[key] not in choices:
-            raise Mistake(f"{folder / 'config.json'} says {key} {config[key]!r}, not one of {', '.join(choices)}")
+            raise UserError(f"{folder / 'config.json'} says {key} {config[key]!r}, not one of {', '.join(choices)}")
     return config
 
 
 def read_tensors(path):
-    """Every tensor of a safetensors file, float16 turned to float32. Raises Mistake when it is truncated, something
+    """Every tensor of a safetensors file, float16 turned to float32. Raises UserError when it is truncated, something
     else, or holds NaN."""
     from safetensors.torch import load_file
-    with explaining(f"{path} is not a complete safetensors file (", "); copy or train it again"):
+    with as_user_error(f"{path} is not a complete safetensors file (", "); copy or train it again"):
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
-        raise Mistake(f"{broken[0]} in {path} holds NaN or infinite numbers; train it again with a lower --lr")
+        raise UserError(f"{broken[0]} in {path} holds NaN or infinite numbers; train it again with a lower --lr")
     return state
 
 
 def load(folder, device="cpu"):
-    """A weights folder -> UniPose in eval mode, float32. Strict: raises Mistake with the difference where names or
-    shapes do not fit. Tensors of the ruler (`retrieval.`) are left to eval.py. The official folder is read as bfloat16
+    """A weights folder -> UniPose in eval mode, float32. Strict: raises UserError with the difference where names or
+    shapes do not fit. Tensors of the retrieval_model (`retrieval.`) are left to eval.py. The official folder is read as bfloat16
     on a GPU."""
     if is_official(folder):
         return load_official(folder, device, torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     from tokenizers import Tokenizer
     config, folder = read_config(folder), pathlib.Path(folder)
-    with described(folder), torch.random.fork_rng():  # building draws random numbers; loading must not disturb others
+    with blame_description(folder), torch.random.fork_rng():  # building draws random numbers; loading must not disturb others
         text = fast_tokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    state = {k: v for k, v in read_tensors(folder / "model.safetensors").items() if not k.startswith(RULER)}
+    state = {k: v for k, v in read_tensors(folder / "model.safetensors").items() if not k.startswith(RETRIEVAL_PREFIX)}
     load_strictly(model, state, folder / "model.safetensors")
     return model.to(device).eval()
 
 
 def find_device(name=""):
-    """"" -> the GPU where there is one, else the CPU; any other name -> itself. Raises Mistake where there is none."""
+    """"" -> the GPU where there is one, else the CPU; any other name -> itself. Raises UserError where there is none."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with explaining(f"--device {name} cannot be used here (", "); leave it out"):
+    with as_user_error(f"--device {name} cannot be used here (", "); leave it out"):
         return str(torch.zeros(1, device=name).device)
 
 
 def load_strictly(model, state, where):
-    """`load_state_dict` that says what differs, in one sentence (Mistake)."""
+    """`load_state_dict` that says what differs, in one sentence (UserError)."""
     compare(*({name: tensor.shape for name, tensor in side.items()} for side in (model.state_dict(), state)), where)
     model.load_state_dict(state)
 
 
 def compare(want, have, where):
-    """Raises Mistake where names or shapes, {name: shape}, are not as wanted: the first three differences."""
+    """Raises UserError where names or shapes, {name: shape}, are not as wanted: the first three differences."""
     wrong = [f"{k} is {tuple(have[k])}, expected {tuple(v)}" for k, v in want.items() if k in have and have[k] != v]
     wrong += [f"{k} is missing" for k in want if k not in have] + [f"{k} is unknown" for k in have if k not in want]
     if wrong:
         more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
-        raise Mistake(f"{where} does not fit its config.json: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{where} does not fit its config.json: {'; '.join(wrong[:3])}{more}")
 
 
 # ---- 8. Other people's weights: how their names map to ours ------------------------------------------------------
-name_book = functools.partial(asset, "names")  # a table a kind of file: how a name begins there -> here; and inside it
+key_tables = functools.partial(load_asset, "names")  # a table a kind of file: how a name begins there -> here; and inside it
 COMPUTED = ("rotary_emb.inv_freq", "position_ids")  # constants that old files carry along
 TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # one row for each id of the vocabulary
-TOLD = {"num_attention_heads", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
+NOT_IN_TENSORS = {"num_attention_heads", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
         "attention_bias", "mlp_bias", "hidden_act"}  # what no tensor tells
 BASE = "llava-v1.6-mistral-7b"
 
 
-def described(folder):
-    """`with described(folder):` what goes wrong in here is the fault of the descriptions in `folder` (Mistake)."""
-    return explaining(f"the JSON files in {folder} do not describe a model (", "); copy it again")
+def blame_description(folder):
+    """`with described(folder):` what goes wrong in here is the fault of the descriptions in `folder` (UserError)."""
+    return as_user_error(f"the JSON files in {folder} do not describe a model (", "); copy it again")
 
 
-def part_of(cache, *names):
-    """The path of a file in the official folder; Mistake, with its origin, where it is missing."""
+def official_path(cache, *names):
+    """The path of a file in the official folder; UserError, with its origin, where it is missing."""
     path = pathlib.Path(cache, *names)
     if not path.exists():
-        raise Mistake(f"{path} is missing; get it from {name_book()['origins'][names[0]]}")
+        raise UserError(f"{path} is missing; get it from {key_tables()['origins'][names[0]]}")
     return path
 
 
 def read_json(path):
-    """A JSON object -> dict. Raises Mistake."""
-    with explaining(f"{path} cannot be read as JSON (", "); copy the folder again"):
+    """A JSON object -> dict. Raises UserError."""
+    with as_user_error(f"{path} cannot be read as JSON (", "); copy the folder again"):
         return {**json.loads(pathlib.Path(path).read_text())}
 
 
 def shards(folder):
-    """The weight files of a Hugging Face folder, in order. Raises Mistake where one is missing."""
+    """The weight files of a Hugging Face folder, in order. Raises UserError where one is missing."""
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     named = {name for index in folder.glob("*.index.json") for name in read_json(index).get("weight_map", {}).values()
              if not found or name.endswith(found[0].suffix)}
     missing = sorted(named - {path.name for path in found}) if found else ["model.safetensors"]
     if missing:
-        origin = name_book()["origins"].get(folder.name, "its first place")
-        raise Mistake(f"{folder / missing[0]} is missing; get it from {origin}")
+        origin = key_tables()["origins"].get(folder.name, "its first place")
+        raise UserError(f"{folder / missing[0]} is missing; get it from {origin}")
     return [path for path in found if path.name in named or not named]
 
 
@@ -611,7 +611,7 @@ def read_file(path):
     """{name: tensor} of a safetensors or torch file, mapped into memory: what nobody touches stays on disk.
 
     A torch file is a pickle: nothing in it runs, and the yacs settings that TokenHMR keeps beside its weights become a
-    plain dict. Raises Mistake."""
+    plain dict. Raises UserError."""
     from safetensors.torch import load_file
     try:
         if path.suffix == ".safetensors":
@@ -621,21 +621,21 @@ def read_file(path):
         return {name: tensor for name, tensor in held.get("state_dict", held).items() if torch.is_tensor(tensor)}
     except Exception as error:  # a damaged or hostile file can fail anywhere
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it asks to run {asked[1]}" if asked else reason(error)[:100]
-        raise Mistake(f"{path} is not a complete file of weights ({why}); get it again, from whom you trust") from None
+        why = f"it asks to run {asked[1]}" if asked else first_line(error)[:100]
+        raise UserError(f"{path} is not a complete file of weights ({why}); get it again, from whom you trust") from None
 
 
-def translate(path, names):
-    """The tensors of a file under our names. Raises Mistake at a name that the table does not know."""
+def rename_keys(path, names):
+    """The tensors of a file under our names. Raises UserError at a name that the table does not know."""
     ours = {}
     for theirs, tensor in read_file(path).items():
         begin = next((begin for begin in names if theirs.startswith(begin)), None)
         if begin is None:
-            raise Mistake(f"{path} holds {theirs}, which no part of UniPose is called; is it another model's file?")
+            raise UserError(f"{path} holds {theirs}, which no part of UniPose is called; is it another model's file?")
         if not names[begin] or theirs.endswith(COMPUTED):
             continue
         name = names[begin] + theirs.removeprefix(begin)
-        for inner, mine in name_book()["inner"].items():
+        for inner, mine in key_tables()["inner"].items():
             name = name.replace(inner, mine)
         cut = ("query", "key", "value") if ".qkv." in name else ("qkv",)  # three matrices in one
         ours |= {name.replace("qkv", one): rows for one, rows in zip(cut, tensor.chunk(len(cut)))}
@@ -644,33 +644,33 @@ def translate(path, names):
     return ours
 
 
-def census(files):
+def tensor_shapes(files):
     """What files hold together: {our name: (shape, path of the last file that has it)}. files: (path, names) pairs."""
-    return {name: (tensor.shape, path) for path, names in files for name, tensor in translate(path, names).items()}
+    return {name: (tensor.shape, path) for path, names in files for name, tensor in rename_keys(path, names).items()}
 
 
-def fill(model, files, device, dtype, made=(), text_rows=0):
+def load_weights(model, files, device, dtype, made=(), text_rows=0):
     """Give a model built on the meta device its weights, file by file: memory holds the model and one file, no more.
 
     files: (path, names) pairs, the last that holds a tensor counts. made: beginnings of names that are in no file.
-    text_rows: take so many rows of embedding and head; the others begin at their mean. Strict both ways: raises Mistake
+    text_rows: take so many rows of embedding and head; the others begin at their mean. Strict both ways: raises UserError
     where names, shapes or values are not as they must be.
     """
     homes = {name.replace(".base.", "."): name for name in model.state_dict() if not name.startswith(made)}
-    want, held = {name: model.state_dict()[home].shape for name, home in homes.items()}, census(files)
+    want, held = {name: model.state_dict()[home].shape for name, home in homes.items()}, tensor_shapes(files)
     have = {name: want[name] if text_rows and name in TABLES else shape for name, (shape, _) in held.items()}
     compare(want, have, ", ".join(dict.fromkeys(str(path) for path, _ in files)))
 
     def settled(name, tensor, path):
         if not tensor.isfinite().all():
-            raise Mistake(f"{name} in {path} holds NaN or infinite numbers; get the file again")
+            raise UserError(f"{name} in {path} holds NaN or infinite numbers; get the file again")
         if text_rows and name in TABLES:
             tensor = tensor[:text_rows]
             tensor = torch.cat([tensor, tensor.mean(0, keepdim=True).expand(want[name][0] - len(tensor), -1)])
-        return tensor.to(device, torch.float32 if name.startswith("tokenizer.") else dtype, copy=True)
+        return tensor.to(device, torch.float32 if name.startswith("pose_tokenizer.") else dtype, copy=True)
 
     for path, names in tqdm(files, desc="weights", leave=False, delay=2):  # any tensor left over would hold its file
-        part = {homes[name]: settled(name, tensor, path) for name, tensor in translate(path, names).items()
+        part = {homes[name]: settled(name, tensor, path) for name, tensor in rename_keys(path, names).items()
                 if held[name][1] == path}
         model.load_state_dict(part, strict=False, assign=True)
     rotary, eye = model.llm.model.rotary_emb, model.vision.clip.embeddings  # constants, which the meta device lacks
@@ -679,17 +679,17 @@ def fill(model, files, device, dtype, made=(), text_rows=0):
     return model.to(device).eval()
 
 
-def measure(files, llm, clip, vit):
-    """Sizes of LLM and eyes for config.json, from the tensors in `files`. Raises Mistake where a part is missing.
+def infer_config(files, llm, clip, vit):
+    """Sizes of LLM and eyes for config.json, from the tensors in `files`. Raises UserError where a part is missing.
 
     llm, clip, vit: what their own config.json says, for what no tensor tells. A pose ViT often comes without one: ViT-H
     has 16 heads, and of smaller ones no head is taken to have less than 16 channels."""
     from transformers import AutoConfig
-    shape, eye, pose, first = census(files), "vision.clip.", "vision.pose_vit.", "llm.model.layers.0."
+    shape, eye, pose, first = tensor_shapes(files), "vision.clip.", "vision.pose_vit.", "llm.model.layers.0."
 
     def size(name, axis=0):
         if name not in shape:
-            raise Mistake(f"{', '.join(str(path) for path, _ in files)}: none of them holds {name}")
+            raise UserError(f"{', '.join(str(path) for path, _ in files)}: none of them holds {name}")
         return shape[name][0][axis]
 
     def depth(begin):
@@ -698,9 +698,9 @@ def measure(files, llm, clip, vit):
     llm, clip = llm.get("text_config", llm), clip.get("vision_config", clip)
     kind = str(llm.get("model_type")).removeprefix("llava_")
     if kind not in ("llama", "mistral"):
-        raise Mistake(f"config.json beside {files[0][0]} says model_type {kind}; Llama, Mistral and LLaVA are read")
+        raise UserError(f"config.json beside {files[0][0]} says model_type {kind}; Llama, Mistral and LLaVA are read")
     llm = AutoConfig.for_model(kind, **{key: value for key, value in llm.items() if key != "model_type"}).to_dict()
-    llm, clip, vit = ({key: value for key, value in told.items() if key in TOLD} for told in (llm, clip, vit))
+    llm, clip, vit = ({key: value for key, value in told.items() if key in NOT_IN_TENSORS} for told in (llm, clip, vit))
     channels = size(first + "self_attn.q_proj.weight") // llm["num_attention_heads"]
     patch, high, wide = (size(name, axis) for name, axis in (
         (eye + "embeddings.patch_embedding.weight", 2), (pose + "embeddings.patch_embeddings.projection.weight", 2),
@@ -725,10 +725,10 @@ def word_pieces(folder):
     """The text tokenizer of a Hugging Face folder, from tokenizer.json, else from tokenizer.model by `sentencepiece`.
 
     A sentencepiece model is taken as the official slow tokenizer reads it: each string that it is given gets a `▁` in
-    front, or with `legacy` false only the first one does (`UniPose.spell`). Raises Mistake."""
+    front, or with `legacy` false only the first one does (`UniPose.tokenize_official`). Raises UserError."""
     from tokenizers import Tokenizer, decoders, normalizers
     file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    with described(folder):
+    with blame_description(folder):
         text = Tokenizer.from_str(file.read_text()) if file.exists() else sentence_pieces(folder / "tokenizer.model")
     if text.token_to_id("▁") is None:
         return fast_tokenizer(text)
@@ -740,9 +740,9 @@ def word_pieces(folder):
 
 def sentence_pieces(path):
     """tokenizer.model -> the same byte pair encoding in `tokenizers`: two pieces that make a third may merge, those of
-    high rank first. Raises Mistake where the package or the file is missing, or where the two disagree."""
+    high rank first. Raises UserError where the package or the file is missing, or where the two disagree."""
     from tokenizers import Tokenizer, models
-    with explaining(f"{path} cannot be read (",
+    with as_user_error(f"{path} cannot be read (",
                     "); it takes the file and `pip install sentencepiece`, or else a tokenizer.json beside it"):
         import sentencepiece
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -753,11 +753,11 @@ def sentence_pieces(path):
     text = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     probe = "é  ".join(ranked).replace("▁", " ")
     if text.encode("▁" + probe.replace(" ", "▁")).ids != pieces.encode(probe):
-        raise Mistake(f"{path} is not a byte pair encoding like Llama's; give a folder with tokenizer.json")
+        raise UserError(f"{path} is not a byte pair encoding like Llama's; give a folder with tokenizer.json")
     return text
 
 
-def mark_names(vocab):
+def added_token_names(vocab):
     """What the official tokenizer calls the ids after the text, in order."""
     return [*(f"<pose_id_{i}>" for i in range(vocab.codes + 2)), "<im_start>", "<im_end>",
             *(f"<pose_query_{i}>" for i in range(vocab.n_tokens))]
@@ -766,54 +766,54 @@ def mark_names(vocab):
 def is_official(folder):
     """Is this the official folder `cache`? Known by what lies in it, also where a part is missing."""
     folder = pathlib.Path(folder)
-    return not (folder / "config.json").exists() and any((folder / name).exists() for name in name_book()["origins"])
+    return not (folder / "config.json").exists() and any((folder / name).exists() for name in key_tables()["origins"])
 
 
 def official_files(cache):
     """The weights of the release as (path, names) pairs. The CLIP folder's are not among them: LLaVA tuned its own."""
-    names = name_book()
-    return [*((path, names["llm"]) for path in shards(part_of(cache, BASE))),
-            *((part_of(cache, "unipose", name), names["unipose"])
+    names = key_tables()
+    return [*((path, names["llm"]) for path in shards(official_path(cache, BASE))),
+            *((official_path(cache, "unipose", name), names["unipose"])
               for name in ("non_lora_trainables.bin", "adapter_model.safetensors")),
-            (part_of(cache, "pose_vqvae", "best_MPJPE.ckpt"), names["codes"]),
-            (part_of(cache, "tokenhmr_model.ckpt"), names["vit"])]
+            (official_path(cache, "pose_vqvae", "best_MPJPE.ckpt"), names["codes"]),
+            (official_path(cache, "tokenhmr_model.ckpt"), names["vit"])]
 
 
 def official_config(cache, **vit):
-    """What config.json would say of the release in `cache`; vit as in `measure`. Raises Mistake."""
-    files, clip = official_files(cache), part_of(cache, "clip-vit-large-patch14-336", "config.json")
-    lora, held = read_json(part_of(cache, "unipose", "adapter_config.json")), census(files[-2:-1])
-    with described(cache):
-        sizes = measure(files, read_json(part_of(cache, BASE, "config.json")), read_json(clip), vit)
+    """What config.json would say of the release in `cache`; vit as in `measure`. Raises UserError."""
+    files, clip = official_files(cache), official_path(cache, "clip-vit-large-patch14-336", "config.json")
+    lora, held = read_json(official_path(cache, "unipose", "adapter_config.json")), tensor_shapes(files[-2:-1])
+    with blame_description(cache):
+        sizes = infer_config(files, read_json(official_path(cache, BASE, "config.json")), read_json(clip), vit)
     home = pathlib.Path(str(lora.get("base_model_name_or_path"))).name
     if home != BASE or lora.get("use_dora") or lora.get("use_rslora"):
-        raise Mistake(f"the adapter in {pathlib.Path(cache, 'unipose')} is for {home}, and plain LoRA for {BASE} is "
-                      f"wanted; get the folder from {name_book()['origins']['unipose']}")
-    codes, code_dim = held["tokenizer.quantizer.codebook"][0]
-    layers = max(int(name.split(".")[3]) for name in held if name.startswith("tokenizer.encoder."))
-    tokens = dict(hidden=held["tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
+        raise UserError(f"the adapter in {pathlib.Path(cache, 'unipose')} is for {home}, and plain LoRA for {BASE} is "
+                      f"wanted; get the folder from {key_tables()['origins']['unipose']}")
+    codes, code_dim = held["pose_tokenizer.quantizer.codebook"][0]
+    layers = max(int(name.split(".")[3]) for name in held if name.startswith("pose_tokenizer.encoder."))
+    tokens = dict(hidden=held["pose_tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
                   upsample_step=(layers - 7) // 3, z_up=True)  # three layers each time the axis is doubled
     return {"size": "official", "projector": "mlp", "vision": "both", "attn": "mixed", **sizes, "tokenizer": tokens,
-            "slots": False, "lora": True, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
+            "code_positions": False, "lora": True, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
             "stages": ["backbones", "tokenizer", "align", "project", "instruct"], "seconds": {}, "commands": {}}
 
 
 def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
-    """The folder `cache` of the official release -> UniPose in eval mode. Raises Mistake.
+    """The folder `cache` of the official release -> UniPose in eval mode. Raises UserError.
 
     merge: fold LoRA in, or keep it to train on. vit: see `measure`. The pose tokenizer stays in float32. Official
     poses live in AMASS's world, z up; this model takes and gives ours, y up: its tokenizer turns them."""
-    config, text = official_config(cache, **vit), word_pieces(part_of(cache, "unipose"))
-    with described(cache), torch.device("meta"):
+    config, text = official_config(cache, **vit), word_pieces(official_path(cache, "unipose"))
+    with blame_description(cache), torch.device("meta"):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    added = read_json(part_of(cache, "unipose", "added_tokens.json"))
-    rows = census(official_files(cache))[TABLES[0]][0][0]
-    astray = [name for i, name in enumerate(mark_names(model.vocab), model.vocab.n_text) if added.get(name) != i]
+    added = read_json(official_path(cache, "unipose", "added_tokens.json"))
+    rows = tensor_shapes(official_files(cache))[TABLES[0]][0][0]
+    astray = [name for i, name in enumerate(added_token_names(model.vocab), model.vocab.n_text) if added.get(name) != i]
     if astray or rows != model.vocab.size:
-        raise Mistake(f"{pathlib.Path(cache, 'unipose')}: the embedding has {rows} rows, text, codes and marks need "
+        raise UserError(f"{pathlib.Path(cache, 'unipose')}: the embedding has {rows} rows, text, codes and marks need "
                       f"{model.vocab.size}" + "".join(f", and {name} is not where it must be" for name in astray[:1]))
-    model.tokenizer.quantizer = quantizer = Quantizer(model.tokenizer.config)  # their file has forgotten the sums
-    fill(model, official_files(cache), device, dtype, ("tokenizer.quantizer.code_", "tokenizer.quantizer.initialised"))
+    model.pose_tokenizer.quantizer = quantizer = Quantizer(model.pose_tokenizer.config)  # their file has forgotten the sums
+    load_weights(model, official_files(cache), device, dtype, ("pose_tokenizer.quantizer.code_", "pose_tokenizer.quantizer.initialised"))
     quantizer.code_sum.copy_(quantizer.codebook)
     quantizer.initialised.fill_(True)
     if merge:
@@ -826,29 +826,29 @@ def base_model(config, llm, clip, pose_vit):
     """config's model with downloads for its LLM and eyes, in float32; the rest starts untrained (paper §3.3).
 
     llm: a folder of Llama, Mistral or LLaVA; clip: a CLIP folder, "" for LLaVA's own; pose_vit: an HMR2 or TokenHMR
-    checkpoint, or a VitPoseBackbone folder. Raises Mistake."""
+    checkpoint, or a VitPoseBackbone folder. Raises UserError."""
     llm, eye, pose_vit = pathlib.Path(llm), pathlib.Path(clip or llm), pathlib.Path(pose_vit)
     told, vit = read_json(llm / "config.json"), read_json(pose_vit / "config.json") if pose_vit.is_dir() else {}
     vit = vit.get("backbone_config", vit)
-    names, tied = name_book(), {"tied": ""} if told.get("tie_word_embeddings") else {}
+    names, tied = key_tables(), {"tied": ""} if told.get("tie_word_embeddings") else {}
     files = [*((path, names["llm"] | tied) for path in shards(llm)),
              *((path, names["clip"]) for path in (shards(eye) if clip else [])),
              *((path, names["vit"]) for path in (shards(pose_vit) if pose_vit.is_dir() else [pose_vit]))]
-    with described(f"{llm}, {eye} or {pose_vit}"), torch.device("meta"):
-        model = UniPose(config | measure(files, told, read_json(eye / "config.json"), vit), word_pieces(llm))
-    model.tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+    with blame_description(f"{llm}, {eye} or {pose_vit}"), torch.device("meta"):
+        model = UniPose(config | infer_config(files, told, read_json(eye / "config.json"), vit), word_pieces(llm))
+    model.pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
     model.projector = make_projector(config["projector"], model.vision.width, model.llm.config.hidden_size)
-    return fill(model, files, "cpu", torch.float32, ("tokenizer.", "projector."), model.vocab.n_text)
+    return load_weights(model, files, "cpu", torch.float32, ("pose_tokenizer.", "projector."), model.vocab.n_text)
 
 
 def write_llm(model, folder):
-    """The LLM alone, LoRA merged, as a folder that AutoModelForCausalLM and AutoTokenizer read. Raises Mistake."""
+    """The LLM alone, LoRA merged, as a folder that AutoModelForCausalLM and AutoTokenizer read. Raises UserError."""
     from safetensors.torch import save_file
     merge_lora(model.llm.model.layers)
     model.llm.config.architectures = [type(model.llm).__name__]
-    text = copy.deepcopy(model.text)
-    text.add_tokens(mark_names(model.vocab))
-    with saving(pathlib.Path(folder) / "model.safetensors") as weights:
+    text = copy.deepcopy(model.text_tokenizer)
+    text.add_tokens(added_token_names(model.vocab))
+    with atomic_write(pathlib.Path(folder) / "model.safetensors") as weights:
         save_file({k: v.contiguous() for k, v in model.llm.state_dict().items()}, weights, {"format": "pt"})
     model.llm.config.save_pretrained(folder)
     text.save_pretrained(folder)
@@ -859,7 +859,7 @@ def write_llm(model, folder):
 def parameter_table(model):
     """Rows (part, parameters, of them in LoRA) of the model's top-level parts, largest last row the sum."""
     rows = []
-    parts = {"pose tokenizer": model.tokenizer, "CLIP": model.vision.clip, "pose ViT": model.vision.pose_vit,
+    parts = {"pose tokenizer": model.pose_tokenizer, "CLIP": model.vision.clip, "pose ViT": model.vision.pose_vit,
              "projector": model.projector, "embeddings": model.llm.model.embed_tokens,
              "LLM layers": model.llm.model.layers, "LM head": model.llm.lm_head}
     for name, part in parts.items():
@@ -870,7 +870,7 @@ def parameter_table(model):
 
 # which names learn at the paper's size, as train.py's table has it
 LORA = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"
-LEARNS = {"answer": "$", "tokenizer": r"tokenizer\.", "align": LORA, "project": r"projector\.",
+LEARNS = {"answer": "$", "tokenizer": r"pose_tokenizer\.", "align": LORA, "project": r"projector\.",
           "instruct": LORA + r"|projector\."}
 
 
@@ -884,7 +884,7 @@ def memory_table(model, tokens=1024):
     keys = 2 * depth * llm.num_key_value_heads * width // llm.num_attention_heads
     for stage, pattern in LEARNS.items():
         learning = sum(n for name, n in sizes.items() if re.match(pattern, name))
-        held = sum(n * (16 if re.match(pattern, name) else 4 if name.startswith("tokenizer.") else 2)
+        held = sum(n * (16 if re.match(pattern, name) else 4 if name.startswith("pose_tokenizer.") else 2)
                    for name, n in sizes.items())
         row = {"answer": keys, "tokenizer": 0}.get(stage, (depth + 8) * width + 4 * llm.intermediate_size)
         rows.append((stage, learning, held / 1e9, 2 * tokens * row / 1e9))
@@ -901,12 +901,12 @@ class Config:
 
 
 def copy_half(source, target):
-    """Copy a checkpoint: LoRA merged, float16, the ruler and the notes of config.json kept."""
+    """Copy a checkpoint: LoRA merged, float16, the retrieval_model and the notes of config.json kept."""
     config, model = read_config(source), load(source)
     merge_lora(model.llm.model.layers)
     model.config["lora"] = False
     state = read_tensors(pathlib.Path(source) / "model.safetensors") if "retrieval" in config else {}
-    extra = {k: v for k, v in state.items() if k.startswith(RULER)}
+    extra = {k: v for k, v in state.items() if k.startswith(RETRIEVAL_PREFIX)}
     notes = {k: v for k, v in config.items() if k not in {*model.config, "float16"}}
     save(model, target, half=True, extra=extra, **notes)
     print(f"wrote {target}: {sum(f.stat().st_size for f in pathlib.Path(target).iterdir()) / 1e6:.1f} MB")
@@ -920,7 +920,7 @@ def main():
     if config.merge:
         return write_llm(load(config.weights), config.merge)
     if config.size and config.size not in SIZES:
-        raise Mistake(f"--size {config.size} is not one of {', '.join(SIZES)}")
+        raise UserError(f"--size {config.size} is not one of {', '.join(SIZES)}")
     names = ["a word", "a word", "<p>", *["query"] * 4, "</p>", "a word"]
     print("who (row) may look at whom (column)\n")
     for name, row in zip(names, show_mask([-1, -1, -1, 0, 0, 0, 0, -1, -1]).split("\n")):
@@ -945,4 +945,4 @@ def main():
 
 
 if __name__ == "__main__":
-    script(main)
+    run_main(main)
