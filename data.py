@@ -27,6 +27,7 @@ import pathlib
 import re
 import sys
 import tarfile
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from captions import (
@@ -414,6 +415,54 @@ def render_photo(rotmat, size, look, rng):
     picture = render(vertices, body.faces, colors.clip(0, 1), size, background=random_background(rng, size), zoom=zoom,
                      shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
     return picture, camera(joints, vertices, size, zoom, shift)[0]
+
+
+CELL = 256                                                 # pixels of a cell
+
+
+def text_cell(text):
+    """A text as a picture (CELL,CELL), cut where it is too long."""
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    lines = textwrap.wrap(text or "(no text)", 34)
+    if len(lines) > 15:
+        lines = [*lines[:14], "…"]
+    font = ImageFont.load_default(14)
+    ImageDraw.Draw(cell).multiline_text((8, 8), "\n".join(lines), fill=(30, 30, 30), font=font, spacing=2)
+    return cell
+
+
+def contact_sheet(rows):
+    """Rows of cells with their titles -> one PIL picture.
+
+    rows: [(title, [(name, value), ...]), ...]. title: text on the left, "" in all rows for none; name: text above a
+    cell; value: a picture (PIL, or (H,W,3) uint8), or a text.
+    """
+    margin = 170 if any(title for title, _ in rows) else 0
+    header = 24 if any(name for _, cells in rows for name, _ in cells) else 0
+    height = CELL + header
+    width = max(len(cells) for _, cells in rows) * CELL + margin
+    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+
+    for row, (title, cells) in enumerate(rows):
+        top = row * height
+        draw.multiline_text((10, top + 30), title, fill="black", font=font)
+        for column, (name, value) in enumerate(cells):
+            left = margin + column * CELL
+            draw.text((left + 4, top + 4), name, fill=(90, 90, 90), font=font)
+            if isinstance(value, str):
+                value = text_cell(value)
+            if isinstance(value, np.ndarray):
+                value = Image.fromarray(value)
+            sheet.paste(ImageOps.fit(value, (CELL, CELL)), (left, top + header))
+    return sheet
+
+
+def save_png(picture, path):
+    """Writes a PIL picture as PNG, whole or not at all. Raises UserError."""
+    with atomic_write(path) as new:
+        picture.save(new, format="PNG")
 
 
 # ---- 4. World and Mixture ------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def infer_task(given, task=""):
 
 def question(task, inputs, model=None):
     """Inputs of a task in order -> the prompt, in the plain wording: ours, or that of the official weights."""
-    official = model is not None and model.config["size"] == "official"      # they first learnt a task by one phrase
+    official = model is not None and model.config["prompt_style"] == "released"      # they first learnt a task by one phrase
     return render_template(task, [*inputs, None], load_asset("instructions")["released"][task] if official else templates(task)[0])[:-1]
 
 

@@ -50,20 +50,19 @@ from tokenizer import (
     mirror, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHOICES, LORA, RETRIEVAL_PREFIX, SIZES, UniPose, base_model, collate, find_device, load,
-    load_strictly, model_config, provenance, read_config, read_tensors, save, word_tokenizer,
+    CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, UniPose,
+    base_model, collate, find_device, load, load_strictly, model_config, provenance, read_config,
+    read_tensors, save, word_tokenizer,
 )
 
 # ---- 1. The stages -----------------------------------------------------------------------------------------------
 IMAGE_TASKS = tuple(task for task, row in TASKS.items() if "image" in row.inputs)
 POSE_TASKS = tuple(task for task in TASKS if task not in IMAGE_TASKS)
-LLM = r"llm\."  # all its weights; LORA: embeddings, head and LoRA only
 
 
 class Stage(NamedTuple):
-    """One row: `trains` a pattern of parameter names per size, `needs` the stages before it, `needs_full_batch` = the samples of a
-    batch meet (in a contrast, in the codebook), so it cannot be cut; `schedule` size -> (steps, batch, peak lr)."""
-    trains: dict
+    """One row. `needs`: the stages before it; needs_full_batch: the loss couples the samples of a batch (contrastive,
+    EMA codebook), so it cannot be split; schedule: size -> (steps, batch, peak lr)."""
     tasks: tuple
     needs: tuple
     templates: int
@@ -74,20 +73,19 @@ class Stage(NamedTuple):
 # paper: 6, 2 and 2 epochs over 70k+93k, 50k+50k+100k and 30k samples, batches of 96, 32, 32 (Table 3 and its scripts);
 # the tokenizer's 240 epochs of AMASS are about 200k steps. Backbones are downloads there.
 STAGES = {
-    "backbones": Stage(dict(nano=r"vision\.", tiny=r"vision\."), (), (), 1, True,
+    "backbones": Stage((), (), 1, True,
                        dict(nano=(20, 8, 1e-3), tiny=(18_000, 32, 2.5e-3))),
-    "tokenizer": Stage(dict.fromkeys(SIZES, r"pose_tokenizer\."), (), (), 1, True,
+    "tokenizer": Stage((), (), 1, True,
                        dict(nano=(30, 32, 1e-3), tiny=(4000, 128, 1e-3), paper=(200_000, 256, 2e-4))),
-    "retrieval": Stage(dict.fromkeys(SIZES, RETRIEVAL_PREFIX), (), (), 1, True,
+    "retrieval": Stage((), (), 1, True,
                        dict(nano=(20, 16, 1e-3), tiny=(1000, 64, 1e-3), paper=(25_000, 512, 2e-4))),
     # differences come twice as often: they are the hardest to learn
-    "align": Stage(dict(nano=LLM, tiny=LLM, paper=LORA), (*POSE_TASKS, "posediff"), ("tokenizer",), 1, False,
+    "align": Stage((*POSE_TASKS, "posediff"), ("tokenizer",), 1, False,
                    dict(nano=(30, 8, 2e-3), tiny=(20_000, 8, 2e-3), paper=(10_200, 96, 1.5e-4))),
-    "project": Stage(dict.fromkeys(SIZES, r"projector\."), IMAGE_TASKS, ("backbones", "align"), 1, False,
+    "project": Stage(IMAGE_TASKS, ("backbones", "align"), 1, False,
                      dict(nano=(20, 8, 2e-3), tiny=(300, 16, 2e-3), paper=(12_500, 32, 5e-5))),
     # images come three times as often, differences once more: the LLM has not met them before
-    "instruct": Stage(dict.fromkeys(SIZES, LORA + r"|projector\."),
-                      (*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"), ("project",), 200, False,
+    "instruct": Stage((*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"), ("project",), 200, False,
                       dict(nano=(30, 8, 1e-3), tiny=(22_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
 }
 N_PEOPLE = dict(nano=(256, 64), tiny=(40_000, 40_000), paper=(40_000, 40_000))  # people, and how many are photographed
@@ -438,11 +436,17 @@ def lr_at(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def trainable(stage, size, lora_r=-1):
+    """The pattern of the parameters that a stage trains. A small LLM has to learn to speak in `align`: all of it."""
+    pattern = TRAINABLE[stage]
+    if lora_r == 0 or (stage == "align" and size != "paper"):
+        pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
+    return pattern
+
+
 def freeze(config, modules):
     """Let exactly the stage's parameters learn, by name; returns name -> parameter."""
-    pattern = STAGES[config.stage].trains[config.size]
-    if config.lora_r == 0 and pattern.startswith(LORA):
-        pattern = LLM + pattern.removeprefix(LORA)
+    pattern = trainable(config.stage, config.size, config.lora_r)
     learning = {}
     for name, module in modules.items():
         prefix = "" if name == "model" else name + "."
@@ -760,7 +764,7 @@ def load_checkpoint(folder, others, needs, config):
     if missing:
         raise UserError(f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
                       f"run `python train.py --stage {missing[0]} --out {folder}` first")
-    if notes["size"].replace("official", "paper") != config.size:
+    if notes["size"] != config.size:
         raise UserError(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
     for name in ("vision", "projector"):
         if getattr(config, name) not in ("", notes[name]):
@@ -786,7 +790,7 @@ def trained_alone(folder, notes):
                       + ", with LoRA in it" * theirs["lora"])
     tensors = read_tensors(pathlib.Path(folder) / "model.safetensors")
     for stage in [stage for stage in theirs["stages"] if stage not in notes["stages"]]:
-        pattern = STAGES[stage].trains[notes["size"]]
+        pattern = trainable(stage, notes["size"])
         state |= {key: value for key, value in tensors.items() if re.match(pattern, key)}
         notes["stages"].append(stage)
         for told in ("seconds", "commands"):               # a base model that was given has none

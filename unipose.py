@@ -61,7 +61,7 @@ PAPER_TEXT = 32000  # text pieces of the Mistral vocabulary; embedded sizes coun
 def model_config(size, projector="mlp", vision="both", attn="mixed"):
     """The plain dict that describes a model and is written to config.json. projector: "mlp" as released, "linear" as
     in the paper's formula; vision: "both" | "clip" | "pose"; attn: "mixed" | "mixed_all" | "causal" (see `encode`)."""
-    return {"size": size, "projector": projector, "vision": vision, "attn": attn, "lora": False, **SIZES[size]}
+    return {"size": size, "prompt_style": "templates", "projector": projector, "vision": vision, "attn": attn, "lora": False, **SIZES[size]}
 
 
 MODEL_KEYS = tuple(model_config("nano"))  # what config.json must hold of the model; the rest there are notes
@@ -208,6 +208,19 @@ def show_mask(block, valid=None):
 
 
 # ---- 4. LoRA -----------------------------------------------------------------------------------------------------
+# which parameters learn in each stage, by name (paper §3.3); see `train.STAGES`
+LLM_PARAMETERS = r"llm\."
+LORA_PARAMETERS = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # embeddings, head and LoRA
+TRAINABLE = {
+    "backbones": r"vision\.",
+    "tokenizer": r"pose_tokenizer\.",
+    "retrieval": r"retrieval\.",
+    "align": LORA_PARAMETERS,
+    "project": r"projector\.",
+    "instruct": LORA_PARAMETERS + r"|projector\.",
+}
+
+
 class LoRALinear(nn.Module):
     """y = W x + (alpha/r) B A x with W frozen (LoRA, eq. 3). B starts at zero, so step 0 is exactly the base model."""
 
@@ -793,7 +806,7 @@ def official_config(cache, **vit):
     layers = max(int(name.split(".")[3]) for name in held if name.startswith("pose_tokenizer.encoder."))
     tokens = dict(hidden=held["pose_tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
                   upsample_step=(layers - 7) // 3, z_up=True)  # three layers each time the axis is doubled
-    return {"size": "official", "projector": "mlp", "vision": "both", "attn": "mixed", **sizes, "tokenizer": tokens,
+    return {"size": "paper", "prompt_style": "released", "projector": "mlp", "vision": "both", "attn": "mixed", **sizes, "tokenizer": tokens,
             "code_positions": False, "lora": True, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
             "stages": ["backbones", "tokenizer", "align", "project", "instruct"], "seconds": {}, "commands": {}}
 
@@ -868,12 +881,6 @@ def parameter_table(model):
     return rows + [("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]
 
 
-# which names learn at the paper's size, as train.py's table has it
-LORA = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"
-LEARNS = {"answer": "$", "tokenizer": r"pose_tokenizer\.", "align": LORA, "project": r"projector\.",
-          "instruct": LORA + r"|projector\."}
-
-
 def memory_table(model, tokens=1024):
     """Rows (stage, numbers that learn, GB of the model, GB more for each row of so many tokens), in bfloat16.
 
@@ -882,7 +889,8 @@ def memory_table(model, tokens=1024):
     llm, sizes, rows = model.llm.config, {name: p.numel() for name, p in model.named_parameters()}, []
     depth, width = llm.num_hidden_layers, llm.hidden_size
     keys = 2 * depth * llm.num_key_value_heads * width // llm.num_attention_heads
-    for stage, pattern in LEARNS.items():
+    for stage in ("answer", "tokenizer", "align", "project", "instruct"):
+        pattern = TRAINABLE.get(stage, "$")            # an answer trains nothing
         learning = sum(n for name, n in sizes.items() if re.match(pattern, name))
         held = sum(n * (16 if re.match(pattern, name) else 4 if name.startswith("pose_tokenizer.") else 2)
                    for name, n in sizes.items())
