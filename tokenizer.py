@@ -1,29 +1,36 @@
-"""A pose is 22 rotations; 80 code words say it.
+"""Encode a 3D human pose as 80 code words with a VQ-VAE, and decode it again.
 
-A language model reads and writes words. To let it speak of bodies, a pose is spelled with N words out of a vocabulary
-of K (UniPose §3.1). A VQ-VAE finds that spelling: an encoder turns the 22 joints into N vectors, each is replaced by
-the nearest of K learned code vectors, whose *number* is the word, and a decoder turns code vectors back into a pose.
+A language model reads and writes words. To let it read and write poses as well, UniPose (section
+3.1) spells a pose with N words out of a vocabulary of K. A VQ-VAE learns the spelling: an encoder
+turns the 22 joints into N latents, each latent is replaced by the nearest of K code vectors, and a
+decoder turns the code vectors back into a pose. The *numbers* of the code vectors are the words.
 
-    22 rotations           N latents              N ids              N code vectors        22 rotations
-    (B,22,3,3)             (B,C,N)                (B,N)              (B,C,N)               (B,22,3,3)
-    pelvis   R0   ─6D─►    ░▒░▓░ … ▒   nearest    812 7 1290 … 44    ▓░▒░▒ … ░   ─────►    pelvis   R0'
-    left_hip R1  encoder   ▒░▓░░ … ░  ─ of K ──►        │            ░▒▓░▒ … ▓  decoder    left_hip R1'
-    ⋮                                                   ▼                                  ⋮
-                                          what the language model sees
+    rotations            latents                ids            code vectors           rotations
+    (B,22,3,3)           (B,C,N)                (B,N)          (B,C,N)                (B,22,3,3)
 
-"Nearest" has no gradient. Two old tricks get around it: backwards, the quantizer pretends to be the identity
-(straight-through), and the codes follow the latents that chose them by moving averages, so they need no gradient.
-How wrong a pose is gets measured where people look: at rotations, at joints, and at the skin of a posed body.
+    pelvis   R0          ░▒░▓░ … ▒              812            ▓░▒░▒ … ░              pelvis   R0'
+    left_hip R1  ──────► ▒░▓░░ … ░  ──────────► 7    ────────► ░▒▓░▒ … ▓  ──────────► left_hip R1'
+    ⋮            encoder ⋮         nearest of K ⋮     look up  ⋮            decoder   ⋮
+                                                │
+                                                └─► the words of the language model
 
-Letters: B batch, J=22 joints, N pose tokens (80), K codes (2048), C numbers in a code, V body vertices, F triangles.
-A pose is `rotmat (…,22,3,3)`: root first, then SMPL's joints 1-21, each relative to its parent. Body frame: metres,
-y up, +z front, +x the person's left, pelvis at the origin.
+"Nearest" has no gradient. Two old tricks get around that: in the backward pass the quantizer acts
+as the identity (straight-through), and each code follows the latents that chose it by a moving
+average, so that codes need no gradient. The loss compares the two poses by their rotations, by
+their joints and by the skin of a posed body.
 
-Also here, because every other file needs it: the user's mistakes, flags from dataclasses, safe files, rotations,
-bodies, a small renderer, photographs, pose files, synthetic people.
+Letters: B batch, J=22 joints, N pose tokens (80), K codes (2048), C numbers in a code, V body
+vertices, F triangles. A pose is `rotmat (…,22,3,3)`: the root first, then SMPL's joints 1-21, each
+relative to its parent. Body frame: metres, y up, +z front, +x the person's left, pelvis at 0.
 
-    python tokenizer.py                          # one pose through everything below, and a picture of it
-    python tokenizer.py --pose walk.npz:120      # frame 120 of an AMASS sequence
+The file also holds the skeleton, the rotations and the body of all other files, and in section 6
+what every script needs: user errors, flags and safe reading and writing of files.
+
+Left out: hands, face, body shape and motion. A pose is one moment of 22 joints on a mean body. The
+training loop is in train.py (--stage tokenizer).
+
+    python tokenizer.py                       # the code words of one pose, and its decoding error
+    python tokenizer.py --weights out/tiny    # the same with a tokenizer that you trained
 """
 import argparse
 import contextlib
@@ -46,9 +53,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HERE = pathlib.Path(__file__).resolve().parent
-ASSETS = HERE / "assets"
-TINY = str(HERE / "weights" / "tiny")                       # what ships, and what every script asks by default
+ROOT = pathlib.Path(__file__).resolve().parent
+if not (ROOT / "assets").is_dir():
+    ROOT = ROOT / "unipose_data"  # `pip install .` puts assets/ and weights/ there
+ASSETS = ROOT / "assets"
+TINY = str(ROOT / "weights" / "tiny")  # the trained model that ships, every script's default
 
 
 # ---- 1. The VQ-VAE: encoder, quantizer, decoder --------------------------------------------------
@@ -56,11 +65,11 @@ TINY = str(HERE / "weights" / "tiny")                       # what ships, and wh
 class TokenizerConfig:
     """Sizes of a PoseTokenizer; the defaults are the paper's."""
     hidden: int = 512  # channels of the convolutions
-    code_dim: int = 256  # numbers in one code
+    code_dim: int = 256  # C, numbers in one code
     codes: int = 2048  # K, code words to choose from
-    upsample_step: int = 2  # how often the encoder doubles its 40 places: 2 -> N=80 tokens, 1 -> 40, 0 -> 20
-    mu: float = 0.99  # memory of the codebook's moving averages
-    z_up: bool = False  # its code words mean poses in AMASS's world, as the official ones do; ours turn at the door
+    upsample_step: int = 2  # how often the encoder doubles its 40 places: 2 gives N=80
+    mu: float = 0.99  # decay of the codebook's moving averages
+    z_up: bool = False  # codes are in AMASS's z-up frame, as the official ones are
 
     @property
     def n_tokens(self):
@@ -69,7 +78,7 @@ class TokenizerConfig:
 
 
 class ResUnit(nn.Module):
-    """x + conv1(conv3(x)), a ReLU before each: looks `dilation` tokens to both sides."""
+    """A residual unit. Its first convolution sees the places `dilation` to the left and right."""
 
     def __init__(self, width, dilation):
         super().__init__()
@@ -77,11 +86,12 @@ class ResUnit(nn.Module):
         self.conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x):
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B,width,N)
+        h = self.conv1(F.relu(x))
+        return x + self.conv2(F.relu(h))                                      # (B,width,N)
 
 
 class ResBlock(nn.Module):
-    """Two units, the wide one first: dilation 3, then 1, in encoder and decoder alike, as officially."""
+    """Two units with dilation 3, then 1, in the encoder and in the decoder, as in the release."""
 
     def __init__(self, width):
         super().__init__()
@@ -95,47 +105,63 @@ def upsample_stages(lengths, width):
     """For each length: resize the axis to it by repeating neighbours, then convolve."""
     layers = []
     for length in lengths:
-        layers += [nn.Upsample(size=length), nn.Conv1d(width, width, 3, padding=1), nn.ReLU()]
+        layers.append(nn.Upsample(size=length))
+        layers.append(nn.Conv1d(width, width, 3, padding=1))
+        layers.append(nn.ReLU())
     return layers
 
 
 class Encoder(nn.Module):
-    """22 joints of 6 numbers -> N latents. The attribute repeats the class's name: official weights load by it."""
+    """22 joints of 6 numbers -> N latents.
 
-    def __init__(self, config):
-        super().__init__()
-        width, steps = config.hidden, range(config.upsample_step + 1)
-        self.encoder = nn.Sequential(
-            nn.Conv1d(6, width, 3, padding=1), nn.ReLU(), *upsample_stages([40 * 2 ** k for k in steps], width),
-            nn.Conv1d(width, width, 4, stride=2, padding=1), ResBlock(width),
-            nn.Conv1d(width, config.code_dim, 3, padding=1))
-
-    def forward(self, sixd):
-        """sixd (B,22,6) -> latents (B,C,N)."""
-        return self.encoder(sixd.mT)                       # joints are the axis that convolutions slide along
-
-
-class Decoder(nn.Module):
-    """N code vectors -> 22 joints of 6 numbers, shrinking the axis in four even steps (80: 65, 51, 36, 22)."""
+    Official weights load by name, hence an attribute `encoder` in the Encoder.
+    """
 
     def __init__(self, config):
         super().__init__()
         width = config.hidden
-        lengths = np.linspace(22, config.n_tokens, 4, endpoint=False).astype(int)[::-1].tolist()
-        self.decoder = nn.Sequential(
-            nn.Conv1d(config.code_dim, width, 3, padding=1), nn.ReLU(), *upsample_stages(lengths, width),
-            ResBlock(width), nn.Conv1d(width, width, 3, padding=1), nn.Conv1d(width, 6, 3, padding=1))
+        lengths = [40 * 2 ** k for k in range(config.upsample_step + 1)]      # N=80: 40, 80, 160
+        self.encoder = nn.Sequential(                                         # (B,6,22)
+            nn.Conv1d(6, width, 3, padding=1),                                # (B,width,22)
+            nn.ReLU(),
+            *upsample_stages(lengths, width),                                 # (B,width,2N)
+            nn.Conv1d(width, width, 4, stride=2, padding=1),                  # (B,width,N)
+            ResBlock(width),
+            nn.Conv1d(width, config.code_dim, 3, padding=1),                  # (B,C,N)
+        )
 
-    def forward(self, latents):
-        """latents (B,C,N) -> sixd (B,22,6)."""
-        return self.decoder(latents).mT
+    def forward(self, sixd):
+        """sixd (B,22,6) -> latents (B,C,N)."""
+        return self.encoder(sixd.mT)  # convolutions slide along the joints
+
+
+class Decoder(nn.Module):
+    """N code vectors -> 22 joints of 6 numbers; the axis shrinks in four even steps."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden
+        excess = config.n_tokens - 22
+        lengths = [22 + excess * k // 4 for k in (3, 2, 1, 0)]                # N=80: 65, 51, 36, 22
+        self.decoder = nn.Sequential(                                         # (B,C,N)
+            nn.Conv1d(config.code_dim, width, 3, padding=1),                  # (B,width,N)
+            nn.ReLU(),
+            *upsample_stages(lengths, width),                                 # (B,width,22)
+            ResBlock(width),
+            nn.Conv1d(width, width, 3, padding=1),
+            nn.Conv1d(width, 6, 3, padding=1),                                # (B,6,22)
+        )
+
+    def forward(self, z_q):
+        """z_q (B,C,N) -> sixd (B,22,6)."""
+        return self.decoder(z_q).mT
 
 
 class Quantizer(nn.Module):
-    """Snaps each latent to the nearest of K codes; the codes follow the latents by moving averages, not by gradients.
+    """Replaces each latent by the nearest of K codes, which learn by moving averages.
 
-    All that training changes lives in buffers, so that a checkpoint resumes exactly (the official one keeps
-    only the codebook, and starts it again from the first batch).
+    All that training changes is in buffers, so that a checkpoint resumes exactly. (The official
+    checkpoint has only the codebook and starts it again from the first batch.)
     """
 
     def __init__(self, config):
@@ -147,487 +173,741 @@ class Quantizer(nn.Module):
         self.register_buffer("initialised", torch.tensor(False))
 
     def nearest(self, latents):
-        """latents (B,C,N) -> ids (B,N): |x|² - 2 x·c + |c|², the lowest index wins a tie."""
-        x = latents.mT                                                                       # (B,N,C)
-        cost = x.square().sum(-1, keepdim=True) - 2 * x @ self.codebook.T + self.codebook.square().sum(1)
-        return cost.argmin(-1)                                                               # (B,N)
+        """latents (B,C,N) -> ids (B,N); of equally near codes the lowest id wins."""
+        x = latents.mT                                                        # (B,N,C)
+        # |x - c|² = |x|² - 2 x·c + |c|², without a tensor of shape (B,N,K,C)
+        x_square = x.square().sum(-1, keepdim=True)                           # (B,N,1)
+        code_square = self.codebook.square().sum(1)                           # (K,)
+        distance = x_square - 2 * x @ self.codebook.T + code_square           # (B,N,K)
+        return distance.argmin(-1)                                            # (B,N)
 
     def forward(self, latents, generator=None, rows=None):
-        """latents (B,C,N) -> codes (B,C,N) with straight-through gradient, ids (B,N), {commit, perplexity, active}.
+        """latents (B,C,N) -> z_q (B,C,N), ids (B,N), {commit, perplexity, active}.
 
-        In training the codebook moves. rows (K,): which latents of the batch (counted row by row) fill the codebook
-        at the first step, and dead codes later; by default `generator` draws them.
+        In training the codebook moves. rows (K,) says which latents of the batch, counted along
+        (B*N), fill the codebook at the first step and replace dead codes later; by default they
+        are drawn from `generator`.
         """
-        flat = latents.detach().mT.flatten(0, 1)                                             # (B*N,C)
-        spare = self._random_latents(flat, generator, rows) if self.training else None                # (K,C)
-        if self.training and not self.initialised:
-            self.codebook.copy_(spare)                     # random codes would lie far from every latent
-            self.code_sum.copy_(spare)
-            self.initialised.fill_(True)
-        ids = self.nearest(latents.detach())                                                 # (B,N)
-        codes = self.codebook[ids].mT                                                        # (B,C,N)
-        counts = torch.bincount(ids.flatten(), minlength=len(self.codebook)).to(flat.dtype)  # (K,)
+        flat = latents.detach().mT.flatten(0, 1)                              # (B*N,C)
         if self.training:
-            self._ema_update(flat, ids.flatten(), counts, spare)
-        share = counts / counts.sum()
-        info = {"commit": F.mse_loss(latents, codes),
-                "perplexity": torch.exp(-(share * torch.log(share + 1e-7)).sum()),
-                "active": (counts > 0).to(flat.dtype).mean()}
-        return latents + (codes - latents).detach(), ids, info
+            candidates = self._random_latents(flat, generator, rows)          # (K,C)
+            if not self.initialised:
+                self._start_from(candidates)
+
+        ids = self.nearest(latents.detach())                                  # (B,N)
+        z_q = self.codebook[ids].mT                                           # (B,C,N)
+        counts = torch.bincount(ids.flatten(), minlength=len(self.codebook))  # (K,)
+        if self.training:
+            self._ema_update(flat, ids.flatten(), counts, candidates)
+
+        usage = counts / counts.sum()
+        entropy = -(usage * torch.log(usage + 1e-7)).sum()
+        stats = {
+            "commit": F.mse_loss(latents, z_q),
+            "perplexity": torch.exp(entropy),  # how many codes are in use, as if all equally often
+            "active": (counts > 0).float().mean(),
+        }
+        z_q = latents + (z_q - latents).detach()  # straight-through: the gradient of the identity
+        return z_q, ids, stats
 
     def _random_latents(self, flat, generator, rows):
-        """K latents of this batch, to stand in for codes that nobody uses."""
-        (K, C), have = self.codebook.shape, len(flat)
-        if rows is None and have >= K:
-            rows = torch.randperm(have, generator=generator)[:K]
+        """K of the latents flat (B*N,C), chosen by `rows` or at random -> (K,C)."""
+        K, C = self.codebook.shape
+        if rows is None and len(flat) >= K:
+            rows = torch.randperm(len(flat), generator=generator)[:K]
         if rows is not None:
-            spare = flat[rows.to(flat.device)]
-        else:                                              # too few: take them again, a little apart from each other
-            rows = torch.randint(have, (K,), generator=generator)
-            noise = torch.randn(K, C, generator=generator) * 0.01 / math.sqrt(C)
-            spare = flat[rows.to(flat.device)] + noise.to(flat)
-        return spare
+            return flat[rows.to(flat.device)]
 
-    def _ema_update(self, flat, ids, counts, spare):
-        """Each code -> the running mean of the latents that chose it; codes with a running count below 1 are dead."""
-        sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)  # (K,C)
+        # there are fewer than K: some come more than once, and noise keeps these apart
+        rows = torch.randint(len(flat), (K,), generator=generator)
+        noise = torch.randn(K, C, generator=generator) * 0.01 / math.sqrt(C)
+        return flat[rows.to(flat.device)] + noise.to(flat)
+
+    def _start_from(self, candidates):
+        """The first codebook is made of latents: random vectors would lie far from all of them."""
+        self.codebook.copy_(candidates)
+        self.code_sum.copy_(candidates)
+        self.initialised.fill_(True)
+
+    def _ema_update(self, flat, ids, counts, candidates):
+        """Moves each code to the running mean of the latents that chose it.
+
+        A code whose running count is below 1 is dead and becomes a candidate.
+        """
+        sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)       # (K,C)
         self.code_sum.mul_(self.mu).add_(sums, alpha=1 - self.mu)
         self.code_count.mul_(self.mu).add_(counts, alpha=1 - self.mu)
-        alive = (self.code_count >= 1)[:, None]            # (K,1)
-        self.codebook.copy_(torch.where(alive, self.code_sum / self.code_count[:, None], spare))
+
+        is_alive = self.code_count[:, None] >= 1                              # (K,1)
+        mean = self.code_sum / self.code_count[:, None]                       # (K,C)
+        self.codebook.copy_(torch.where(is_alive, mean, candidates))
 
 
 class PoseTokenizer(nn.Module):
-    """A pose as N words of a vocabulary of K, and back: UniPose §3.1. Stays in float32: bfloat16 changes the words."""
+    """A pose as N words out of K, and back (UniPose, section 3.1).
+
+    Stays in float32: with bfloat16 some poses get other words.
+    """
 
     def __init__(self, config=None):
         super().__init__()
         self.config = config or TokenizerConfig()
         self.n_tokens = self.config.n_tokens
-        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
         self.quantizer = Quantizer(self.config)
 
     def _encode(self, rotmat):
         """rotmat (B,22,3,3) -> latents (B,C,N)."""
-        return self.encoder(matrix_to_sixd(turn_root(rotmat, Z_UP_TO_Y_UP.T) if self.config.z_up else rotmat))
+        if self.config.z_up:
+            rotmat = turn_root(rotmat, Z_UP_TO_Y_UP.T)
+        return self.encoder(matrix_to_sixd(rotmat))
 
-    def _decode(self, codes):
-        """Code vectors (B,C,N) -> rotmat (B,22,3,3)."""
-        rotmat = sixd_to_matrix(self.decoder(codes))
-        return turn_root(rotmat, Z_UP_TO_Y_UP) if self.config.z_up else rotmat
+    def _decode(self, z_q):
+        """z_q (B,C,N) -> rotmat (B,22,3,3)."""
+        rotmat = sixd_to_matrix(self.decoder(z_q))
+        if self.config.z_up:
+            rotmat = turn_root(rotmat, Z_UP_TO_Y_UP)
+        return rotmat
 
     def forward(self, rotmat, generator=None, rows=None):
-        """rotmat (B,22,3,3) -> its reconstruction (B,22,3,3), ids (B,N), the quantizer's info. For training."""
-        codes, ids, info = self.quantizer(self._encode(rotmat), generator, rows)               # (B,C,N), (B,N)
-        return self._decode(codes), ids, info                                                  # (B,22,3,3)
+        """For training: rotmat (B,22,3,3) -> recon (B,22,3,3), ids (B,N), the quantizer's stats."""
+        latents = self._encode(rotmat)                                        # (B,C,N)
+        z_q, ids, stats = self.quantizer(latents, generator, rows)            # (B,C,N), (B,N)
+        return self._decode(z_q), ids, stats                                  # (B,22,3,3)
 
     @torch.no_grad()
     def encode(self, rotmat):
         """rotmat (B,22,3,3) -> ids (B,N)."""
-        return self.quantizer.nearest(self._encode(rotmat.float()))
+        latents = self._encode(rotmat.float())                                # (B,C,N)
+        return self.quantizer.nearest(latents)
 
     @torch.no_grad()
     def decode(self, ids):
         """ids (B,N) -> rotmat (B,22,3,3)."""
-        return self._decode(self.quantizer.codebook[ids].mT)
+        z_q = self.quantizer.codebook[ids].mT                                 # (B,C,N)
+        return self._decode(z_q)
 
     @torch.no_grad()
     def decode_soft(self, probs):
-        """probs (B,N,K), each query's distribution over the codes -> rotmat (B,22,3,3) of the average code vectors."""
-        return self._decode((probs.float() @ self.quantizer.codebook).mT)
+        """probs (B,N,K), a distribution over the codes per token -> rotmat (B,22,3,3).
+
+        Decodes the mean code vector under each distribution instead of the most likely one.
+        """
+        z_q = (probs.float() @ self.quantizer.codebook).mT                    # (B,C,N)
+        return self._decode(z_q)
 
 
 # ---- 2. Its loss, and the noise it is trained with -----------------------------------------------
-PARTS = [[1, 4, 7, 10], [2, 5, 8, 11], [3, 6, 9], [12, 15], [13, 16, 18, 20], [14, 17, 19, 21]]   # legs torso head arms
-NOISE = (0.01, 0.05, 0.1, 0.1, 0.5, 0.5)                   # radians, for each sixth of the run; the official steps
+PARTS = [
+    [1, 4, 7, 10],  # left leg
+    [2, 5, 8, 11],  # right leg
+    [3, 6, 9],  # torso
+    [12, 15],  # head
+    [13, 16, 18, 20],  # left arm
+    [14, 17, 19, 21],  # right arm
+]
+PART_NOISE = [0.01, 0.05, 0.1, 0.1, 0.5, 0.5]  # radians, for each sixth of the run, as officially
 
 
 def sample_vertices(body, n=425, seed=0):
-    """n vertices, more where there is more surface; always the same ones -> indices (n,)."""
+    """Draws n vertices by the area around them, the same ones for the same seed -> ids (n,)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.multinomial(body.area.cpu(), n, generator=generator).to(body.faces.device)
+    vertex_ids = torch.multinomial(body.area.cpu(), n, generator=generator)
+    return vertex_ids.to(body.faces.device)
 
 
-def tokenizer_loss(tokenizer, rotmat, body, chosen=None, noised=None, generator=None, rows=None):
-    """The paper's loss, 20 pose + 100 joints + 100 vertices + commitment. -> loss (), {name: weighted term or figure}.
+def tokenizer_loss(
+    tokenizer, target, body, vertex_ids=None, noisy_input=None, generator=None, rows=None
+):
+    """The paper's loss: 20 pose + 100 joints + 100 vertices + commitment -> loss, {name: term}.
 
-    rotmat (B,22,3,3): the target. noised: what the encoder sees instead. chosen (n,): pose only these vertices, drawn
-    by area (`some_vertices`), each counting the same; None: all of them, weighted by area, posed by smplx.
+    target (B,22,3,3). noisy_input: what the encoder sees instead of the target. vertex_ids (n,):
+    pose only these vertices, as drawn by `sample_vertices`; None: pose all of them and weight each
+    by its area. generator, rows: see Quantizer.forward.
     """
-    made, ids, info = tokenizer(rotmat if noised is None else noised, generator, rows)
-    if chosen is None:
-        weights, pose = body.area[:, None], body
-    else:
-        weights, pose = 1.0, lambda turns: body.skin(turns, chosen)
+    encoder_input = target if noisy_input is None else noisy_input
+    recon, _, stats = tokenizer(encoder_input, generator, rows)               # (B,22,3,3)
+
     with torch.no_grad():
-        joints, vertices = pose(rotmat)                    # (B,22,3), (B,V or n,3)
-    made_joints, made_vertices = pose(made)                # gradients flow through the body into the decoder
-    terms = {"pose": 20 * F.mse_loss(made, rotmat), "joints": 100 * F.mse_loss(made_joints, joints),
-             "vertices": 100 * (weights * (made_vertices - vertices).square()).mean(), "commit": info["commit"]}
-    mpjpe = 1000 * (made_joints - joints).norm(dim=-1).mean()  # millimetres
-    figures = {"mpjpe": mpjpe, "perplexity": info["perplexity"], "active": info["active"]}
-    return sum(terms.values()), {k: v.detach() for k, v in (terms | figures).items()}
+        joints, vertices = body(target, vertex_ids)                           # (B,22,3), (B,V|n,3)
+    # the body is differentiable: the errors of joints and vertices reach the decoder through it
+    recon_joints, recon_vertices = body(recon, vertex_ids)
+
+    vertex_error = (recon_vertices - vertices).square()                       # (B,V|n,3)
+    if vertex_ids is None:
+        vertex_error = body.area[:, None] * vertex_error
+    terms = {
+        "pose": 20 * F.mse_loss(recon, target),
+        "joints": 100 * F.mse_loss(recon_joints, joints),
+        "vertices": 100 * vertex_error.mean(),
+        "commit": stats["commit"],
+    }
+
+    logs = terms | {
+        "mpjpe": 1000 * (recon_joints - joints).norm(dim=-1).mean(),  # millimetres
+        "perplexity": stats["perplexity"],
+        "active": stats["active"],
+    }
+    logs = {name: value.detach() for name, value in logs.items()}
+    return sum(terms.values()), logs
+
+
+def uniform(shape, generator):
+    """Random numbers, uniform in [-1, 1)."""
+    return 2 * torch.rand(shape, generator=generator) - 1
 
 
 def augment(rotmat, generator, root=True, parts=False, progress=1.0):
-    """Training noise: rotmat (B,22,3,3) -> what the encoder sees, and what it must answer, both (B,22,3,3).
+    """Training noise: rotmat (B,22,3,3) -> the encoder's input and the target, both (B,22,3,3).
 
-    root: turn the person, in input and target alike: up to 45 degrees about the vertical, 20 about the others.
-    parts: on half of the batch one limb, the torso or the head is disturbed in the input only, so that the code words
-    learn to mend poses; progress (0..1 of the run) sets how much.
+    root: turn the whole person at random, in input and target alike. parts: disturb one part of the
+    body in half of the inputs, so that the codes learn to repair poses; its strength grows with
+    progress, from 0 to 1 over the run.
     """
-    B, draw = len(rotmat), lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
     if root:
-        # the official code adds to the root's Euler angles (z up there); turning the world is free of their poles
-        lean, turn, roll = (draw(B, 3) * torch.tensor([20.0, 45.0, 20.0]) * math.pi / 180).unbind(1)
-        o = torch.zeros(B)
-        spin = aa_to_matrix(torch.stack([torch.stack(v, 1) for v in ([o, turn, o], [lean, o, o], [o, o, roll])]))
-        rotmat = turn_root(rotmat, spin[0] @ spin[1] @ spin[2])
-    if not parts:
-        return rotmat, rotmat                              # a clean input
-    # differs from the official code, whose noise lands on a copy and does nothing
-    member = torch.stack([torch.isin(torch.arange(22), torch.tensor(part)) for part in PARTS]).float()
-    hit = member[torch.randint(len(PARTS), (B,), generator=generator)]                       # (B,22)
-    hit = hit * (torch.randperm(B, generator=generator) < (B + 1) // 2)[:, None]
-    strength = NOISE[min(int(progress * len(NOISE)), len(NOISE) - 1)]
-    shake = aa_to_matrix(strength * hit[..., None] * draw(B, 22, 3)).to(rotmat)           # (B,22,3,3)
-    return rotmat @ shake, rotmat                          # joints wobble in their own frames
+        rotmat = turn_root(rotmat, random_turns(len(rotmat), generator))
+    if parts:
+        return disturb_parts(rotmat, generator, progress), rotmat
+    return rotmat, rotmat
+
+
+def random_turns(n, generator):
+    """n random rotations (n,3,3): up to 45 degrees about the vertical, 20 about the other axes."""
+    # the official code adds noise to Euler angles of the root, which are singular at some poses
+    limits = torch.tensor([20.0, 45.0, 20.0])  # degrees
+    angles = uniform((n, 3), generator) * limits * math.pi / 180              # (n,3)
+    x_turn = rotation_about(0, angles[:, 0])                                  # (n,3,3)
+    y_turn = rotation_about(1, angles[:, 1])
+    z_turn = rotation_about(2, angles[:, 2])
+    return y_turn @ x_turn @ z_turn
+
+
+def disturb_parts(rotmat, generator, progress):
+    """Rotates the joints of one random part in half of the poses (B,22,3,3) by random angles."""
+    # differs from the official code, which adds this noise to a copy that is never used
+    B = len(rotmat)
+    members = torch.zeros(len(PARTS), 22)  # which joints are of which part
+    for k, joints in enumerate(PARTS):
+        members[k, joints] = 1
+
+    part = torch.randint(len(PARTS), (B,), generator=generator)               # (B,)
+    is_disturbed = torch.randperm(B, generator=generator) < (B + 1) // 2      # (B,)
+    joint_mask = members[part] * is_disturbed[:, None]                        # (B,22)
+
+    sixth = min(int(progress * len(PART_NOISE)), len(PART_NOISE) - 1)
+    scale = PART_NOISE[sixth] * joint_mask[..., None]                         # (B,22,1)
+    noise = aa_to_matrix(scale * uniform((B, 22, 3), generator))              # (B,22,3,3)
+    return rotmat @ noise.to(rotmat)
 
 
 # ---- 3. The skeleton: 22 joints ------------------------------------------------------------------
-JOINTS = ("pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot "
-          "right_foot neck left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow "
-          "left_wrist right_wrist").split()
+JOINTS = [
+    "pelvis",
+    "left_hip", "right_hip", "spine1",
+    "left_knee", "right_knee", "spine2",
+    "left_ankle", "right_ankle", "spine3",
+    "left_foot", "right_foot", "neck",
+    "left_collar", "right_collar", "head",
+    "left_shoulder", "right_shoulder",
+    "left_elbow", "right_elbow",
+    "left_wrist", "right_wrist",
+]
 PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19]
-SWAP = {"left": "right", "right": "left"}
-MIRROR = [JOINTS.index(re.sub("left|right", lambda side: SWAP[side[0]], name)) for name in JOINTS]
+LEFT_WRIST = JOINTS.index("left_wrist")
+RIGHT_WRIST = JOINTS.index("right_wrist")
+
+
+def other_side(name):
+    """"left_knee" -> "right_knee" and back; "head" stays."""
+    if name.startswith("left"):
+        return name.replace("left", "right")
+    return name.replace("right", "left")
+
+
+MIRROR = [JOINTS.index(other_side(name)) for name in JOINTS]
 
 
 # ---- 4. Rotations --------------------------------------------------------------------------------
-Z_UP_TO_Y_UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])          # AMASS's world (z up) -> ours (y up)
+Z_UP_TO_Y_UP = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]])  # AMASS -> ours
 
 
 def aa_to_matrix(aa):
-    """Axis-angle (...,3), radians -> rotation matrices (...,3,3). Rodrigues' formula, smooth at 0."""
-    angle = torch.linalg.vector_norm(aa, dim=-1)[..., None, None]  # its gradient at 0 is 0, not nan
+    """Axis-angle (...,3), radians -> rotation matrices (...,3,3), by Rodrigues' formula."""
+    angle = torch.linalg.vector_norm(aa, dim=-1)[..., None, None]             # (...,1,1)
     x, y, z = aa.unbind(-1)
-    o = torch.zeros_like(x)
-    K = torch.stack([o, -z, y, z, o, -x, -y, x, o], -1).unflatten(-1, (3, 3))  # K v = axis x v
-    # torch.sinc is sin(pi x)/(pi x): it has the limits at 0 built in, where sin(t)/t would be 0/0
-    first, second = torch.sinc(angle / math.pi), 0.5 * torch.sinc(angle / (2 * math.pi)) ** 2
-    return torch.eye(3, dtype=aa.dtype, device=aa.device) + first * K + second * (K @ K)
+    zero = torch.zeros_like(x)
+    rows = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)           # (...,9)
+    cross = rows.unflatten(-1, (3, 3))  # cross @ v = aa x v
+
+    # torch.sinc(t) is sin(pi t) / (pi t) and knows its limit at 0, where sin(t) / t is 0 / 0
+    sine = torch.sinc(angle / math.pi)  # sin(angle) / angle
+    cosine = 0.5 * torch.sinc(angle / (2 * math.pi)) ** 2  # (1 - cos(angle)) / angle²
+    eye = torch.eye(3, dtype=aa.dtype, device=aa.device)
+    return eye + sine * cross + cosine * (cross @ cross)                      # (...,3,3)
+
+
+def rotation_about(axis, angle):
+    """Rotation matrices (...,3,3) by angles (...), radians, about axis 0 (x), 1 (y) or 2 (z)."""
+    return aa_to_matrix(angle[..., None] * torch.eye(3)[axis])
 
 
 def matrix_to_quaternion(matrix):
     """Rotation matrices (...,3,3) -> unit quaternions (...,4), w x y z, w >= 0.
 
-    4 q qᵀ is linear in R. Each of its rows is q times a factor; the row with the largest factor is the one to trust,
-    at any angle (a formula that starts from w alone loses the sign near pi).
+    The matrix 4 q qᵀ is linear in R, and each of its rows is a multiple of q. The longest row is
+    accurate at any angle; a formula that always starts from w loses the sign near pi.
     """
-    a, b, c, d, e, f, g, h, i = matrix.flatten(-2).unbind(-1)
-    rows = torch.stack([1 + a + e + i, h - f, c - g, d - b,
-                        h - f, 1 + a - e - i, b + d, c + g,
-                        c - g, b + d, 1 - a + e - i, f + h,
-                        d - b, c + g, f + h, 1 - a - e + i], -1).unflatten(-1, (4, 4))
-    best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*rows.shape[:-2], 1, 4)
-    q = F.normalize(rows.gather(-2, best).squeeze(-2), dim=-1)  # length at least 1: smooth everywhere
-    return torch.where(q[..., :1] < 0, -q, q)              # q and -q are the same rotation
+    m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
+    entries = [
+        1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01,
+        m21 - m12, 1 + m00 - m11 - m22, m01 + m10, m02 + m20,
+        m02 - m20, m01 + m10, 1 - m00 + m11 - m22, m12 + m21,
+        m10 - m01, m02 + m20, m12 + m21, 1 - m00 - m11 + m22,
+    ]
+    rows = torch.stack(entries, -1).unflatten(-1, (4, 4))                     # (...,4,4)
+
+    longest = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]     # (...,1,1)
+    row = torch.take_along_dim(rows, longest, dim=-2).squeeze(-2)             # (...,4)
+    q = F.normalize(row, dim=-1)
+    return torch.where(q[..., :1] < 0, -q, q)  # q and -q are the same rotation
 
 
 def matrix_to_aa(matrix):
     """Rotation matrices (...,3,3) -> axis-angle (...,3), angle in [0, pi]."""
-    w, xyz = matrix_to_quaternion(matrix).split([1, 3], -1)  # cos(angle/2), axis sin(angle/2)
+    # w is cos(angle / 2), xyz is sin(angle / 2) times the axis
+    w, xyz = matrix_to_quaternion(matrix).split([1, 3], -1)                   # (...,1), (...,3)
     sine = torch.linalg.vector_norm(xyz, dim=-1, keepdim=True)
-    tiny = sine < 1e-7                                     # there angle/sine is 2; the other branch would give nan
-    return xyz * torch.where(tiny, 2.0, 2 * torch.atan2(sine, w) / torch.where(tiny, 1.0, sine))
+    is_tiny = sine < 1e-7
+
+    # angle / sine tends to 2; dividing by 1 there keeps nan out of the gradient of the other branch
+    ratio = 2 * torch.atan2(sine, w) / torch.where(is_tiny, 1.0, sine)
+    return xyz * torch.where(is_tiny, 2.0, ratio)
 
 
 def matrix_to_sixd(matrix):
-    """(...,3,3) -> (...,6): the first two ROWS, as in the official release (others keep columns)."""
-    return matrix[..., :2, :].flatten(-2)                  # continuous, unlike any set of three numbers
+    """(...,3,3) -> 6D (...,6): the first two ROWS, as in the official release.
+
+    Six numbers are continuous in the rotation, three cannot be. Other code bases keep columns.
+    """
+    return matrix[..., :2, :].flatten(-2)
 
 
 def sixd_to_matrix(sixd):
-    """(...,6) any two rows -> (...,3,3): Gram-Schmidt makes them orthonormal, their cross product is the third."""
-    first = F.normalize(sixd[..., :3], dim=-1)
-    second = sixd[..., 3:] - (first * sixd[..., 3:]).sum(-1, keepdim=True) * first  # what is across the first
-    second = F.normalize(second, dim=-1)
-    return torch.stack([first, second, torch.linalg.cross(first, second)], -2)
+    """6D (...,6), any two rows -> (...,3,3): Gram-Schmidt, and the cross product as third row."""
+    row1, row2 = sixd.split([3, 3], -1)                                       # (...,3) each
+    row1 = F.normalize(row1, dim=-1)
+    row2 = row2 - (row1 * row2).sum(-1, keepdim=True) * row1
+    row2 = F.normalize(row2, dim=-1)
+    row3 = torch.linalg.cross(row1, row2)
+    return torch.stack([row1, row2, row3], -2)
 
 
 def mirror(rotmat):
-    """The pose (...,22,3,3) as seen in a mirror: left and right joints change places, M R M with M = diag(-1,1,1)."""
+    """The mirror image of a pose (...,22,3,3): left and right joints swap, R -> M R M."""
     sign = torch.tensor([-1.0, 1.0, 1.0], dtype=rotmat.dtype, device=rotmat.device)
-    return rotmat[..., MIRROR, :, :] * sign[:, None] * sign  # M R M, element by element
+    # M = diag(sign): multiplying by M is multiplying rows, or columns, by the signs
+    return rotmat[..., MIRROR, :, :] * sign[:, None] * sign
 
 
 def turn_root(rotmat, turn):
-    """The person as a whole, turned: rotmat (...,22,3,3) with turn (...,3,3) before its root."""
-    return torch.cat([turn.to(rotmat)[..., None, :, :] @ rotmat[..., :1, :, :], rotmat[..., 1:, :, :]], -3)
+    """Turns the whole person: rotmat (...,22,3,3) with turn (...,3,3) applied to its root."""
+    root = turn.to(rotmat)[..., None, :, :] @ rotmat[..., :1, :, :]           # (...,1,3,3)
+    return torch.cat([root, rotmat[..., 1:, :, :]], -3)
 
 
 def face_front(rotmat, like=None):
-    """Turns poses (M,22,3,3) about +y to heading 0 - to the heading 0 of the poses `like`, if given.
+    """Turns poses (M,22,3,3) about +y by minus their heading, or by minus the heading of `like`.
 
-    The heading is the last Euler angle of AMASS's z-up root, as in PoseScript: the way that the person's left points.
-    It jumps by half a turn where someone lies on the side (PoseScript does it too).
+    The heading is the direction of the person's left: as in PoseScript, the last Euler angle of the
+    root in AMASS's z-up frame. It jumps by half a turn for people who lie on their side.
     """
-    left = (rotmat if like is None else like)[:, 0, :, 0]
-    angle = torch.atan2(-left[:, 2], left[:, 0])           # z-up (x, y) is our (x, -z)
-    return turn_root(rotmat, aa_to_matrix(-angle[:, None] * torch.eye(3)[1]))
+    root = (rotmat if like is None else like)[:, 0]                           # (M,3,3)
+    left = root[:, :, 0]                                                      # (M,3)
+    heading = torch.atan2(-left[:, 2], left[:, 0])  # our (x, -z) is (x, y) where z is up
+    return turn_root(rotmat, rotation_about(1, -heading))
 
 
-def kinematics(rotmat, rest):
-    """Walks the tree from the pelvis out. rotmat (...,22,3,3), rest joints (22,3).
+def global_transforms(rotmat, rest):
+    """rotmat (...,22,3,3), rest joints (22,3) -> rotations in the body frame, joints (...,22,3).
 
-    -> rotations in the body frame (...,22,3,3), joints (...,22,3) with the pelvis where it rests.
+    The pelvis stays at its place in rest.
     """
-    turns, places = [rotmat[..., 0, :, :]], [rest[0].expand(*rotmat.shape[:-3], 3)]
-    for j, parent in enumerate(PARENTS[1:], 1):
-        turns.append(turns[parent] @ rotmat[..., j, :, :])  # (...,3,3)
-        places.append(places[parent] + turns[parent] @ (rest[j] - rest[parent]))  # (...,3), carried by its parent
-    return torch.stack(turns, -3), torch.stack(places, -2)  # (...,22,3,3), (...,22,3)
+    rotations = [rotmat[..., 0, :, :]]
+    joints = [rest[0].expand(*rotmat.shape[:-3], 3)]
+    for joint in range(1, 22):
+        parent = PARENTS[joint]
+        bone = rest[joint] - rest[parent]
+        rotations.append(rotations[parent] @ rotmat[..., joint, :, :])        # (...,3,3)
+        joints.append(joints[parent] + rotations[parent] @ bone)              # (...,3)
+    return torch.stack(rotations, -3), torch.stack(joints, -2)                # (...,22,3,3|3)
 
 
 def forward_kinematics(rotmat, rest):
     """rotmat (...,22,3,3), rest (22,3) metres -> joints (...,22,3), pelvis at 0. Differentiable."""
-    return kinematics(rotmat, rest - rest[0])[1]
+    _, joints = global_transforms(rotmat, rest - rest[0])
+    return joints
 
 
 # ---- 5. The body ---------------------------------------------------------------------------------
-BODY_SHAPES = {"v_template": ("V", 3), "f": ("F", 3), "weights": ("V", "J"), "J_regressor": ("J", "V"),
-               "kintree_table": (2, "J"), "posedirs": ("V", 3, "P")}
+# V vertices, F triangles, J joints of the file (24 and more), P pose correctives
+BODY_SHAPES = {
+    "v_template": ("V", 3),
+    "f": ("F", 3),
+    "weights": ("V", "J"),
+    "J_regressor": ("J", "V"),
+    "kintree_table": (2, "J"),
+    "posedirs": ("V", 3, "P"),
+}
+
+
+def shape_fits(shape, expected, sizes):
+    """Is shape the expected one? sizes holds what each letter stands for; new letters are added."""
+    if len(shape) != len(expected):
+        return False
+    for length, size in zip(shape, expected):
+        if isinstance(size, str):
+            size = sizes.setdefault(size, length)
+        if length != size:
+            return False
+    return True
 
 
 def read_body(path):
-    """Reads and checks one body file -> its arrays, sizes agreeing. Raises UserError."""
-    arrays, sizes = read_arrays(path, BODY_SHAPES), {}
-    for name, shape in BODY_SHAPES.items():
+    """Reads and checks a body file -> its arrays, parents (J,). Raises UserError."""
+    arrays = read_arrays(path, BODY_SHAPES)
+    sizes = {}
+    for name, expected in BODY_SHAPES.items():
         if name not in arrays:
-            raise UserError(f"{path} holds no {name}: give an SMPL, SMPL-H or SMPL-X model file")
-        found = arrays[name].shape                         # a letter takes the first size met, then holds it
-        fits = len(found) == len(shape) and all(sizes.setdefault(s, n) == n if isinstance(s, str) else s == n
-                                                for s, n in zip(shape, found))
-        if not fits or arrays[name].dtype.kind not in "iuf" or not np.isfinite(arrays[name]).all():
-            raise UserError(f"{name} in {path} is {found} {arrays[name].dtype}, not {shape} finite numbers that fit "
-                          "the rest: the file is damaged or not a body model")
-    parents = arrays["kintree_table"][0].astype(np.int64)  # the root's is 2^32-1 or -1: never read
-    if sizes["J"] < 24 or sizes["P"] != 9 * (sizes["J"] - 1) or parents[1:22].tolist() != PARENTS[1:]:
-        raise UserError(f"{path} has another skeleton ({sizes['J']} joints): SMPL, SMPL-H and SMPL-X are read")
-    if arrays["f"].min() < 0 or arrays["f"].max() >= sizes["V"] or (parents[1:] >= np.arange(1, sizes["J"])).any():
-        raise UserError(f"{path} points at vertices or joints that it does not have: the file is damaged")
+            raise UserError(
+                f"{path} holds no {name}: it must be an SMPL, SMPL-H or SMPL-X model file"
+            )
+        array = arrays[name]
+        fits = shape_fits(array.shape, expected, sizes)
+        if not fits or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise UserError(
+                f"{path} is damaged or not a body model: its {name} is {array.shape} "
+                f"{array.dtype}, not {expected} finite numbers that fit the other arrays"
+            )
+
+    J, V = sizes["J"], sizes["V"]
+    # the entry of the root is 2^32-1 or -1 and never read
+    parents = arrays["kintree_table"][0].astype(np.int64)
+    has_our_joints = J >= 24 and parents[1:22].tolist() == PARENTS[1:]
+    if not has_our_joints or sizes["P"] != 9 * (J - 1):
+        raise UserError(
+            f"{path} has another skeleton ({J} joints): only SMPL, SMPL-H and SMPL-X can be read"
+        )
+    bad_faces = arrays["f"].min() < 0 or arrays["f"].max() >= V
+    bad_parents = (parents[1:] >= np.arange(1, J)).any()
+    if bad_faces or bad_parents:
+        raise UserError(f"{path} is damaged: it refers to vertices or joints that it does not have")
     return arrays, parents
 
 
 def smpl_layout(arrays, parents):
-    """Any of the body families -> SMPL's own layout of 24 joints, so that one code path poses them all.
+    """Arrays of SMPL, SMPL-H or SMPL-X -> SMPL's own layout of 24 joints, as smplx.SMPL takes it.
 
-    Fingers and face do not move here: whatever hangs on a wrist joins SMPL's rigid hand, jaw and eyes join the head.
+    Fingers and face do not move here: all that hangs on a wrist joins SMPL's rigid hand (joints 22
+    and 23), jaw and eyes join the head.
     """
-    home = list(range(22))                                 # where each joint of the file goes among the 24
+    smpl_joint = list(range(22))  # joint of the file -> one of the 24
     for parent in parents[22:]:
-        home.append({20: 22, 21: 23}.get(home[parent], home[parent]))
-    weights = np.zeros((len(arrays["v_template"]), 24))
-    np.add.at(weights.T, home, arrays["weights"].T)        # several fingers add up in one place
-    first = [home.index(j) for j in range(24)]             # rigid hands: any knuckle does as their joint
-    posedirs = np.zeros((len(weights), 3, 207))
-    posedirs[:, :, :189] = arrays["posedirs"][:, :, :189]  # 9 numbers for each of the 21 body joints; hands stay zero
-    return {"v_template": arrays["v_template"], "f": arrays["f"].astype(np.int64), "weights": weights,
-            "J_regressor": arrays["J_regressor"][first], "posedirs": posedirs,
-            "shapedirs": np.zeros((len(weights), 3, 10)),  # betas are always zero: the mean person
-            "kintree_table": np.array([PARENTS + [20, 21], range(24)])}
+        joint = smpl_joint[parent]
+        if joint == LEFT_WRIST:
+            joint = 22
+        elif joint == RIGHT_WRIST:
+            joint = 23
+        smpl_joint.append(joint)
+
+    V = len(arrays["v_template"])
+    weights = np.zeros((V, 24))
+    for file_joint, joint in enumerate(smpl_joint):
+        weights[:, joint] += arrays["weights"][:, file_joint]
+    # any knuckle may give the position of a hand, since hands do not bend
+    first = [smpl_joint.index(joint) for joint in range(24)]
+    posedirs = np.zeros((V, 3, 207))
+    posedirs[:, :, :189] = arrays["posedirs"][:, :, :189]  # 9 for each of 21 joints; 0 for hands
+
+    return {
+        "v_template": arrays["v_template"],
+        "f": arrays["f"].astype(np.int64),
+        "weights": weights,
+        "J_regressor": arrays["J_regressor"][first],
+        "posedirs": posedirs,
+        "shapedirs": np.zeros((V, 3, 10)),  # betas are always 0, the mean shape
+        "kintree_table": np.array([PARENTS + [LEFT_WRIST, RIGHT_WRIST], range(24)]),
+    }
 
 
 def vertex_area(template, faces):
-    """How much skin a vertex stands for -> (V,): the sum of its triangles' areas, scaled to 0..1 each."""
-    a, b, c = template[faces].unbind(1)
-    areas = torch.linalg.cross(b - a, c - a).norm(dim=-1)
-    areas = (areas - areas.min()) / (areas.max() - areas.min())  # the smallest triangle counts nothing
-    return torch.zeros_like(template[:, 0]).index_add_(0, faces.flatten(), areas.repeat_interleave(3))
+    """The area around each vertex (V,): its triangles' areas, scaled to 0..1 each, summed."""
+    a, b, c = template[faces].unbind(1)                                       # (F,3) each
+    areas = torch.linalg.cross(b - a, c - a).norm(dim=-1)                     # (F,)
+    areas = (areas - areas.min()) / (areas.max() - areas.min())
+    total = torch.zeros_like(template[:, 0])                                  # (V,)
+    return total.index_add_(0, faces.flatten(), areas.repeat_interleave(3))
 
 
 class Body(nn.Module):
-    """A skinned human of mean shape: rest (22,3), template (V,3), both from the pelvis; faces (F,3), weights (V,24)."""
+    """A skinned human of mean shape, posed by 22 rotations.
+
+    rest (22,3) and template (V,3): joints and vertices of the T-pose, relative to the pelvis; faces
+    (F,3); weights (V,24), which joints move which vertex; area (V,), see vertex_area.
+    """
 
     def __init__(self, arrays, name=""):
         super().__init__()
-        import smplx  # slow to import: only who poses pays
+        import smplx  # here, because it is slow to import and few commands need a body
 
-        spots = ("nose", "reye", "leye", "rear", "lear")   # smplx wants five face vertices by name; we read none
-        with contextlib.redirect_stdout(io.StringIO()):    # it prints remarks about shape coefficients
-            self.smpl = smplx.SMPL("", data_struct=smplx.utils.Struct(**arrays), vertex_ids=dict.fromkeys(spots, 0),
-                                   use_hands=False, use_feet_keypoints=False)
-        self.smpl.requires_grad_(False)                    # a ruler, not a part that learns
+        # smplx wants the ids of five vertices of the face; nothing here reads these points
+        face = dict.fromkeys(["nose", "reye", "leye", "rear", "lear"], 0)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints remarks on shape coefficients
+            self.smpl = smplx.SMPL(
+                "",
+                data_struct=smplx.utils.Struct(**arrays),
+                vertex_ids=face,
+                use_hands=False,
+                use_feet_keypoints=False,
+            )
+        self.smpl.requires_grad_(False)
         self.name = name
-        rest = arrays["J_regressor"] @ arrays["v_template"]
-        mine = {"rest": rest[:22] - rest[0], "template": arrays["v_template"] - rest[0], "weights": arrays["weights"],
-                "posedirs": arrays["posedirs"][:, :, :189]}
-        for key, array in mine.items():                    # not persistent: checkpoints must not carry licensed bodies
-            self.register_buffer(key, torch.as_tensor(array, dtype=torch.float32), persistent=False)
-        self.register_buffer("faces", torch.as_tensor(arrays["f"]), persistent=False)
-        self.register_buffer("area", vertex_area(self.template, self.faces), persistent=False)
 
-    def forward(self, rotmat):
-        """rotmat (B,22,3,3) -> joints (B,22,3), vertices (B,V,3), metres, pelvis at the origin. Posed by smplx."""
-        hands = torch.eye(3, dtype=rotmat.dtype, device=rotmat.device).expand(len(rotmat), 2, 3, 3)
-        posed = self.smpl(global_orient=rotmat[:, :1], body_pose=torch.cat([rotmat[:, 1:], hands], 1),
-                          betas=rotmat.new_zeros(len(rotmat), 10), pose2rot=False)
-        pelvis = posed.joints[:, :1]                       # (B,1,3) where the file puts it, and none of ours
+        rest = arrays["J_regressor"] @ arrays["v_template"]                   # (24,3)
+        constants = {
+            "rest": rest[:22] - rest[0],
+            "template": arrays["v_template"] - rest[0],
+            "weights": arrays["weights"],
+            "posedirs": arrays["posedirs"][:, :, :189],
+        }
+        # not persistent: a checkpoint must not contain a licensed body
+        for key, array in constants.items():
+            tensor = torch.as_tensor(array, dtype=torch.float32)
+            self.register_buffer(key, tensor, persistent=False)
+        self.register_buffer("faces", torch.as_tensor(arrays["f"]), persistent=False)
+        area = vertex_area(self.template, self.faces)
+        self.register_buffer("area", area, persistent=False)
+
+    def forward(self, rotmat, vertex_ids=None):
+        """rotmat (B,22,3,3) -> joints (B,22,3), vertices (B,V,3), in metres, pelvis at 0.
+
+        smplx poses all vertices; `skin` poses only the vertices vertex_ids (n,), if given.
+        """
+        if vertex_ids is not None:
+            return self.skin(rotmat, vertex_ids)
+        B = len(rotmat)
+        hands = torch.eye(3, dtype=rotmat.dtype, device=rotmat.device).expand(B, 2, 3, 3)
+        posed = self.smpl(
+            global_orient=rotmat[:, :1],
+            body_pose=torch.cat([rotmat[:, 1:], hands], 1),
+            betas=rotmat.new_zeros(B, 10),
+            pose2rot=False,
+        )
+        pelvis = posed.joints[:, :1]                                          # (B,1,3)
         return posed.joints[:, :22] - pelvis, posed.vertices - pelvis
 
     def joints(self, rotmat):
-        """rotmat (...,22,3,3) -> joints (...,22,3): the skeleton alone, much faster than the skin."""
+        """rotmat (...,22,3,3) -> joints (...,22,3), much faster than posing the vertices too."""
         return forward_kinematics(rotmat, self.rest)
 
-    def skin(self, rotmat, chosen):
-        """Linear blend skinning of the vertices `chosen` (n,) only: rotmat (B,22,3,3) -> joints (B,22,3), (B,n,3).
+    def skin(self, rotmat, vertex_ids):
+        """Linear blend skinning: rotmat (B,22,3,3), vertex_ids (n,) -> joints, vertices (B,n,3).
 
-        The same numbers as smplx, for a training step that cannot afford every vertex (SMPL paper, equations 2-9).
+        The numbers of smplx (SMPL paper, equations 2-9) for training steps in which all vertices
+        would take too long.
         """
-        turns, joints = kinematics(rotmat, self.rest)                                        # (B,22,3,3), (B,22,3)
-        bent = (rotmat[:, 1:] - torch.eye(3, device=rotmat.device)).flatten(1)               # (B,189)
-        shape = self.template[chosen] + torch.einsum("bp,nkp->bnk", bent, self.posedirs[chosen])         # (B,n,3)
-        weights = self.weights[chosen, :22].clone()
-        weights[:, 20:] += self.weights[chosen, 22:]                                         # hands follow the wrists
-        shift = joints - (turns @ self.rest[:, :, None]).squeeze(-1)                         # (B,22,3)
-        turn = torch.einsum("nj,bjkl->bnkl", weights, turns)                                 # (B,n,3,3) blended
-        return joints, (turn @ shape[..., None]).squeeze(-1) + weights @ shift               # (B,n,3)
+        rotations, joints = global_transforms(rotmat, self.rest)              # (B,22,3,3|3)
+
+        # pose correctives are linear in the rotations' difference from the T-pose
+        eye = torch.eye(3, device=rotmat.device)
+        pose_features = (rotmat[:, 1:] - eye).flatten(1)                      # (B,189)
+        posedirs = self.posedirs[vertex_ids]                                  # (n,3,189)
+        offsets = torch.einsum("bp,nkp->bnk", pose_features, posedirs)        # (B,n,3)
+        vertices = self.template[vertex_ids] + offsets                        # (B,n,3)
+
+        weights = self.weights[vertex_ids, :22].clone()                       # (n,22)
+        weights[:, 20:] += self.weights[vertex_ids, 22:]  # rigid hands move with the wrists
+
+        # joint j moves a point x to R_j x + t_j; a vertex moves by the weighted mean of R and t
+        rest = self.rest[:, :, None]                                          # (22,3,1)
+        translations = joints - (rotations @ rest).squeeze(-1)                # (B,22,3)
+        blended = torch.einsum("nj,bjkl->bnkl", weights, rotations)           # (B,n,3,3)
+        vertices = (blended @ vertices[..., None]).squeeze(-1)                # (B,n,3)
+        return joints, vertices + weights @ translations
 
 
 def load_body(path=""):
-    """Reads a body: "" the free one in assets/, else an SMPL .pkl or .npz, SMPL-H or SMPL-X .npz. Raises UserError."""
+    """Loads a body. Raises UserError.
+
+    path: an SMPL .pkl or .npz, or an SMPL-H or SMPL-X .npz; "": the free body in assets/.
+    """
     path = pathlib.Path(path or ASSETS / "body.npz")
-    return Body(smpl_layout(*read_body(path)), path.stem)
+    arrays, parents = read_body(path)
+    return Body(smpl_layout(arrays, parents), path.stem)
 
 
 # ---- 6. Shared by all scripts: user errors, flags, files -----------------------------------------
 class UserError(Exception):
-    """A user's mistake, in one sentence: what is wrong, where, and what to do about it."""
+    """A mistake of the user, in one sentence: what is wrong, where, and what to do about it."""
 
 
 def first_line(error):
-    """The first line of what an exception says: libraries like to go on."""
-    said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-    return (said or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message, since some libraries raise whole paragraphs."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    message = str(error) or type(error).__name__
+    return message.splitlines()[0]
 
 
 @contextlib.contextmanager
 def as_user_error(before, after=""):
-    """Whatever goes wrong inside, and a damaged file can raise nearly anything, is a UserError that names the reason."""
+    """Re-raises any exception as a UserError: `before`, its reason, `after`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(before + first_line(error) + after) from error
 
 
 @contextlib.contextmanager
 def skip_bad_entry(skipped, where):
-    """Whatever goes wrong with the entry of a data set inside is noted in the list `skipped`; the next one may do."""
+    """Records the exception of a bad entry of a data set in the list `skipped` and continues."""
     try:
         yield
     except Exception as error:
         skipped.append(f"{where}: {first_line(error)}")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises `UserError` instead of printing its usage and leaving."""
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, except that a wrong command line raises a UserError instead of exiting."""
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def cli(Config, argv=None):
-    """Turns the dataclass `Config` into flags and parses argv (None: the command line). -> a Config.
+    """Parses argv (None: the command line) into the dataclass Config. Raises UserError.
 
-    The comment behind a field is its help text. bool: --x / --no-x; list[str]: repeat the flag. Raises UserError.
+    A field is a flag, the comment on its line is its help. bool: --x or --no-x; list[str]: repeat
+    the flag. `--help` also shows the docstring of Config and the commands in that of its module.
     """
-    about = (sys.modules[Config.__module__].__doc__ or "").strip().split("\n\n")[0]
-    parser = Parser(description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # the source is the only place that knows comments; one line per field keeps this a one-line pattern
-    comments = dict(re.findall(r"^ +(\w+) *:[^#\n]*#\s*(.*?)\s*$", inspect.getsource(Config), re.M))
-    kinds = typing.get_type_hints(Config)                  # types, also where annotations are strings
+    module_doc = sys.modules[Config.__module__].__doc__ or ""
+    commands = re.findall(r"^    (?:python|torchrun) .*", module_doc, re.M)
+    parser = ArgumentParser(
+        description=Config.__doc__,
+        epilog="\n".join(["examples:", *commands]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # comments exist only in the source
+    comments = dict(re.findall(r"^ +(\w+):[^#\n]*#(.*)", inspect.getsource(Config), re.M))
+    types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind, default = kinds[field.name], field.default
-        text = comments.get(field.name, "").replace("%", "%%")  # argparse formats its help
-        if kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(kind) is list:
-            how, text, default = dict(action="append", metavar="X"), text + " (may be repeated)", None
-        else:
-            how = dict(type=kind, metavar=kind.__name__.upper())
-        shown = "" if default in (None, "") else f" [{default}]"
-        names = dict.fromkeys(["--" + field.name, "--" + field.name.replace("_", "-" if kind is str else "_")])
-        parser.add_argument(*names, help=text + shown, default=argparse.SUPPRESS, **how)
-    known, unknown = parser.parse_known_args(argv)         # so that a typing error can be answered
+        add_flag(parser, field.name, types[field.name], field.default, comments.get(field.name, ""))
+
+    # argparse's own error for an unknown flag has no suggestion
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        flags = ["--" + field.name for field in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown argument {unknown[0]}: {hint}(--help lists the flags)")
-    config = Config(**vars(known))                         # absent flags keep the dataclass's defaults
+
+    config = Config(**vars(known))
     if not 0 <= getattr(config, "seed", 0) < 2 ** 32:
         raise UserError(f"--seed {config.seed} must be from 0 to {2 ** 32 - 1}")
     return config
 
 
+def add_flag(parser, name, kind, default, comment):
+    """Adds one field of a Config to the parser; a flag that is not given keeps its default."""
+    flags = ["--" + name]
+    # --pose-vit for --pose_vit; not for a bool, whose help would list four spellings
+    if kind is not bool and "_" in name:
+        flags.append("--" + name.replace("_", "-"))
+
+    text = comment.strip().replace("%", "%%")  # argparse reads % as a format
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    elif typing.get_origin(kind) is list:
+        options = {"action": "append", "metavar": "X"}
+        text += " (may be repeated)"
+    else:
+        options = {"type": kind, "metavar": kind.__name__.upper()}
+    # the default of a list is a factory, which dataclasses mark as MISSING
+    if default not in ("", dataclasses.MISSING):
+        text += f" [{default}]"
+    parser.add_argument(*flags, help=text, default=argparse.SUPPRESS, **options)
+
+
 def run_main(main):
-    """Runs main(). A UserError, or a file that cannot be written, becomes one line on stderr and exit code 2."""
+    """Runs main(). A UserError or an OSError becomes one line on stderr and exit code 2."""
     try:
         main()
-    except BrokenPipeError:                                # the reader of a pipe (`| head`) has seen enough
+    except BrokenPipeError:
+        # the reader of a pipe (`| head`) has closed it; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        what = error if isinstance(error, UserError) else f"{error.filename or 'the output'}: {error.strerror or error}"
-        print(f"error: {what}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        where = error.filename or "the output"
+        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None                    # what a shell expects after Ctrl-C
+        raise SystemExit(130) from None  # what a shell expects after Ctrl-C
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """`with saving(path) as new:` write a file at `new`; it takes the name `path` only when it is complete.
+    """`with atomic_write(path) as new:` write to the file `new`; it becomes `path` when complete.
 
-    Whatever goes wrong, nothing half-written stays behind. A failed write, or a folder of that name, raises UserError.
+    After any error `path` is as it was, and no half-written file is left. Raises UserError if
+    `path` is a folder or cannot be written.
     """
     path = pathlib.Path(path)
     if path.is_dir() or not path.name:
         raise UserError(f"{path} is a folder: name a file")
-    new = path.with_name(f".{os.getpid()}-{path.name}")    # same folder (a rename must not cross disks), same suffix
+    # in the same folder, because a rename cannot cross disks; with the same suffix for its writer
+    new = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield new
         os.replace(new, path)
-    except BaseException as error:                         # Ctrl-C as well
-        with contextlib.suppress(OSError):                 # cleaning up must not hide the first error
+    except BaseException as error:  # Ctrl-C, too
+        with contextlib.suppress(OSError):  # a failing clean-up must not hide the first error
             new.unlink()
-        # safetensors and torch.save report a full disk as errors of their own kinds
+        # safetensors and torch.save report a full disk by exceptions of their own
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
-            raise UserError(f"cannot write {path}: {first_line(error)}. Free some space or choose another place") from error
+            raise UserError(
+                f"cannot write {path}: {first_line(error)}. Free some space or choose another place"
+            ) from error
         raise
 
 
 def list_files(path, *suffixes):
     """The file itself, or all files below a folder that end in one of the suffixes, in order."""
     path = pathlib.Path(path)
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
 
 
 def load_json(path):
-    """What a JSON file holds. Raises UserError."""
+    """The content of a JSON file. Raises UserError."""
     with as_user_error(f"{path} is not a complete JSON file: "):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
 @functools.cache
 def load_asset(name):
-    """The table assets/NAME.json, whose words and numbers a reader may edit. It is shared: nobody changes it."""
+    """The table assets/NAME.json. All callers share one copy: do not change it."""
     return load_json(ASSETS / f"{name}.json")
 
 
-class Pickled:
-    """Stands in for the chumpy and scipy objects inside an SMPL pickle: keeps their state, runs none of their code."""
+class PickledObject:
+    """Stands in for chumpy and scipy objects in an SMPL pickle: has their state, not their code."""
 
     def __init__(self, *arguments):
         self.state = {}
@@ -635,78 +915,92 @@ class Pickled:
     def __setstate__(self, state):
         self.state = state
 
-    def array(self):
-        """The numbers that the object held."""
+    def to_array(self):
+        """The array that the object stands for."""
         state = {key: to_plain(value) for key, value in self.state.items()}
-        if "indptr" in state:                              # scipy's compressed columns -> a dense matrix
+        if "indptr" in state:  # scipy's csc_matrix, to a dense one
             dense = np.zeros(tuple(state.get("_shape", state.get("shape"))))
             columns = np.repeat(np.arange(dense.shape[1]), np.diff(state["indptr"]))
             np.add.at(dense, (state["indices"], columns), state["data"])
             return dense
-        if "idxs" in state:                                # chumpy's Select: chosen elements of another array
-            return state["a"].ravel()[state["idxs"]].reshape(state["preferred_shape"])
-        return state["x"]                                  # chumpy's plain array
+        if "idxs" in state:  # chumpy's Select: some elements of another array
+            elements = state["a"].ravel()[state["idxs"]]
+            return elements.reshape(state["preferred_shape"])
+        return state["x"]  # chumpy's Ch, a plain array
 
 
 def to_plain(value):
-    """A Pickled stand-in -> its array; anything else as it is."""
-    return value.array() if isinstance(value, Pickled) else value
+    """A PickledObject -> its array; other values are returned as they are."""
+    return value.to_array() if isinstance(value, PickledObject) else value
 
 
-def latin1(text, encoding="latin1"):
-    """How Python 3 pickles bytes under protocol 2."""
+def encode_latin1(text, encoding="latin1"):
+    """The stand-in of codecs.encode, with which Python 3 pickles bytes under protocol 2."""
     return text.encode("latin1")
 
 
-def number(dtype, data):
-    """How numpy pickles a single number. Its own maker would take bytes for pointers to objects."""
+def read_scalar(dtype, data):
+    """The stand-in of numpy's scalar, which takes bytes of an object dtype for pointers."""
     return np.frombuffer(data, dtype)[0]
 
 
-RECONSTRUCT = np.ndarray(0).__reduce__()[0]                # numpy's own maker of empty arrays, wherever it lives now
-FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]              # the same of newer pickles
+# numpy's own functions that create arrays; asked of numpy, because they move between its versions
+RECONSTRUCT = np.ndarray(0).__reduce__()[0]
+FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
 ALLOWED = {
-    "chumpy.ch Ch": Pickled, "chumpy.reordering Select": Pickled,
-    "scipy.sparse.csc csc_matrix": Pickled, "scipy.sparse._csc csc_matrix": Pickled,
-    "numpy.core.multiarray _reconstruct": RECONSTRUCT, "numpy._core.multiarray _reconstruct": RECONSTRUCT,
-    "numpy ndarray": np.ndarray, "numpy dtype": np.dtype, "__builtin__ set": set, "_codecs encode": latin1,
-    "numpy.core.multiarray scalar": number, "numpy._core.multiarray scalar": number,
-    "numpy.core.numeric _frombuffer": FROM_BUFFER, "numpy._core.numeric _frombuffer": FROM_BUFFER,
+    "chumpy.ch.Ch": PickledObject,
+    "chumpy.reordering.Select": PickledObject,
+    "scipy.sparse.csc.csc_matrix": PickledObject,
+    "scipy.sparse._csc.csc_matrix": PickledObject,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy.core.numeric._frombuffer": FROM_BUFFER,
+    "numpy._core.numeric._frombuffer": FROM_BUFFER,
+    "numpy.core.multiarray.scalar": read_scalar,
+    "numpy._core.multiarray.scalar": read_scalar,
+    "__builtin__.set": set,
+    "_codecs.encode": encode_latin1,
 }
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Reads arrays, as of an SMPL .pkl. A pickle is a program; this one may call nothing outside ALLOWED."""
+    """Reads pickled arrays. A pickle is a program, and this one calls nothing outside ALLOWED."""
 
     def find_class(self, module, name):
-        if f"{module} {name}" not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
-        return ALLOWED[f"{module} {name}"]
+        path = f"{module}.{name}"
+        if path not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks to run {path}")
+        return ALLOWED[path]
 
 
-def read_arrays(path, wanted):
-    """The arrays named `wanted` that a .npz, .npy (then named "") or SMPL .pkl holds -> {name: array}. Raises UserError.
+def read_arrays(path, names):
+    """The arrays `names` that a .npz or an SMPL .pkl holds -> {name: array}. Raises UserError.
 
-    Nothing in the file is executed, and entries that are not wanted are not even looked at.
+    A .npy file gives its array under the name "". Names that the file does not have are left out.
+    Nothing in the file is executed, and entries that are not in `names` are not decoded.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}: check the path")
-    with as_user_error(f"cannot read {path}: ", f". Is it a complete {path.suffix} file of plain arrays?"):
+    hint = f". Is it a complete {path.suffix} file of plain arrays?"
+    with as_user_error(f"cannot read {path}: ", hint):
         if path.suffix.lower() == ".pkl":
             with open(path, "rb") as file:
                 entries = SafeUnpickler(file, encoding="latin1").load()
-            return {name: np.asarray(to_plain(entries[name])) for name in wanted if name in entries}
-        entries = np.load(path, allow_pickle=False)        # object arrays are pickles: refused
+            return {name: np.asarray(to_plain(entries[name])) for name in names if name in entries}
+
+        entries = np.load(path, allow_pickle=False)  # an array of objects would be a pickle
         if isinstance(entries, np.ndarray):
             return {"": entries}
         with entries:
-            return {name: entries[name] for name in wanted if name in entries.files}
+            return {name: entries[name] for name in names if name in entries.files}
 
 
 # ---- 7. Run me -----------------------------------------------------------------------------------
-# A person of the training split who points to the side, in whole degrees: the axis-angle of each
-# joint that leaves the T-pose.
+# A person of the training split who points to the side: the axis-angles, in whole degrees, of the
+# joints that differ from the T-pose.
 EXAMPLE = {
     "left_hip": (-3, 9, 2),
     "right_hip": (-3, -6, -6),
@@ -719,7 +1013,7 @@ EXAMPLE = {
 
 
 def example_pose():
-    """The pose of EXAMPLE -> rotmat (22,3,3): what `python tokenizer.py` and `python captions.py` show."""
+    """The pose of EXAMPLE -> rotmat (22,3,3). `python captions.py` describes the same one."""
     degrees = torch.zeros(len(JOINTS), 3)
     for joint, angles in EXAMPLE.items():
         degrees[JOINTS.index(joint)] = torch.tensor(angles)
@@ -727,41 +1021,47 @@ def example_pose():
 
 
 def load_pose_tokenizer(folder):
-    """The pose tokenizer alone out of a weights folder, in eval mode, float32. Raises UserError."""
+    """The pose tokenizer of a weights folder, without the rest of the model. Raises UserError."""
     from safetensors.torch import load_file
+
     folder = pathlib.Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a weights folder: it has no config.json")
     with as_user_error(f"{folder} is not a complete weights folder: "):
         sizes = load_json(folder / "config.json")["tokenizer"]
-        tensors = load_file(folder / "model.safetensors")
         tokenizer = PoseTokenizer(TokenizerConfig(**sizes))
+
         prefix = "pose_tokenizer."
-        tokenizer.load_state_dict({name.removeprefix(prefix): tensor.float()
-                                   for name, tensor in tensors.items() if name.startswith(prefix)})
+        state = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if name.startswith(prefix):
+                state[name.removeprefix(prefix)] = tensor.float()
+        tokenizer.load_state_dict(state)
     return tokenizer.eval()
 
 
 @dataclasses.dataclass
 class Config:
-    """Turn one pose into the code words of a trained tokenizer, and back."""
+    """Encode one pose with a trained tokenizer, print its code words, and decode them again."""
     weights: str = TINY  # a trained folder
 
 
 def main():
-    """Prints one pose as code words, and how far off it comes back."""
+    """Prints the code words of the example pose, and how far its decoded joints are off."""
     config = cli(Config)
     tokenizer = load_pose_tokenizer(config.weights)
     body = load_body()
     rotmat = example_pose()
 
-    sixd = matrix_to_sixd(rotmat)
-    codes = tokenizer.encode(rotmat[None])                                                   # (1,N)
-    decoded = tokenizer.decode(codes)                                                        # (1,22,3,3)
-    error = 1000 * (body.joints(decoded[0]) - body.joints(rotmat)).norm(dim=-1)              # (22,) mm
+    ids = tokenizer.encode(rotmat[None])                                      # (1,N)
+    recon = tokenizer.decode(ids)[0]                                          # (22,3,3)
+    distance = body.joints(recon) - body.joints(rotmat)                       # (22,3)
+    error = 1000 * distance.norm(dim=-1)                                      # (22,)
 
-    print(f"a pose        22 rotations; in 6D {sixd.numel()} numbers")
-    print(f"in words      {' '.join(map(str, codes[0].tolist()))}")
+    print(f"pose          22 rotations, {matrix_to_sixd(rotmat).numel()} numbers in 6D")
+    print(f"code words    {' '.join(map(str, ids[0].tolist()))}")
     print(f"              {tokenizer.n_tokens} words out of {tokenizer.config.codes}")
-    print(f"and back      {error.mean():.1f} mm off, mean of 22 joints")
+    print(f"decoded       {error.mean():.1f} mm off, mean of 22 joints")
     for joint in ("left_knee", "left_elbow", "left_wrist", "right_wrist", "head"):
         print(f"    {joint:<12}{error[JOINTS.index(joint)]:>6.1f} mm")
 
