@@ -1,22 +1,35 @@
-"""What the model is taught: seven tasks over people, words and pictures that can be made without end.
+"""Training data: seven tasks over synthetic people, their captions and their photographs.
 
-A pose is measured, the measurements fall into named categories (posecodes), and a caption says some of the categories:
+A training example is a function of two numbers, (seed, k): they seed the generator that draws its
+task, person, instruction and wording. Nothing is stored and nothing is shuffled; a run that resumes
+at step k asks for example k.
 
-    person (split, i) --activities.json--> pose --measure--> posecodes --choose--> codes --say--> "Both knees bend."
-            |                               ^                                        |              |
-            +-- edit of it (split, i+1) ----+                                        +- statements -+
-            +-- photograph at some heading, in some clothes and light         reads them back, so answers can be marked
+    person i = f(split, i)                            example k = f(seed, k)
 
-A task is a template with slots; a template filled with an example is a list of *segments* (kind, value, is_target) with
-kind "text" | "pose" | "image", and that is all the model ever sees of this file. Nothing here has a state: person i (of
-tokenizer.py, who also draws them) is a function of (split, i), example k of a mixture one of (seed, k).
+    "tree pose" (activities.json)                     task       text2pose
+        | draw angles                                 person     i
+        v                                             template   "Create the pose that fits this
+    rotmat (22,3,3) ---> "The left knee is ..."                   text. <caption>"
+        | turn, dress, light                          segments   ("text", "Create ...", False)
+        v                                                        ("text", "The left ...", False)
+    photograph (S,S,3)                                           ("pose", rotmat, True)
 
-Letters: M poses, S columns of posecodes, P super-posecodes, J=22 joints, V vertices.
+Segments (kind, value, is_target) of kind "text", "pose" or "image" are all that the model sees of
+this file; is_target marks the answer. Persons 2i and 2i+1 are a pair, the second an edit of the
+first: posediff, imagediff and edit are about the way from one to the other. Captions are computed
+from poses (captions.py), so whether an answer is true can be computed as well.
 
-    python data.py                       # one example of each task, and out/world.png: 32 photographs
-    python data.py --speed 10000         # how fast the full captions are, and in how much memory
-    python data.py --check amass:/data/AMASS/CMU               # real data: counts, ranges, a picture
-    python data.py --build imagescript --poses world:train:2000 --quota world=500 --quota world=50:test
+Real data sets enter through section 6, as plain records of what each entry holds; train.py mixes
+them. Section 7 rebuilds the paper's ImageScript and ImageDiff from any poses.
+
+Letters: M people, C=27 angles of a synthetic person, J=22 joints, V vertices, F faces, S pixels.
+
+Left out: hands, faces, body shapes, motion, and pictures with more than one person.
+
+    python data.py                   # one example of each task, and out/world.png: 32 photographs
+    python data.py --speed 10000     # how fast the full captions are, and in how much memory
+    python data.py --check amass:/data/AMASS/CMU           # real data: counts, ranges, a picture
+    python data.py --build imagescript --poses world:train:2000 --quota world=500
 """
 import functools
 import io
@@ -30,6 +43,7 @@ import tarfile
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -52,14 +66,18 @@ from tokenizer import (
 
 # ---- 1. Seven tasks and their templates ----------------------------------------------------------
 class Task(NamedTuple):
-    """One row is all that training, sampling, the tour and evaluation know of a task."""
+    """One task in one row: all that training, sampling and evaluation know about it.
 
-    inputs: tuple           # "pose" | "image" | "text", in the order of the slots in its templates
+    A new task needs a row of TASKS and instructions in assets/instructions.json; also a method of
+    `World`, if none writes its text yet.
+    """
+
+    inputs: tuple           # "pose" | "image" | "text", in the order of the slots of its templates
     target: str             # "pose" | "text"
-    text: str = "caption"   # the method of `World` that words its text
-    typed: str = ""         # the method that words it in training prompts, where that is another
-    frame: str = "body"     # its poses face +z ("body"), or stand as the camera sees them ("camera")
-    pair: bool = False      # it is about A and B, an edit of A; the target is about B
+    text: str = "caption"   # the method of `World` that writes its text
+    typed: str = ""         # the method that writes it in training prompts, if it is another one
+    frame: str = "body"     # poses face +z ("body") or stand as the camera sees them ("camera")
+    pair: bool = False      # about person A and the edit of A, person B; the target is about B
 
 
 # UniPose table 1: comprehension, generation, editing
@@ -72,37 +90,61 @@ TASKS = {
     "image2pose": Task(("image",), "pose", frame="camera"),
     "edit": Task(("pose", "text"), "pose", text="difference", pair=True),
 }
-SLOT = re.compile(r"(<\w+>)")
-N_TEMPLATES = 200                                            # a task
+SLOT = re.compile(r"(<\w+>)")                              # where a template takes an input
+N_TEMPLATES = 200                                          # per task, as in the paper
 
 
 def slots(task):
     """The slots of a task's templates, in order: ["<poseA>", "<poseB>"] for posediff."""
     inputs = TASKS[task].inputs
-    if len(inputs) == 2 and inputs[0] == inputs[1]:
-        return [f"<{inputs[0]}A>", f"<{inputs[0]}B>"]
-    return [{"text": "<caption>"}.get(kind, f"<{kind}>") for kind in inputs]
+    names = []
+    for position, kind in enumerate(inputs):
+        name = "caption" if kind == "text" else kind
+        if inputs.count(kind) > 1:
+            name += "AB"[position]
+        names.append(f"<{name}>")
+    return names
+
+
+def expand_pattern(pattern, lists):
+    """All sentences of a pattern: each {word} in it stands for any entry of lists["word"]."""
+    word = re.search(r"\{(\w+)\}", pattern)
+    if not word:
+        return [tidy_sentence(pattern)]
+
+    sentences = []
+    for entry in lists[word[1]]:
+        sentences += expand_pattern(pattern.replace(word[0], entry, 1), lists)
+    return sentences
+
+
+def tidy_sentence(text):
+    """Capital letters at the start of sentences, no spaces before . , ? and no double ones."""
+    text = " ".join(text.split())
+    text = re.sub(r" ([.,?])", r"\1", text)
+    return re.sub(r"(^|[.?] |<caption> )([a-z])", lambda start: start[1] + start[2].upper(), text)
 
 
 @functools.cache
 def templates(task):
-    """-> tuple of 200 distinct instructions of a task; number 0 is the plain one.
+    """The 200 distinct instructions of a task, a tuple; the first is the plain one.
 
-    assets/instructions.json is a grammar: a pattern's {word} stands for any entry of the list `word`. All sentences of
-    a pattern are written out and shuffled, then the patterns take turns: the first few already differ in form.
+    assets/instructions.json holds a grammar, a few patterns per task (see `expand_pattern`).
     """
     grammar = load_asset("instructions")
+    row = grammar["tasks"][task]
+    expanded = []
+    for pattern in row["patterns"]:
+        sentences = expand_pattern(pattern, grammar["lists"])
+        rng = np.random.default_rng(0)
+        expanded.append(rng.permutation(sentences).tolist())
 
-    def expand(text):
-        word = re.search(r"\{(\w+)\}", text)
-        if not word:
-            text = re.sub(r" ([.,?])", r"\1", " ".join(text.split()))
-            return [re.sub(r"(^|[.?] |<caption> )([a-z])", lambda start: start[1] + start[2].upper(), text)]
-        return [line for entry in grammar["lists"][word[1]] for line in expand(text.replace(word[0], entry, 1))]
-
-    plain, patterns = grammar["tasks"][task]["plain"], [expand(text) for text in grammar["tasks"][task]["patterns"]]
-    turns = itertools.zip_longest(*(np.random.default_rng(0).permutation(lines).tolist() for lines in patterns))
-    return tuple(dict.fromkeys([plain, *filter(None, itertools.chain(*turns))]))[:N_TEMPLATES]
+    # the patterns take turns, so that already the first few templates differ in form
+    lines = [row["plain"]]
+    for turn in itertools.zip_longest(*expanded):
+        lines += [line for line in turn if line]
+    distinct = list(dict.fromkeys(lines))
+    return tuple(distinct[:N_TEMPLATES])
 
 
 def task_values(task, value_of):
@@ -113,349 +155,598 @@ def task_values(task, value_of):
     row = TASKS[task]
     values = []
     for position, kind in enumerate(row.inputs):
-        which = row.inputs[:position].count(kind)           # the second pose, or image, is B's
+        which = row.inputs[:position].count(kind)          # the second pose, or image, is B's
         values.append(value_of(kind, which))
     values.append(value_of(row.target, int(row.pair)))
     return values
 
 
 def render_template(task, values, template):
-    """A template filled with an example -> segments [(kind, value, is_target)], the answer last.
+    """Fills a template with an example: a list of segments (kind, value, is_target), target last.
 
-    values: the task's inputs in order, then its target. The template is cut at its slots before anything is put in, so
-    a caption that itself says "<pose>" stays text.
+    values: the task's inputs in order, then its target. The template is split at its slots before
+    anything is filled in, so a caption that contains "<pose>" stays text.
     """
     row = TASKS[task]
-    filled = dict(zip(slots(task), zip(row.inputs, values)))
-    pieces = [filled.get(piece, ("text", piece)) for piece in SLOT.split(template) if piece]
-    return [(kind, value, False) for kind, value in pieces] + [(row.target, values[-1], True)]
+    inputs = {}
+    for slot, kind, value in zip(slots(task), row.inputs, values):
+        inputs[slot] = (kind, value, False)
+
+    segments = []
+    for piece in SLOT.split(template):
+        if piece in inputs:
+            segments.append(inputs[piece])
+        elif piece:
+            segments.append(("text", piece, False))
+    segments.append((row.target, values[-1], True))
+    return segments
 
 
-# ---- 2. Synthetic people: poses without end. M of them, each of C angles -------------------------
-LEGS_ARMS = ["left_leg", "right_leg", "left_arm", "right_arm"]
-BODY_PARTS = ["root", "trunk", "head", *LEGS_ARMS]
-EDIT_WEIGHTS = np.array([0, 2, 0, 2, 0, 1, 1])                   # tickets in a lottery; the right leg carries and stays
-N_EDITS_CDF = [0.10, 0.40]                                       # share of edits of one part; of one or two (the rest: three)
-LOW_MOTION_JOINTS = [JOINTS.index(f"{side}_{part}") for side in ("left", "right") for part in ("collar", "foot", "wrist")]
+# ---- 2. Synthetic people -------------------------------------------------------------------------
+# A person is C = 27 angles. An activity of assets/activities.json holds ranges for them:
+#
+#   activity --choose gestures--> ranges (M,2,C) --draw--> angles (M,C) --limit--> rotmat (M,22,3,3)
+#
+# Every second person is an edit of the one before, with one to three body parts drawn anew.
+LIMBS = ["left_leg", "right_leg", "left_arm", "right_arm"]
+BODY_PARTS = ["root", "trunk", "head", *LIMBS]
+LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
+    "left_collar", "left_foot", "left_wrist", "right_collar", "right_foot", "right_wrist")]
+
+# What an edit reads in activities.json in place of a part's own entry
+EDIT_ENTRIES = {"trunk": "edit_trunk", "left_leg": "edit_legs", "right_leg": "edit_legs",
+                "left_arm": "edit_arms", "right_arm": "edit_arms"}
+EDIT_WEIGHTS = {"trunk": 2, "left_leg": 2, "left_arm": 1, "right_arm": 1}   # the right leg stands
+N_EDITS_CDF = (0.10, 0.40)               # P(one part is edited), P(at most two); at most three are
+VIEW_CDF = (0.7, 0.8, 0.9)               # P(front), P(front or right) ...; the rest: left
+SPLIT_SIZE = 1 << 20                     # people of a split, at most
+SPLITS = {"train": 0, "val": SPLIT_SIZE, "test": 2 * SPLIT_SIZE}     # numbers of their first people
+
+# A person is made from a row of 96 random numbers. Every row uses these columns,
+N_UNIFORMS = 96
+U_ACTIVITY = 0
+U_MIRROR = 1
+U_VIEW = 2
+U_HEADING = 3
+# the first person of a pair these,
+U_FRESH = slice(4, 35)                   # 4 gestures, 27 angles
+U_NOISE = slice(35, 62)                  # 27 angles
+U_LOW_MOTION = slice(78, 96)             # 6 joints, 3 turns each
+# and the second, its edit, these.
+U_EDIT_PARTS = slice(4, 11)              # 7 body parts
+U_N_EDITS = 11
+U_EDIT_HEAD = 12
+U_DRAFT_1 = slice(13, 44)                # 4 gestures, 27 angles
+U_DRAFT_2 = slice(44, 75)
 
 
 def hash_uniform(rows, n):
-    """Row numbers (M,) -> (M,n) numbers in [0,1): a pure function of (row, column), by splitmix64.
+    """Row numbers (M,) -> (M,n) numbers in [0,1), each a pure function of its row and column.
 
-    A hash of the counter, not a stream: a row stays what it is whatever else is drawn, and all rows are done at once.
+    A hash of a counter (splitmix64, Steele et al. 2014) instead of a generator per row: a row never
+    depends on which others are drawn, and all rows are computed at once.
     """
-    z = np.asarray(rows, np.uint64)[:, None] * np.uint64(1 << 16) + np.arange(1, n + 1, dtype=np.uint64)
-    z = z * np.uint64(0x9E3779B97F4A7C15)                  # arrays of unsigned numbers wrap around, as they should
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
+    column = np.arange(1, n + 1, dtype=np.uint64)
+    z = np.asarray(rows, np.uint64)[:, None] * (1 << 16) + column             # (M,n)
+    z = z * 0x9E3779B97F4A7C15                             # wraps around at 2^64, as it should
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    return (z >> 11) / float(1 << 53)                      # 53 bits: the precision of a double
+
+
+class JointTurn(NamedTuple):
+    """One angle turns one joint about one axis."""
+
+    order: int              # a joint has up to three turns; number 0 is multiplied from the left
+    joint: int
+    axis: int               # 0 x, 1 y, 2 z
+    column: int             # of the angle
+    scale: float            # radians of the turn per degree of the angle
 
 
 class ActivityTable:
-    """assets/activities.json as arrays. A person is C angles in degrees, named and limited as the table says.
+    """assets/activities.json as arrays, and the steps from random numbers to poses.
 
-    An activity holds ranges of root, trunk and head, and for every limb a list of gestures to choose from; a gesture
-    is a range for each angle of one limb. fresh, edited: what a person, or an edit of one, draws from.
+    angles: C tuples (body part, name); columns: {body part: slice of its angles}; limits (C,2),
+    degrees; turns: list of JointTurn; activities: A names; cdf (A,): how often they are drawn.
+    fresh_ranges, edit_ranges: per activity {body part: (G,2,c)}, the lowest and the highest angles
+    of each of the G gestures that the part chooses from.
     """
 
     def __init__(self):
         table = load_asset("activities")
-        self.gestures, self.sets = {"leg": table["legs"], "arm": table["arms"]}, table["sets"]
-        limits = {part: table["limits"][part.split("_")[-1]] for part in BODY_PARTS}
-        self.angles = [(part, angle) for part in BODY_PARTS for angle in limits[part]]
-        self.limits = np.array([limits[part][angle] for part, angle in self.angles], np.float64)     # (C,2)
-        self.owner = np.array([BODY_PARTS.index(part) for part, _ in self.angles])                             # (C,)
-        self.turns = self.read_turns(table["axes"])
-        rows = {name: {**table["usual"], **row} for name, row in table["activities"].items()}
-        self.activities = list(rows)
-        often = np.cumsum([row.get("often", 1.0) for row in rows.values()])
-        self.shares = often / often[-1]                                                      # (A,) cumulated
-        self.fresh = self.options(rows.values(), ["trunk", *LEGS_ARMS])
-        self.edited = self.options(rows.values(), ["edit_trunk", "edit_legs", "edit_legs", "edit_arms", "edit_arms"])
+        self.angles = []
+        self.columns = {}
+        limits = []
+        for part in BODY_PARTS:
+            kind = part.split("_")[-1]                     # left and right limbs share their limits
+            start = len(self.angles)
+            self.angles += [(part, angle) for angle in table["limits"][kind]]
+            self.columns[part] = slice(start, len(self.angles))
+            limits += table["limits"][kind].values()
+        self.limits = np.array(limits, np.float64)
+        assert len(self.angles) == 27, "U_FRESH and its neighbours are laid out for 27 angles"
 
-    def at(self, angle, parts=BODY_PARTS):
-        """The columns of an angle: at("flex") -> those of both legs."""
-        return [c for c, (part, name) in enumerate(self.angles) if name == angle and part in parts]
+        self.turns = self.read_turns(table["axes"])
+        self.activities = list(table["activities"])
+        self.fresh_ranges = []
+        self.edit_ranges = []
+        weights = []
+        for row in table["activities"].values():
+            row = table["usual"] | row
+            self.fresh_ranges.append(self.read_ranges(table, row, {}))
+            self.edit_ranges.append(self.read_ranges(table, row, EDIT_ENTRIES))
+            weights.append(row.get("weight", 1.0))
+        cdf = np.cumsum(weights)
+        self.cdf = cdf / cdf[-1]
+
+    def at(self, angle):
+        """The columns of an angle: at("knee") -> those of both legs."""
+        return [column for column, (_, name) in enumerate(self.angles) if name == angle]
 
     def read_turns(self, axes):
-        """-> (3,C,22,3): angles times this are the axis-angles of three turns of every joint, the last done first."""
-        out = np.zeros((3, len(self.angles), len(JOINTS), 3))
-        for joint, turns in axes.items():
-            for slot, (part, angle, axis, share) in enumerate(turns):
-                turn = math.radians(share) * np.eye(3)["xyz".index(axis[1])] * (1 if axis[0] == "+" else -1)
-                out[slot, self.at(angle, [part]), JOINTS.index(joint)] = turn
-                if part in LEGS_ARMS:                      # the right limb mirrors the left: y and z turn backwards
-                    right = self.at(angle, [part.replace("left", "right")])
-                    out[slot, right, JOINTS.index(joint.replace("left", "right"))] = turn * [1, -1, -1]
-        return out
+        """A list of JointTurn from the table of axes; `about` of activities.json has its format."""
+        turns = []
+        for joint, rows in axes.items():
+            for order, (part, angle, (sign, letter), share) in enumerate(rows):
+                axis = "xyz".index(letter)
+                scale = math.radians(share)
+                if sign == "-":
+                    scale = -scale
+                column = self.angles.index((part, angle))
+                turns.append(JointTurn(order, JOINTS.index(joint), axis, column, scale))
+        return turns
 
-    def span(self, part, ranges):
-        """{angle: [lo, hi]} of one part -> (2,C), 0 elsewhere. A foot left out is NaN: see `settle`."""
-        out = np.zeros((2, len(self.angles)))
-        for c in np.flatnonzero(self.owner == BODY_PARTS.index(part)):
-            out[:, c] = ranges.get(self.angles[c][1], np.nan if self.angles[c][1] == "point" else 0)
-        return out
+    def read_ranges(self, table, row, entries):
+        """The ranges of one activity: {body part: (G,2,c)}.
 
-    def options(self, rows, keys):
-        """-> ranges of root, trunk and head (A,2,C), of the limbs' gestures (A,4,O,2,C), how many of these (A,4)."""
-        body, limbs = [], []
-        for row in rows:
-            ranges = row.get("root", {}), row[keys[0]], row["head"]
-            body.append(sum(self.span(*pair) for pair in zip(BODY_PARTS, ranges)))
-            limbs.append([[self.span(limb, self.gestures[limb.split("_")[1]][name])
-                           for entry in row[key] for name in self.sets.get(entry, [entry])]
-                          for limb, key in zip(LEGS_ARMS, keys[1:])])
-        counts = np.array([[len(gestures) for gestures in row] for row in limbs])
-        padded = [[(gestures * counts.max())[:counts.max()] for gestures in row] for row in limbs]
-        return np.array(body), np.array(padded), counts
+        entries: {body part: its entry in the row}, if it is not the one of its own name.
+        """
+        ranges = {}
+        for part in BODY_PARTS:
+            entry = row.get(entries.get(part, part), {})
+            gestures = [entry]
+            if part in LIMBS:
+                known = table["gestures"][part.split("_")[-1]]
+                names = expand_sets(entry, table["sets"])
+                gestures = [known[name] for name in names]
+            arrays = [self.range_of(part, gesture) for gesture in gestures]
+            ranges[part] = np.stack(arrays)
+        return ranges
 
-    def draw(self, table, activity, u):
-        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range."""
-        body, limbs, counts = table
-        choice = (u[:, :4] * counts[activity]).astype(int)                                   # (M,4)
-        spans = body[activity] + limbs[activity[:, None], np.arange(4), choice].sum(1)       # (M,2,C)
-        return spans[:, 0] + u[:, 4:] * (spans[:, 1] - spans[:, 0])
+    def range_of(self, part, gesture):
+        """{angle: [low, high]} of a body part -> (2,c): 0 where left out, NaN for a level foot."""
+        rows = []
+        for _, angle in self.angles[self.columns[part]]:
+            default = np.nan if angle == "point" else 0.0
+            rows.append(gesture.get(angle, [default, default]))
+        return np.array(rows, np.float64).T
+
+    def draw(self, ranges, activity, u):
+        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range.
+
+        ranges: `fresh_ranges` or `edit_ranges`.
+        """
+        bounds = np.zeros((len(u), 2, len(self.angles)))                      # (M,2,C)
+        for a in np.unique(activity):
+            rows = np.flatnonzero(activity == a)
+            for part, gestures in ranges[a].items():
+                chosen = np.zeros(len(rows), int)
+                if part in LIMBS:
+                    lot = u[rows, LIMBS.index(part)]                          # (m,) in [0,1)
+                    chosen = (lot * len(gestures)).astype(int)
+                bounds[rows, :, self.columns[part]] = gestures[chosen]
+        low = bounds[:, 0]
+        high = bounds[:, 1]
+        return low + u[:, 4:] * (high - low)
 
     def edit(self, angles, activity, u):
-        """Changes one to three parts of each person, the head sometimes too. angles (M,C), u (M,9+2(4+C)) -> (M,C)."""
-        near, far = (self.draw(self.edited, activity, v) for v in np.split(u[:, 9:], 2, axis=1))
-        own = np.eye(len(BODY_PARTS))[self.owner]                                                      # (C,7)
-        # of two drafts of every part the one that moves more: an edit should be seen
-        pick = [np.nan_to_num(np.abs(draft - angles)) @ own for draft in (near, far)]        # (M,7)
-        target = np.where((pick[1] > pick[0])[:, self.owner], far, near)
-        tickets = u[:, :7] ** (1 / np.maximum(EDIT_WEIGHTS, 1e-3))                                 # a lottery with weights
-        changed = tickets.argsort(1).argsort(1) >= 6 - (u[:, 7:8] > N_EDITS_CDF).sum(1, keepdims=True)
-        changed[:, BODY_PARTS.index("head")] = u[:, 8] < 0.4
-        return np.where(changed[:, self.owner], target, angles)
+        """Redraws one to three parts of each person, sometimes the head as well.
+
+        angles (M,C), activities (M,), random numbers (M,96) -> (M,C).
+        """
+        # weighted sampling without replacement: the items with the largest keys u^(1/weight) are
+        # the sample (Efraimidis & Spirakis 2006)
+        weights = np.array([EDIT_WEIGHTS.get(part, 0.001) for part in BODY_PARTS])
+        keys = u[:, U_EDIT_PARTS] ** (1 / weights)                            # (M,7)
+        rank = keys.argsort(1).argsort(1)                                     # (M,7) 6: largest
+        n_edits = 1 + np.searchsorted(N_EDITS_CDF, u[:, [U_N_EDITS]])         # (M,1)
+        is_edited = rank >= len(BODY_PARTS) - n_edits                         # (M,7)
+        is_edited[:, BODY_PARTS.index("head")] = u[:, U_EDIT_HEAD] < 0.4
+
+        draft_1 = self.draw(self.edit_ranges, activity, u[:, U_DRAFT_1])      # (M,C)
+        draft_2 = self.draw(self.edit_ranges, activity, u[:, U_DRAFT_2])      # (M,C)
+        result = angles.copy()
+        for p, part in enumerate(BODY_PARTS):
+            columns = self.columns[part]
+            before = angles[:, columns]                                       # (M,c)
+            first = draft_1[:, columns]
+            second = draft_2[:, columns]
+
+            # the draft that moves the part further: an edit should be visible
+            move_1 = np.nansum(np.abs(first - before), 1, keepdims=True)      # (M,1)
+            move_2 = np.nansum(np.abs(second - before), 1, keepdims=True)
+            after = np.where(move_2 > move_1, second, first)
+            result[:, columns] = np.where(is_edited[:, [p]], after, before)
+        return result
 
     def apply_joint_limits(self, angles):
-        """Angles as drawn (M,C) -> as the joints have them: soles level, bowed at the hips, all within limits."""
-        angles, hinge, legs, feet = angles.copy(), self.at("hinge"), self.at("flex"), self.at("point")
-        level = angles[:, legs] - angles[:, self.at("knee")]
-        angles[:, feet] = np.where(np.isnan(angles[:, feet]), level, angles[:, feet])
-        # who already sits cannot bow far: the hips have only so much room
-        angles[:, hinge] = np.minimum(angles[:, hinge], self.limits[legs[0], 1] - angles[:, legs].max(1, keepdims=True))
-        angles[:, legs] += angles[:, hinge]
-        return angles.clip(*self.limits.T)
+        """Angles (M,C) as drawn -> made possible: soles level, hips bowed, all within limits."""
+        flex = self.at("flex")
+        hips = angles[:, flex]                                                # (M,2)
+        knees = angles[:, self.at("knee")]
+        feet = angles[:, self.at("point")]
+        hinge = angles[:, self.at("hinge")]                                   # (M,1)
 
-    def rotations(self, angles, still):
-        """Settled angles (M,C), small turns of collars, feet and wrists (M,18) degrees -> rotmat (M,22,3,3) float32."""
+        feet = np.where(np.isnan(feet), hips - knees, feet)
+        # a seated person cannot bow far: the hips are bent already
+        room = self.limits[flex, 1] - hips                                    # (M,2)
+        hinge = np.minimum(hinge, room.min(1, keepdims=True))
+
         angles = angles.copy()
-        angles[:, self.at("raise")] -= 90                  # the rest pose is a T
+        angles[:, flex] = hips + hinge
+        angles[:, self.at("point")] = feet
+        angles[:, self.at("hinge")] = hinge
+        low, high = self.limits.T
+        return angles.clip(low, high)
+
+    def rotations(self, angles, low_motion):
+        """Angles within limits (M,C) -> rotmat (M,22,3,3) float32.
+
+        low_motion (M,6,3): axis-angles of collars, feet and wrists, degrees.
+        """
+        angles = angles.copy()
+        angles[:, self.at("raise")] -= 90                  # at rest the arms are level: a T
         angles[:, self.at("pitch")] += angles[:, self.at("hinge")]
-        first, second, third = torch.tensor(np.einsum("mc,scjk->smjk", angles, self.turns, optimize=True)).float()
-        third[:, LOW_MOTION_JOINTS] = torch.tensor(np.radians(still)).float().unflatten(1, (6, 3))
-        return aa_to_matrix(first) @ aa_to_matrix(second) @ aa_to_matrix(third)              # (M,22,3,3)
+
+        turns = np.zeros((3, len(JOINTS), 3, len(angles)))                    # (3,22,3,M)
+        for order, joint, axis, column, scale in self.turns:
+            turns[order, joint, axis] += scale * angles[:, column]
+        turns[2, LOW_MOTION_JOINTS] = np.radians(low_motion).transpose(1, 2, 0)
+        turns = torch.tensor(turns).float().permute(0, 3, 1, 2)               # (3,M,22,3)
+        first, second, third = aa_to_matrix(turns)                            # (M,22,3,3)
+        return first @ second @ third
 
 
-activity_table = functools.cache(ActivityTable)                           # the tables are read once
-SPLITS = {"train": 0, "val": 1 << 20, "test": 2 << 20}     # where a split starts among all people: they never meet
-N_UNIFORMS = 96                                              # random numbers a row may use
-VIEW_CDF = (0.7, 0.8, 0.9)                                     # their shares, cumulated; the last takes what is left
+def expand_sets(names, sets):
+    """Names of gestures and of sets of gestures -> names of gestures."""
+    gestures = []
+    for name in names:
+        gestures += sets.get(name, [name])
+    return gestures
+
+
+activity_table = functools.cache(ActivityTable)            # read once
 
 
 def sample_people(split, n):
-    """The first n people of a split (n even) -> activity indices (n,), rotmat (n,22,3,3), headings (n,) radians.
+    """The first n people of a split, n even.
 
-    Rows 2i and 2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored. Raises UserError.
+    -> activities (n,), indices; rotmat (n,22,3,3), facing +z; headings (n,), radians. Rows 2i and
+    2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored, because the
+    activities of the table are one-sided. Raises UserError.
     """
-    if split not in SPLITS or not 2 <= n <= 1 << 20 or n % 2:
-        raise UserError(f"no {n} people in split {split!r}: the splits are {', '.join(SPLITS)}, and people come in pairs")
-    crowd, u = activity_table(), hash_uniform(SPLITS[split] + np.arange(n), N_UNIFORMS)
-    wide, one, two = 4 + len(crowd.angles), u[0::2, 4:], u[1::2, 4:]
-    activity = np.searchsorted(crowd.shares, u[0::2, 0], side="right")
-    drawn = crowd.draw(crowd.fresh, activity, one[:, :wide]) + 4 * one[:, wide:2 * wide - 4] - 2    # noise: 2 degrees
-    angles = np.stack([drawn, crowd.edit(drawn, activity, two[:, :9 + 2 * wide])], 1).reshape(n, -1)
-    rotmat = crowd.rotations(crowd.apply_joint_limits(angles), (6 * one[:, -18:] - 3).repeat(2, 0))
-    flipped = torch.tensor(u[0::2, 1] < 0.5).repeat_interleave(2)
-    rotmat[flipped] = mirror(rotmat[flipped])
-    view = np.searchsorted(VIEW_CDF, u[:, 2], side="right")    # most face the camera
-    headings = view * math.pi / 2 + (2 * u[:, 3] - 1) * math.radians(35)
-    return activity.repeat(2), rotmat, (headings + math.pi) % (2 * math.pi) - math.pi
+    if split not in SPLITS or n % 2 or not 2 <= n <= SPLIT_SIZE:
+        raise UserError(f"cannot draw {n} people of split {split!r}: the splits are "
+                        f"{', '.join(SPLITS)}; people come in pairs, 2 to {SPLIT_SIZE} of them")
+    table = activity_table()
+    u = hash_uniform(SPLITS[split] + np.arange(n), N_UNIFORMS)                # (n,96)
+    even = u[0::2]                                                            # (n/2,96)
+    odd = u[1::2]
+
+    activity = np.searchsorted(table.cdf, even[:, U_ACTIVITY], side="right")  # (n/2,)
+    drawn = table.draw(table.fresh_ranges, activity, even[:, U_FRESH])        # (n/2,C)
+    drawn = drawn + 4 * even[:, U_NOISE] - 2               # up to 2 degrees of noise
+    edited = table.edit(drawn, activity, odd)                                 # (n/2,C)
+    angles = np.stack([drawn, edited], 1)                                     # (n/2,2,C)
+    angles = table.apply_joint_limits(angles.reshape(n, -1))                  # (n,C)
+
+    low_motion = 6 * even[:, U_LOW_MOTION] - 3             # up to 3 degrees about each axis
+    low_motion = low_motion.reshape(-1, 6, 3).repeat(2, 0)
+    rotmat = table.rotations(angles, low_motion)                              # (n,22,3,3)
+    mirrored = torch.tensor(even[:, U_MIRROR] < 0.5).repeat_interleave(2)     # (n,)
+    rotmat[mirrored] = mirror(rotmat[mirrored])
+
+    view = np.searchsorted(VIEW_CDF, u[:, U_VIEW], side="right")              # (n,)
+    deviation = (2 * u[:, U_HEADING] - 1) * math.radians(35)
+    heading = view * math.pi / 2 + deviation
+    heading = (heading + math.pi) % (2 * math.pi) - math.pi
+    return activity.repeat(2), rotmat, heading
 
 
 # ---- 3. The renderer, and photographs ------------------------------------------------------------
-LIGHT = np.array([-0.41, 0.68, 0.60])                      # length 1: from above, the picture's left, the front
-DISTANCE, PITCH = 5.0, 0.16                                # camera: metres from the person, radians looking down
-CLOTHES = {"skin": (0.87, 0.68, 0.57), "hair": (0.20, 0.14, 0.11), "shirt": (0.93, 0.91, 0.86),
-           "trousers": (0.47, 0.50, 0.56), "shoes": (0.26, 0.26, 0.29)}
-SIDES = {"left": (0.93, 0.47, 0.24), "right": (0.20, 0.52, 0.82)}                # the person's left warm, right cool
+LIGHT = np.array([-0.41, 0.68, 0.60])                      # to the lamp: left, above, in front
+DISTANCE = 5.0                                             # of the camera from the person, metres
+PITCH = 0.16                                               # how far it looks down, radians
+CLOTHES = {
+    "skin": (0.87, 0.68, 0.57),
+    "hair": (0.20, 0.14, 0.11),
+    "shirt": (0.93, 0.91, 0.86),
+    "trousers": (0.47, 0.50, 0.56),
+    "shoes": (0.26, 0.26, 0.29),
+}
+WORN = {                                                   # all other joints wear the shirt
+    "pelvis": "trousers", "hip": "trousers", "knee": "trousers", "ankle": "shoes", "foot": "shoes",
+    "neck": "skin", "head": "skin", "wrist": "skin", "hand": "skin",
+}
+SIDE_TINTS = {"left": (0.93, 0.47, 0.24), "right": (0.20, 0.52, 0.82)}      # left warm, right cool
+TINTED = ("hip", "knee", "shoulder", "elbow")              # hands and feet keep their colour
+HEAD = JOINTS.index("head")
 
 
 def body_colors(body, sides=0.75, **clothes):
-    """One colour for each vertex -> (V,3) in 0..1: dressed, dark hair, so that front, back, left and right tell apart.
+    """The colours of a dressed body, one per vertex: (V,3) in 0..1.
 
-    clothes: any entry of CLOTHES, as rgb. sides: how strongly the limbs take the tint of their side (0: not at all).
+    Dark hair tells the front from the back, tinted limbs tell left from right. sides: the strength
+    of the tint, 0 for none. clothes: entries of CLOTHES to replace, as rgb.
     """
     clothes = {**CLOTHES, **clothes}
-    # what each joint wears; those not named here wear the shirt
-    wear = dict.fromkeys(("pelvis", "hip", "knee"), "trousers") | dict.fromkeys(("ankle", "foot"), "shoes")
-    wear |= dict.fromkeys(("neck", "head", "wrist", "hand"), "skin")
     palette = []
-    for name in JOINTS + ["left_hand", "right_hand"]:
+    for name in [*JOINTS, "left_hand", "right_hand"]:
         side, _, part = name.rpartition("_")
-        color = np.array(clothes[wear.get(part, "shirt")])
-        limb = side in SIDES and part in ("hip", "knee", "shoulder", "elbow")  # hands and feet stay natural
-        palette.append(color + sides * limb * (SIDES.get(side, color) - color))
-    share = body.weights.cpu().numpy() ** 3                # cubed: hems half as wide as the skin's own blending
-    colors = share @ np.array(palette) / share.sum(1, keepdims=True)
-    # the skull: hair behind the ears and above the forehead, skin in front
-    head, place = body.weights[:, 15].cpu().numpy() > 0.5, (body.template - body.rest[15]).cpu().numpy()
-    tall = place[head, 1].max()                            # from the head joint to the crown, metres
-    hair = head & (place[:, 1] > 0.15 * tall) & (place[:, 2] < 0.05 - 0.9 * (0.85 * tall - place[:, 1]).clip(0))
-    colors[hair | (head & (place[:, 1] > 0.82 * tall))] = clothes["hair"]
+        color = np.array(clothes[WORN.get(part, "shirt")])
+        if side in SIDE_TINTS and part in TINTED:
+            color = color + sides * (SIDE_TINTS[side] - color)
+        palette.append(color)
+
+    # cubed skinning weights: hems half as wide as the blending of the skin
+    share = body.weights.cpu().numpy() ** 3                                   # (V,24)
+    colors = share @ np.array(palette) / share.sum(1, keepdims=True)          # (V,3)
+
+    # hair behind the ears, above the forehead and on the crown; heights from the head joint
+    on_head = body.weights[:, HEAD].cpu().numpy() > 0.5                       # (V,)
+    place = (body.template - body.rest[HEAD]).cpu().numpy()                   # (V,3)
+    height = place[:, 1]
+    top = height[on_head].max()
+    hairline = 0.05 - 0.9 * (0.85 * top - height).clip(0)                     # (V,)
+    is_hair = (height > 0.15 * top) & (place[:, 2] < hairline)
+    is_hair = on_head & (is_hair | (height > 0.82 * top))
+    colors[is_hair] = clothes["hair"]
     return colors
 
 
 def rotation_y(angle):
-    """Rotation by `angle` radians about the vertical: a person who faced +z then faces +x for angle = pi/2."""
-    c, s = math.cos(angle), math.sin(angle)
+    """Rotation matrix about the vertical: pi/2 turns a person who faces +z to face +x."""
+    c = math.cos(angle)
+    s = math.sin(angle)
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
 
 
-def camera(points, frame, size, zoom, shift):
-    """Points (n,3) seen by the camera -> pixels (n,2), depth (n,), larger is nearer; `frame` (m,3) is what must fit.
+def view_from_camera(points, center):
+    """Points (n,3) -> metres in the picture's plane (n,2), y down; depth (n,), larger is nearer.
 
-    The frame fills three quarters of the picture's width, or 0.92 of its height, whichever comes first.
+    The camera looks at `center` from DISTANCE, PITCH from above.
     """
-    c, s = math.cos(PITCH), math.sin(PITCH)
-    down = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    middle = (frame.min(0) + frame.max(0)) / 2             # the camera looks at it from DISTANCE
-
-    def project(at):
-        x, y, z = ((at - middle) @ down.T).T
-        return np.stack([x, -y], 1) * (DISTANCE / (DISTANCE - z))[:, None], z  # mild perspective: near limbs are larger
-
-    flat, _ = project(frame)                               # metres in the picture's plane
-    low, high = flat.min(0), flat.max(0)
-    scale = zoom * size * min(0.75 / (high[0] - low[0]), 0.92 / (high[1] - low[1]))
-    flat, depth = project(points)
-    return (flat - (low + high) / 2) * scale + (np.array(shift) + 0.5) * size, depth
+    c = math.cos(PITCH)
+    s = math.sin(PITCH)
+    look_down = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    x, y, z = ((points - center) @ look_down.T).T
+    perspective = DISTANCE / (DISTANCE - z)                # mild: near limbs are a little larger
+    plane = np.stack([x, -y], 1) * perspective[:, None]
+    return plane, z
 
 
-def shadow(canvas, pixels):
-    """Darkens the floor under the person: the vertices dropped onto it, counted on a coarse grid, blurred."""
-    size, grid = canvas.width, 64
-    cells = np.clip(pixels * grid / size, 0, grid - 1).astype(int)
-    counts = np.bincount(cells[:, 1] * grid + cells[:, 0], minlength=grid * grid).reshape(grid, grid)
-    # saturating: a leg seen from above holds few vertices, but its shadow is as dark as the torso's
-    soft = 100 * (1 - np.exp(-counts * 700 / len(pixels)))
-    mask = Image.fromarray(soft.astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.3)).resize((size, size), 2)
+def project(points, frame, size, zoom, shift):
+    """Points (n,3) -> pixels (n,2) and depth (n,) in a picture of size x size that holds `frame`.
+
+    The points `frame` (m,3) fill three quarters of the picture's width or 0.92 of its height,
+    whichever comes first. zoom (factor) and shift (share of the size) change that.
+    """
+    center = (frame.min(0) + frame.max(0)) / 2
+    plane, _ = view_from_camera(frame, center)
+    low = plane.min(0)
+    high = plane.max(0)
+    width, height = high - low
+    scale = zoom * size * min(0.75 / width, 0.92 / height)
+
+    plane, depth = view_from_camera(points, center)
+    middle = (low + high) / 2
+    shift = np.array(shift) + 0.5
+    return (plane - middle) * scale + shift * size, depth
+
+
+def draw_shadow(canvas, pixels):
+    """Darkens the floor where dropped vertices land: counted on a coarse grid, then blurred."""
+    grid = 64
+    cell = np.clip(pixels * grid / canvas.width, 0, grid - 1).astype(int)     # (V,2)
+    column, row = cell.T
+    counts = np.bincount(row * grid + column, minlength=grid * grid)
+    # saturates: a leg seen from above has few vertices, but its shadow is as dark as the torso's
+    darkness = 100 * (1 - np.exp(-counts * 700 / len(pixels)))
+    mask = Image.fromarray(darkness.reshape(grid, grid).astype(np.uint8))
+    mask = mask.filter(ImageFilter.GaussianBlur(1.3))
+    mask = mask.resize(canvas.size, Image.BILINEAR)
     canvas.paste((40, 40, 50), mask=mask)
 
 
-def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236, 240), zoom=1.0, shift=(0.0, 0.0),
-           floor=True, light=LIGHT):
-    """Draws a mesh: vertices (V,3) y up, faces (F,3), colors (V,3) in 0..1 -> picture (size,size,3) uint8.
+def shade(vertices, faces, colors, light):
+    """The colours of vertices (V,3) under a lamp in the direction `light`, a unit vector: (V,3)."""
+    corners = vertices[faces]                                                 # (F,3,3)
+    edge_1 = corners[:, 1] - corners[:, 0]
+    edge_2 = corners[:, 2] - corners[:, 0]
+    face_normals = np.cross(edge_1, edge_2)                                   # (F,3)
 
-    heading: radians that the person is turned about the vertical (0: faces the camera; pi/2: faces the right edge).
-    background: an rgb colour (0..255) or a picture (size,size,3). zoom, shift: framing noise (factor, share of size).
+    # a vertex's normal is the sum over its faces; the cross product weights large ones more
+    normals = np.zeros_like(vertices)                                         # (V,3)
+    for axis in range(3):
+        weights = np.repeat(face_normals[:, axis], 3)
+        normals[:, axis] = np.bincount(faces.ravel(), weights, len(vertices))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+
+    brightness = 0.5 + 0.5 * normals @ light               # half Lambert: no side is black
+    brightness = 0.30 + 0.80 * brightness ** 1.5                              # (V,)
+    return np.asarray(colors) * brightness[:, None]
+
+
+def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236, 240), zoom=1.0,
+           shift=(0.0, 0.0), floor=True, light=LIGHT):
+    """Draws a mesh -> picture (size,size,3) uint8. A painter's algorithm: far triangles first.
+
+    vertices (V,3), metres, y up; faces (F,3); colors (V,3) in 0..1. heading: radians by which the
+    person turns about the vertical (0 faces the camera, pi/2 the right edge). background: rgb in
+    0..255, or a picture (size,size,3). zoom, shift: see `project`. floor: with a shadow on it.
     light: unit vector to the lamp.
-    Painter's algorithm: triangles facing us, far ones first, drawn twice as large and averaged down.
     """
-    vertices, faces = np.asarray(vertices, np.float64) @ rotation_y(heading).T, np.asarray(faces)
-    corners = vertices[faces]                                                     # (F,3,3)
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # longer where larger
-    # a vertex's normal: the sum over its triangles, so that large ones count more
-    smooth = np.stack([np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), len(vertices)) for k in range(3)], 1)
-    smooth /= np.linalg.norm(smooth, axis=1, keepdims=True) + 1e-12
-    lit = 0.5 + 0.5 * smooth @ light                       # half Lambert: no side is black
-    shaded = np.asarray(colors) * (0.30 + 0.80 * lit ** 1.5)[:, None]
-    pixels, depth = camera(vertices, vertices, 2 * size, zoom, shift)
-    seen = pixels[faces]                                                          # (F,3,2)
-    one, two = seen[:, 1] - seen[:, 0], seen[:, 2] - seen[:, 0]
-    front = np.flatnonzero(one[:, 0] * two[:, 1] - one[:, 1] * two[:, 0] < 0)     # counter-clockwise, y now down
-    front = front[np.argsort(depth[faces[front]].sum(1))]  # farthest first
-    inks = (255 * shaded[faces[front]].mean(1).clip(0, 1)).astype(int) @ [1, 256, 65536]  # Pillow's packed rgb
-    canvas = Image.new("RGB", (2 * size, 2 * size), tuple(background) if np.ndim(background) == 1 else None)
-    if np.ndim(background) > 1:
-        canvas.paste(Image.fromarray(np.asarray(background, np.uint8)).resize(canvas.size))
+    vertices = np.asarray(vertices, np.float64) @ rotation_y(heading).T
+    faces = np.asarray(faces)
+    shaded = shade(vertices, faces, colors, light)                            # (V,3)
+
+    # drawn twice as large and averaged at the end, which smooths the edges
+    side = 2 * size
+    if np.ndim(background) == 1:
+        canvas = Image.new("RGB", (side, side), tuple(background))
+    else:
+        canvas = Image.fromarray(np.asarray(background, np.uint8))
+        canvas = canvas.resize((side, side))
     if floor:
-        dropped = vertices * [1, 0, 1] + [0, vertices[:, 1].min(), 0]  # lowest point = floor
-        shadow(canvas, camera(dropped, vertices, 2 * size, zoom, shift)[0])
+        lowest = vertices[:, 1].min()
+        dropped = vertices * [1, 0, 1] + [0, lowest, 0]
+        draw_shadow(canvas, project(dropped, vertices, side, zoom, shift)[0])
+
+    # triangles that face the camera: counter-clockwise, but y points down in pixels
+    pixels, depth = project(vertices, vertices, side, zoom, shift)
+    triangles = pixels[faces]                                                 # (F,3,2)
+    x_1, y_1 = (triangles[:, 1] - triangles[:, 0]).T       # two edges of each
+    x_2, y_2 = (triangles[:, 2] - triangles[:, 0]).T
+    visible = np.flatnonzero(x_1 * y_2 - y_1 * x_2 < 0)                       # (f,)
+    nearness = depth[faces[visible]].sum(1)
+    visible = visible[np.argsort(nearness)]
+
+    rgb = shaded[faces[visible]].mean(1).clip(0, 1)                           # (f,3)
+    packed = (255 * rgb).astype(int) @ [1, 256, 65536]     # Pillow draws fastest with integers
+    polygons = triangles[visible].reshape(-1, 6)
     draw = ImageDraw.Draw(canvas)
-    for points, ink in zip(seen[front].reshape(-1, 6).tolist(), inks.tolist()):
-        draw.polygon(points, fill=ink)
-    return np.asarray(canvas.reduce(2))                    # averaging smooths the edges
+    for points, color in zip(polygons.tolist(), packed.tolist()):
+        draw.polygon(points, fill=color)
+    return np.asarray(canvas.reduce(2))
 
 
-default_body = functools.cache(load_body)                        # who stands before the camera
+default_body = functools.cache(load_body)                  # read once
 
 
 def random_color(rng, low, high):
-    """A random colour (3,) in 0..1: a grey between low and high, and some tint."""
-    return (rng.uniform(low, high) + rng.uniform(-0.16, 0.16, 3)).clip(0, 1)
+    """A random colour (3,) in 0..1: a grey between low and high, slightly tinted."""
+    grey = rng.uniform(low, high)
+    tint = rng.uniform(-0.16, 0.16, 3)
+    return (grey + tint).clip(0, 1)
 
 
 def random_outfit(rng):
-    """Random clothes for `body_colors`. Hair stays dark and skin lighter, so that front and back can be told apart."""
-    return {"skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05), "hair": rng.uniform(0.02, 0.14, 3),
-            "shirt": random_color(rng, 0.15, 0.9), "trousers": random_color(rng, 0.1, 0.75), "shoes": random_color(rng, 0.05, 0.35)}
+    """Random clothes for `body_colors`. Hair stays darker than skin: it tells front from back."""
+    return {
+        "skin": np.array([0.93, 0.76, 0.64]) * rng.uniform(0.65, 1.05),
+        "hair": rng.uniform(0.02, 0.14, 3),
+        "shirt": random_color(rng, 0.15, 0.9),
+        "trousers": random_color(rng, 0.1, 0.75),
+        "shoes": random_color(rng, 0.05, 0.35),
+    }
 
 
 def random_background(rng, size):
-    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or a wall that meets the floor."""
-    across, down = np.meshgrid(*2 * [np.linspace(0, 1, size)])
-    way, cloud = rng.uniform(-1, 1, 2), Image.fromarray(rng.integers(0, 256, (7, 7), dtype=np.uint8))
-    weight = [lambda: 0 * down,
-              lambda: (0.5 + (across - 0.5) * way[0] + (down - 0.5) * way[1]).clip(0, 1),
-              lambda: np.asarray(cloud.resize((size, size), Image.BICUBIC)) / 255,
-              lambda: down > 0.68 + 0.15 * way[0]][rng.integers(4)]()
-    one, two = random_color(rng, 0.35, 0.95), random_color(rng, 0.35, 0.95)
-    return (255 * (one + weight[..., None] * (two - one))).astype(np.uint8)
+    """A random background (size,size,3) uint8: plain, a gradient, soft noise, or wall and floor."""
+    ramp = np.linspace(0, 1, size)
+    x, y = np.meshgrid(ramp, ramp)                                            # (S,S)
+    slope = rng.uniform(-1, 1, 2)
+    noise = rng.integers(0, 256, (7, 7), dtype=np.uint8)
+
+    kind = ("plain", "gradient", "noise", "wall")[rng.integers(4)]
+    if kind == "plain":
+        mix = np.zeros((size, size))
+    elif kind == "gradient":
+        mix = (0.5 + (x - 0.5) * slope[0] + (y - 0.5) * slope[1]).clip(0, 1)
+    elif kind == "noise":
+        noise = Image.fromarray(noise).resize((size, size), Image.BICUBIC)
+        mix = np.asarray(noise) / 255
+    else:
+        mix = y > 0.68 + 0.15 * slope[0]
+
+    color_1 = random_color(rng, 0.35, 0.95)
+    color_2 = random_color(rng, 0.35, 0.95)
+    picture = color_1 + mix[..., None] * (color_2 - color_1)
+    return (255 * picture).astype(np.uint8)
 
 
 def render_photo(rotmat, size, look, rng):
-    """One person as the camera sees it: rotmat (22,3,3) -> picture (size,size,3) uint8, where its joints are (22,2) in
-    pixels. look: generator of clothes, rng: of the rest: lamp, exposure, what stands behind, how large and where."""
-    body, zoom, lamp = default_body(), rng.uniform(0.75, 1.0), rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
-    joints, vertices = (points[0].numpy() for points in body(rotmat[None]))
-    colors = body_colors(body, 0, **random_outfit(look)) * rng.uniform(0.75, 1.15)
-    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)  # what is not filled is room to stand elsewhere
-    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=random_background(rng, size), zoom=zoom,
-                     shift=shift, floor=rng.random() < 0.7, light=lamp / np.linalg.norm(lamp))
-    return picture, camera(joints, vertices, size, zoom, shift)[0]
+    """Photographs one person: rotmat (22,3,3) -> picture (size,size,3) uint8, joints (22,2) pixels.
+
+    look: RNG of the clothes; rng: RNG of light, exposure, background, scale and position.
+    """
+    body = default_body()
+    zoom = rng.uniform(0.75, 1.0)
+    light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    exposure = rng.uniform(0.75, 1.15)
+    shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)    # who is small may stand off center
+    background = random_background(rng, size)
+    floor = rng.random() < 0.7
+
+    joints, vertices = body(rotmat[None])
+    joints = joints[0].numpy()                                                # (22,3)
+    vertices = vertices[0].numpy()                                            # (V,3)
+    colors = body_colors(body, 0, **random_outfit(look)) * exposure           # (V,3)
+    light = light / np.linalg.norm(light)
+    picture = render(vertices, body.faces, colors.clip(0, 1), size, background=background,
+                     zoom=zoom, shift=shift, floor=floor, light=light)
+    return picture, project(joints, vertices, size, zoom, shift)[0]
 
 
-CELL = 256                                                 # pixels of a cell
+CELL = 256                                                 # pixels of a cell of a contact sheet
+GAP = 6                                                    # between cells
+INK = (30, 30, 30)
+GREY = (110, 110, 110)
 
 
 def text_cell(text):
     """A text as a picture (CELL,CELL), cut where it is too long."""
-    cell = Image.new("RGB", (CELL, CELL), "white")
     lines = textwrap.wrap(text or "(no text)", 34)
-    if len(lines) > 15:
-        lines = [*lines[:14], "…"]
-    font = ImageFont.load_default(14)
-    ImageDraw.Draw(cell).multiline_text((8, 8), "\n".join(lines), fill=(30, 30, 30), font=font, spacing=2)
+    if len(lines) > 14:
+        lines = [*lines[:13], "…"]
+    text = "\n".join(lines)
+    cell = Image.new("RGB", (CELL, CELL), "white")
+    draw = ImageDraw.Draw(cell)
+    draw.multiline_text((10, 8), text, fill=INK, font=ImageFont.load_default(14), spacing=2)
     return cell
 
 
 def contact_sheet(rows):
     """Rows of cells with their titles -> one PIL picture.
 
-    rows: [(title, [(name, value), ...]), ...]. title: text on the left, "" in all rows for none; name: text above a
-    cell; value: a picture (PIL, or (H,W,3) uint8), or a text.
+    rows: [(title, [(name, value), ...]), ...]. title: text on the left, its first line larger; ""
+    in all rows for none. name: text above a cell. value: a picture (PIL, or (H,W,3) uint8), of
+    which the middle square is shown, or a text.
     """
-    margin = 170 if any(title for title, _ in rows) else 0
-    header = 24 if any(name for _, cells in rows for name, _ in cells) else 0
-    height = CELL + header
-    width = max(len(cells) for _, cells in rows) * CELL + margin
-    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+    margin = 0
+    header = 0
+    n_columns = 0
+    for title, cells in rows:
+        n_columns = max(n_columns, len(cells))
+        if title:
+            margin = 170
+        if any(name for name, _ in cells):
+            header = 24
+
+    width = margin + GAP + n_columns * (CELL + GAP)
+    height = header + CELL + GAP                           # of a row
+    sheet = Image.new("RGB", (width, height * len(rows) + GAP), (246, 246, 246))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
+    large_font = ImageFont.load_default(18)
 
     for row, (title, cells) in enumerate(rows):
-        top = row * height
-        draw.multiline_text((10, top + 30), title, fill="black", font=font)
+        top = GAP + row * height
+        headline, _, note = title.partition("\n")
+        draw.text((12, top + header + 4), headline, fill="black", font=large_font)
+        draw.multiline_text((12, top + header + 32), note, fill=GREY, font=font)
+
         for column, (name, value) in enumerate(cells):
-            left = margin + column * CELL
-            draw.text((left + 4, top + 4), name, fill=(90, 90, 90), font=font)
+            left = margin + GAP + column * (CELL + GAP)
+            draw.text((left + 2, top + 3), name, fill=GREY, font=font)
             if isinstance(value, str):
                 value = text_cell(value)
-            if isinstance(value, np.ndarray):
+            elif isinstance(value, np.ndarray):
                 value = Image.fromarray(value)
-            sheet.paste(ImageOps.fit(value, (CELL, CELL)), (left, top + header))
+            cell = ImageOps.fit(value, (CELL, CELL))
+            sheet.paste(cell, (left, top + header))
     return sheet
 
 
@@ -467,65 +758,90 @@ def save_png(picture, path):
 
 # ---- 4. World and Mixture ------------------------------------------------------------------------
 class World:
-    """The embedded data set: n people of a split, in pairs, with everything that can be asked about them.
+    """The embedded data set: the first n people of a split, and what can be said and shown of them.
 
-    poses (n,22,3,3) facing +z, seen (n,22,3,3) the same in the camera's frame, headings (n,) radians, activity: list of
-    n names. Rows 2i and 2i+1 are a pair. Row i is a pure function of (split, i), whatever n is. Raises UserError.
+    poses (n,22,3,3) facing +z; camera_poses (n,22,3,3), the same turned as photographs show them;
+    headings (n,) radians; activity: n names; size: pixels of a photograph. Rows 2i and 2i+1 are a
+    pair. Row i depends on (split, i) only, never on n. Raises UserError.
     """
 
     def __init__(self, split="train", n=2000, size=128):
-        self.split, self.size = split, size
+        self.split = split
+        self.size = size
         activity, self.poses, self.headings = sample_people(split, n)
         self.activity = [activity_table().activities[a] for a in activity]
-        self.camera_poses = turn_root(self.poses, torch.tensor(np.stack([*map(rotation_y, self.headings)])))
+        turns = np.stack([rotation_y(heading) for heading in self.headings])  # (n,3,3)
+        self.camera_poses = turn_root(self.poses, torch.tensor(turns))
 
     def photo(self, i):
-        """The photograph of person i (size,size,3) uint8, and its joints (22,2) in it. Pairs wear the same clothes."""
+        """The photograph of person i (size,size,3) uint8, and its joints (22,2) in pixels."""
         row = SPLITS[self.split] + int(i)
-        return render_photo(self.camera_poses[i], self.size, *map(np.random.default_rng, [(row // 2, 1), (row, 2)]))
+        look = np.random.default_rng((row // 2, 1))        # a pair wears the same clothes
+        rng = np.random.default_rng((row, 2))
+        return render_photo(self.camera_poses[i], self.size, look, rng)
 
     def image(self, i):
-        """The photograph alone."""
+        """The photograph of person i, without the joints."""
         return self.photo(i)[0]
 
     @functools.cached_property
     def codes(self):
-        """Posecodes of everybody, made when the first caption is asked for."""
+        """The posecodes of all people, computed for the first caption."""
         return posecodes(self.poses)
 
     @functools.cached_property
     def pairs(self):
-        """Paircodes of all pairs, from even to odd rows and back."""
-        even, odd = self.poses[0::2], self.poses[1::2]
+        """The paircodes of all pairs: from even to odd rows, and back."""
+        even = self.poses[0::2]
+        odd = self.poses[1::2]
         return paircodes(even, odd), paircodes(odd, even)
 
     @functools.cached_property
     def views(self):
-        """The side that each person turns to the camera, one of VIEWS; "" for who lies, bows or hangs."""
-        up = F.normalize(forward_kinematics(self.poses, rest_joints())[:, JOINTS.index("neck")], dim=-1)[:, 1]
-        sides = np.round(self.headings / (math.pi / 2)).astype(int) % 4
-        return [VIEWS[side] if straight > 0.7 else "" for side, straight in zip(sides, up)]
+        """The side that each person turns to the camera, one of VIEWS; "" if not upright."""
+        joints = forward_kinematics(self.poses, rest_joints())                # (n,22,3)
+        necks = joints[:, JOINTS.index("neck")]                               # (n,3)
+        necks = F.normalize(necks, dim=-1)
+        quarters = np.round(self.headings / (math.pi / 2)).astype(int) % 4
+
+        views = []
+        for neck, quarter in zip(necks, quarters):
+            is_upright = neck[1] > 0.7                     # less than 45 degrees off
+            views.append(VIEWS[quarter] if is_upright else "")
+        return views
 
     def coarse_caption(self, i):
-        """The coarse caption of a photograph: "tree pose, seen from the left"."""
-        return ", ".join(filter(None, [self.activity[i], add_view(self.views[i])])).lower().rstrip(".")
+        """Activity and side of a photograph: "tree pose, seen from the left"."""
+        text = self.activity[i]
+        if self.views[i]:
+            text += ", " + add_view(self.views[i])
+        return text.lower().rstrip(".")
 
     def caption(self, i, rng):
-        """What person i does, in words; rng chooses what is said and how."""
+        """The pose of person i in words; rng chooses statements and wording."""
         return caption(self.codes, i, rng)
 
     def image_caption(self, i, rng):
-        """The same of the photograph: from which side it shows the person, if that can be said, comes first."""
+        """The caption of the photograph: starts with the viewing side, if it is defined."""
         return add_view(self.views[i], self.caption(i, rng))
 
     def user_prompt(self, i, rng):
-        """The same as somebody would type it: whole, or the activity's name, a few of the statements, or both."""
+        """The caption as people type it: whole, or the activity, some statements, or both."""
         if rng.random() < 0.5:
             return self.caption(i, rng)
+
         share = rng.choice([0.0, 0.1, 0.3, 0.5])
-        said = [code for code in choose_codes(eligible_codes(pose_table(), self.codes, i), rng) if rng.random() < share]
-        named = self.activity[i] + "." if i % 2 == 0 and rng.random() < 0.7 else ""    # an edit may be something else
-        return " ".join(filter(None, [named[:1].upper() + named[1:], said and to_text(said, rng)])) or self.caption(i, rng)
+        codes = choose_codes(eligible_codes(pose_table(), self.codes, i), rng)
+        codes = [code for code in codes if rng.random() < share]
+
+        sentences = []
+        # of a pair only the first is named: its edit may have left the activity
+        if i % 2 == 0 and rng.random() < 0.7:
+            activity = self.activity[i]
+            sentences.append(f"{activity[0].upper()}{activity[1:]}.")
+        if codes:
+            sentences.append(to_text(codes, rng))
+        return " ".join(sentences) or self.caption(i, rng)
 
     def difference(self, i, rng):
         """How to get from person i to its partner, in words."""
@@ -536,101 +852,149 @@ class World:
         return (i, i ^ 1) if TASKS[task].pair else (i,)
 
     def text(self, task, i, rng, training=False):
-        """The text of a task about person i, or about the way from i to its partner; see `example`."""
+        """The text of a task about person i, or about the way from i to its partner.
+
+        training: see `example`.
+        """
         row = TASKS[task]
+        method = row.text
+        if training and row.typed:
+            method = row.typed
         if training and row.target == "text":
-            rng = None                                      # which wording is meant cannot be learned: one wording
-        method = row.typed if training and row.typed else row.text
+            rng = None                                     # one fixed wording
         return getattr(self, method)(i, rng)
 
     def example(self, task, i, rng, training=False, cache=None):
-        """The inputs of a task about person i in order, then its target.
+        """The inputs of a task about person i, in order, then its target.
 
-        rng draws the wording of texts. training: prompts are worded as people type them, and targets in one fixed way.
-        cache: what stands in for this world's `poses`, `camera_poses` and `image`, such as code words and features.
+        rng: of the wording of texts. training: prompts vary as people type them; targets have one
+        fixed wording, because the input does not tell which one was drawn. cache: replaces this
+        world's `poses`, `camera_poses` and `image`, for example by codes and image features.
         """
         source = cache or self
         subjects = self.subjects(task, i)
 
         def value_of(kind, which):
+            person = subjects[which]
             if kind == "text":
                 return self.text(task, i, rng, training)
-            person = subjects[which]
             if kind == "image":
                 return source.image(person)
-            return (source.camera_poses if TASKS[task].frame == "camera" else source.poses)[person]
+            if TASKS[task].frame == "camera":
+                return source.camera_poses[person]
+            return source.poses[person]
 
         return task_values(task, value_of)
 
 
 class Mixture:
-    """Endless training examples of some tasks: [k] -> (task, segments), a pure function of (seed, k).
+    """Training examples of some tasks without end: mixture[k] -> (task, segments).
 
-    cache: see `World.example`. templates: how many of the 200 instructions are used (1: the plain one).
-    photos: image tasks ask about the first so many people only (0: all).
+    Example k depends on (seed, k) only. cache: see `World.example`. templates: how many of the 200
+    instructions are used (1: the plain one). photos: how many of the people image tasks are about
+    (0: all).
     """
 
     def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0):
-        self.tasks, self.seed, self.world, self.templates = list(tasks), seed, world, templates
-        self.photos, self.cache = photos or len(world.poses), cache
+        self.tasks = list(tasks)
+        self.seed = seed
+        self.world = world
+        self.cache = cache
+        self.templates = templates
+        self.photos = photos or len(world.poses)
 
     def __getitem__(self, k):
         rng = np.random.default_rng((self.seed, k))
         task = self.tasks[rng.integers(len(self.tasks))]
-        people = self.photos if "image" in TASKS[task].inputs else len(self.world.poses)
-        i, line = int(rng.integers(people)), templates(task)[rng.integers(self.templates)]
+        n_people = len(self.world.poses)
+        if "image" in TASKS[task].inputs:
+            n_people = self.photos
+        i = int(rng.integers(n_people))
+        template = templates(task)[rng.integers(self.templates)]
+
         values = self.world.example(task, i, rng, training=True, cache=self.cache)
-        return task, render_template(task, values, line)
+        return task, render_template(task, values, template)
 
 
 def vocabulary(texts=()):
-    """Sorted list of every word and mark, in lower case, that templates, captions and the texts say."""
-    said = " ".join([*(SLOT.sub(" ", line) for task in TASKS for line in templates(task)), *map(add_view, VIEWS),
-                     *activity_table().activities, *texts])
-    return sorted(set(re.findall(r"[^\s.,?]+|[.,?]", said.lower())) | set(caption_words()))
+    """All words and punctuation marks of templates, captions and `texts`: sorted, lower case."""
+    lines = [*activity_table().activities, *texts]
+    lines += [add_view(view) for view in VIEWS]
+    for task in TASKS:
+        lines += [SLOT.sub(" ", line) for line in templates(task)]
+    words = re.findall(r"[^\s.,?]+|[.,?]", " ".join(lines).lower())
+    return sorted({*words, *caption_words()})
 
 
 # ---- 5. Pose files and pictures ------------------------------------------------------------------
 def as_rotations(array, where):
-    """Numbers of one pose, (22,3,3), (66,), (22,3) or (72,) -> rotmat (22,3,3) float32, exactly orthonormal.
+    """Converts the numbers of one pose to rotation matrices (22,3,3) float32, exactly orthonormal.
 
-    Rotations stored in bfloat16 are off by up to 4e-3; up to 1e-2 is mended (nearest rotation), more is a UserError.
+    array: rotation matrices (22,3,3), or axis-angles (66,), (22,3) or (72,). where: how error
+    messages name it. Matrices within 1e-2 of orthonormal become the nearest rotations (storage in
+    bfloat16 alone is off by up to 4e-3). Raises UserError for anything else.
     """
     if array.dtype.kind not in "iuf":
-        raise UserError(f"{where} holds {array.dtype}, not numbers: give rotation matrices or axis-angles")
+        raise UserError(
+            f"{where} holds {array.dtype}, not numbers: give rotation matrices or axis-angles")
     if array.shape not in {(22, 3, 3), (66,), (22, 3), (72,)}:
-        raise UserError(f"{where} has the shape {array.shape}: one pose is (22,3,3), or axis-angle (66,), (22,3), (72,)")
+        raise UserError(
+            f"{where} has the shape {array.shape}: one pose is (22,3,3), "
+            "or axis-angles (66,), (22,3), (72,)")
+
     pose = torch.as_tensor(array.astype(np.float64))
-    if not (pose.abs() < 1000).all():                      # false for NaN too; no angle in radians is that large
-        raise UserError(f"{where} has NaN, infinite or huge numbers in it: a pose is 22 rotations, in radians")
+    in_range = pose.abs() < 1000  # false for NaN too; no angle in radians is that large
+    if not in_range.all():
+        raise UserError(
+            f"{where} has NaN, infinite or huge numbers in it: a pose is 22 rotations, in radians")
+
     if pose.dim() < 3:
-        return aa_to_matrix(pose.reshape(-1, 3)[:22]).float()  # 72: SMPL's two hand joints are dropped
-    gap = (pose @ pose.mT - torch.eye(3)).abs().amax((1, 2))
-    bad = torch.nonzero((gap > 1e-2) | (torch.linalg.det(pose) < 0)).flatten().tolist()
-    if bad:
-        raise UserError(f"{where} is not made of rotations: matrix {bad[0]} ({JOINTS[bad[0]]}) is not orthonormal "
-                      "with determinant 1")
+        axis_angles = pose.reshape(-1, 3)[:22]  # 72 numbers end in SMPL's two hand joints
+        return aa_to_matrix(axis_angles).float()
+
+    error = (pose @ pose.mT - torch.eye(3)).abs().amax((1, 2))             # (22,)
+    is_bad = (error > 1e-2) | (torch.linalg.det(pose) < 0)                 # (22,)
+    if is_bad.any():
+        joint = int(is_bad.nonzero()[0])
+        raise UserError(
+            f"{where} is not made of rotations: matrix {joint} ({JOINTS[joint]}) "
+            "is not orthonormal with determinant 1")
     left, _, right = torch.linalg.svd(pose)
-    return (left @ right).float()                          # the nearest rotation, in the least-squares sense
+    return (left @ right).float()  # the nearest rotation, in the least-squares sense
 
 
-MOTION_KEYS = ("poses", "root_orient", "pose_body", "mocap_framerate", "mocap_frame_rate")    # both spellings occur
+RATE_KEYS = ("mocap_framerate", "mocap_frame_rate")  # AMASS has both spellings
+MOTION_KEYS = ("poses", "root_orient", "pose_body", *RATE_KEYS)
 
 
 def read_motion(arrays, where):
-    """Arrays of an AMASS .npz, SMPL+H (`poses`) or SMPL-X (`root_orient`, `pose_body`) -> axis-angles (T,66), z up,
-    and frames a second, 0 where the file does not say. Raises UserError."""
-    if {"root_orient", "pose_body"} <= arrays.keys():
-        root, limbs = arrays["root_orient"], arrays["pose_body"]
-        if root.shape[1:] != (3,) or limbs.shape != (len(root), 63):
-            raise UserError(f"{where}: root_orient must be (frames,3) and pose_body (frames,63), as in AMASS")
-        poses = np.concatenate([root, limbs], 1)
-    elif "poses" in arrays and arrays["poses"].ndim == 2 and arrays["poses"].shape[1] >= 66:
-        poses = arrays["poses"][:, :66]
-    else:
-        raise UserError(f"{where} holds no motion: poses (frames, 66 or more) is needed, as in AMASS")
-    rate = next((arrays[name] for name in MOTION_KEYS[3:] if name in arrays), np.zeros(1))
-    return poses, float(rate.item()) if rate.size == 1 and rate.dtype.kind in "iuf" else 0.0
+    """The poses and the frame rate of an AMASS .npz, given as its arrays.
+
+    Understands SMPL+H files (`poses`) and SMPL-X files (`root_orient` and `pose_body`).
+    -> axis-angles (T,66), z up; frames per second, or 0 if the file does not say. Raises UserError.
+    """
+    if "root_orient" in arrays and "pose_body" in arrays:
+        root = arrays["root_orient"]
+        body = arrays["pose_body"]
+        if root.shape[1:] != (3,) or body.shape != (len(root), 63):
+            raise UserError(
+                f"{where}: root_orient must be (frames,3) and pose_body (frames,63), as in AMASS")
+        return np.concatenate([root, body], 1), frame_rate(arrays)
+
+    poses = arrays.get("poses", np.empty(0))
+    if poses.ndim != 2 or poses.shape[1] < 66:
+        raise UserError(
+            f"{where} holds no motion: poses (frames, 66 or more) is needed, as in AMASS")
+    return poses[:, :66], frame_rate(arrays)
+
+
+def frame_rate(arrays):
+    """Frames per second of an AMASS .npz, or 0 if it does not say."""
+    for key in RATE_KEYS:
+        rate = arrays.get(key)
+        if rate is not None and rate.size == 1 and rate.dtype.kind in "iuf":
+            return float(rate.item())
+    return 0.0
 
 
 def pose_of_frame(poses, frame, where):
@@ -641,441 +1005,894 @@ def pose_of_frame(poses, frame, where):
 
 
 def pose_from_camera(array, where):
-    """A pose as `as_rotations` takes it, its root as a camera sees it (z ahead, y down) -> rotmat (22,3,3) in our
-    frame, where +z comes towards the camera. Raises UserError."""
-    return turn_root(as_rotations(np.asarray(array), where), torch.tensor([1.0, -1.0, -1.0]).diag())  # about x
+    """A pose in a camera's axes (z ahead, y down) -> rotmat (22,3,3) in ours. Raises UserError.
+
+    array: as `as_rotations` takes it. In our frame +z points towards the camera.
+    """
+    half_turn_about_x = torch.tensor([1.0, -1.0, -1.0]).diag()
+    return turn_root(as_rotations(np.asarray(array), where), half_turn_about_x)
 
 
 def read_pose(path):
-    """Reads one pose -> rotmat (22,3,3). Raises UserError on a file that is missing, damaged, or not one pose.
+    """Reads a file with one pose -> rotmat (22,3,3).
 
-    .npy: (22,3,3), or axis-angle (66,), (22,3), (72,), body frame (y up).
-    .npz: AMASS keys (`poses`, or `root_orient` + `pose_body`), z up, turned to y up here. `walk.npz:120` is frame 120.
+    .npy: (22,3,3), or axis-angles (66,), (22,3), (72,), in the body frame (y up).
+    .npz: AMASS keys (`poses`, or `root_orient` and `pose_body`), z up, converted to y up.
+    `walk.npz:120` is frame 120 of walk.npz.
+    Raises UserError if the file is missing, damaged or not one pose.
     """
-    path, _, frame = str(path).rpartition(":") if re.search(r"\.npz:\d+$", str(path)) else (path, "", "")
+    path = str(path)
+    frame = ""
+    if re.search(r"\.npz:\d+$", path):
+        path, _, frame = path.rpartition(":")
+
     arrays = read_arrays(path, MOTION_KEYS)
-    if "" in arrays:
+    if "" in arrays:  # a .npy, whose only array has no name
         return as_rotations(arrays[""], path)
+
     poses, _ = read_motion(arrays, path)
     if not frame and len(poses) > 1:
-        raise UserError(f"{path} holds {len(poses)} frames, and one pose is wanted: name the frame, as in {path}:0")
+        raise UserError(
+            f"{path} holds {len(poses)} frames, but one pose is needed: "
+            f"choose a frame, for example {path}:0")
     return pose_of_frame(poses, int(frame or 0), path)
 
 
 def write_pose(path, rotmat):
-    """Writes rotmat (22,3,3) as a one-frame AMASS .npz (z up); `read_pose` gives the pose back. Raises UserError."""
-    rotmat = turn_root(rotmat.detach().cpu().double(), Z_UP_TO_Y_UP.T)                     # AMASS stores doubles
-    poses = np.zeros((1, 156))                             # SMPL-H: 52 joints, the fingers at rest
+    """Writes rotmat (22,3,3) as an AMASS .npz (z up) of one frame. Raises UserError.
+
+    `read_pose` returns the same pose.
+    """
+    rotmat = turn_root(rotmat.detach().cpu().double(), Z_UP_TO_Y_UP.T)  # AMASS stores doubles
+    poses = np.zeros((1, 156))  # the 52 joints of SMPL+H, with the fingers at rest
     poses[0, :66] = matrix_to_aa(rotmat).flatten()
     with atomic_write(path) as new, open(new, "wb") as file:
-        np.savez(file, poses=poses, trans=np.zeros((1, 3)), betas=np.zeros(16), gender="neutral", mocap_framerate=30.0)
+        np.savez(
+            file,
+            poses=poses,
+            trans=np.zeros((1, 3)),
+            betas=np.zeros(16),
+            gender="neutral",
+            mocap_framerate=30.0,
+        )
 
 
-def open_image(where, near=None):
-    """[file, first byte, bytes (-1: all)] -> PIL RGB picture. near: a JPEG may be decoded coarsely, to no less than
-    this size. Raises UserError."""
+def open_image(image, draft_size=None):
+    """Decodes an image given as [file, first byte, number of bytes (-1: all)] -> PIL RGB picture.
+
+    draft_size: a JPEG may be decoded at a lower resolution, but not below this (width, height).
+    Raises UserError.
+    """
+    path, first_byte, n_bytes = image
     try:
-        with open(where[0], "rb") as file:
-            file.seek(where[1])
-            picture = Image.open(io.BytesIO(file.read(where[2])))
-        picture.draft("RGB", near)
+        with open(path, "rb") as file:
+            file.seek(first_byte)
+            picture = Image.open(io.BytesIO(file.read(n_bytes)))
+        picture.draft("RGB", draft_size)
         return picture.convert("RGB")
-    except Exception as error:                             # a damaged file can fail anywhere inside a decoder
-        raise UserError(f"{where[0]} holds an image that cannot be decoded ({type(error).__name__})") from None
+    except Exception as error:  # decoders raise many kinds of exceptions on damaged files
+        raise UserError(
+            f"{path} holds an image that cannot be decoded ({type(error).__name__})") from None
 
 
-# ---- 6. Readers ----------------------------------------------------------------------------------
-# A reader is a generator over one release on disk and yields records, dicts with the same keys in all of them:
+# ---- 6. Readers of real data sets ----------------------------------------------------------------
+# A reader is a generator over one release on disk. It yields records: dicts with the same keys,
+# whatever the release. All but the first two are optional.
 #
-#   id, source    the entry and its data set; split: "train" | "val" | "test" where the release says so
-#   pose, start   (22,3,3) float32, y up, of a picture as its camera sees it (+z towards the camera); start: pose A
-#                 where `pose` is pose B of a pair; together: are both frames of one sequence?
-#   texts         of the pose, or of the way from start to pose
-#   image, box    [file, first byte, bytes (-1: all)], a square in it, [middle x, middle y, side]; start_image: of A
+#   id, source    the name of the entry, and of its data set
+#   split         "train" | "val" | "test"
+#   pose          (22,3,3) float32, y up; that of a picture is in its camera's frame, +z towards it
+#   texts         a list: they describe `pose`, or how to get from `start` to `pose`
+#   image, box    [file, first byte, number of bytes (-1: all)]; a square [center x, y, side] in it
+#   start         pose A of a pair, if `pose` is B; start_id, start_image: its entry and its picture
+#   together      of a pair: are both poses frames of the same sequence?
 #
-# A release that cannot be read is a UserError. An entry that cannot is left out, and `skipped` says which and why.
+# A release that cannot be read raises UserError. An unreadable entry is skipped, and the reason
+# is appended to the list `skipped`.
 def read_amass(path, skipped):
-    """AMASS, SMPL+H or SMPL-X, a file, a subset or everything: 12 poses a second (every 10th where the file does not
-    say how many it has) of the middle 60 % of each motion, since many begin and end in a T (TokenHMR)."""
-    names = load_asset("amass")               # its folders, then and now
+    """AMASS in SMPL+H or SMPL-X layout: one file, a subset, or all of it.
+
+    Takes 12 poses a second (every 10th frame where the file has no frame rate) from the middle
+    60 % of each motion, because many motions begin and end in a T-pose (as in TokenHMR).
+    """
+    new_names = load_asset("amass")  # {old name of a subset: its name today}
     for file in list_files(path, ".npz"):
         if file.name == "shape.npz" or file.stem.endswith("stagei"):
-            continue                                       # a subject's shape: every folder has one
+            continue  # the body shape of a subject, no motion
+
         with skip_bad_entry(skipped, file):
             poses, rate = read_motion(read_arrays(file, MOTION_KEYS), file)
-            subset, step = file.resolve().parts[-3], max(1, round(rate / 12)) if rate else 10    # subset/subject/file
-            for row in range(len(poses) // 5, len(poses) - len(poses) // 5, step):
+            subset = file.resolve().parts[-3]  # SUBSET/SUBJECT/FILE.npz
+            source = f"amass-{new_names.get(subset, subset)}"
+            step = max(1, round(rate / 12)) if rate else 10
+            margin = len(poses) // 5
+
+            for frame in range(margin, len(poses) - margin, step):
                 with skip_bad_entry(skipped, file):
-                    yield {"id": f"{file}:{row}", "source": f"amass-{names.get(subset, subset)}",
-                           "pose": pose_of_frame(poses, row, file).numpy()}
+                    pose = pose_of_frame(poses, frame, file).numpy()
+                    yield {"id": f"{file}:{frame}", "source": source, "pose": pose}
 
 
-def find_poses(folder, root, wanted):
-    """PoseScript's numbers of poses -> {number: (pose, sequence), or [why not]}, from AMASS by old names or new."""
-    index, found = load_json([*folder.glob("ids_2_dataset*index*.json"), folder / "ids_2_dataset_index.json"][0]), {}
-    names = load_asset("amass")
-    opened = functools.lru_cache(1)(lambda file: read_motion(read_arrays(file, MOTION_KEYS), file)[0])
-    for key in tqdm(sorted(wanted, key=lambda key: str(index.get(key))), "AMASS", leave=False):      # a file at a time
-        with skip_bad_entry(why := [], f"pose {key}"):
-            _, name, frame = index[key]
-            first, _, rest = name.partition("/")
-            homes = [first, names.get(first, first), *(old for old, new in names.items() if new == first)]
-            file = next((path for home in homes if (path := root / home / rest).is_file()), root / name)
-            why = pose_of_frame(opened(file), frame, file).numpy(), name
-        found[key] = why
-    return found
+def find_sequence(amass, name):
+    """The file of an AMASS sequence, by its name SUBSET/SUBJECT/FILE.npz.
+
+    Subsets were renamed over the years, so the folder may have the old name or the new one.
+    """
+    new_names = load_asset("amass")
+    subset, _, rest = name.partition("/")
+    candidates = [subset, new_names.get(subset, subset)]
+    candidates += [old for old, new in new_names.items() if new == subset]
+    for candidate in candidates:
+        path = amass / candidate / rest
+        if path.is_file():
+            return path
+    return amass / name  # it does not exist, and the attempt to open it says so
 
 
-def read_posescript(path, root, skipped, patterns):
-    """PoseScript v1 or v2, or PoseFix, whose entries are two of its poses, and the AMASS SMPL+H that both point into.
-    patterns: files with texts, which are automatic, or written by people."""
-    folder, texts, pairs = pathlib.Path(path), {}, pathlib.Path(path) / "pair_id_2_pose_ids.json"
-    for file in (file for name in patterns for file in sorted(folder.glob(f"{name}.json"))):
-        for key, said in load_json(file).items():
-            texts.setdefault(key, []).extend([said] if isinstance(said, str) else said)
-    split = {str(k): split for split in SPLITS for file in folder.glob(f"{split}_*ids*.json") for k in load_json(file)}
-    poses = {str(k): two for k, two in enumerate(load_json(pairs))} if pairs.exists() else {key: [key] for key in texts}
-    found = find_poses(folder, pathlib.Path(root), {str(k) for key in texts for k in poses.get(key, [])})
-    for key, said in texts.items():
+def find_poses(folder, amass, numbers):
+    """Looks up poses by their PoseScript numbers.
+
+    folder: of the release, for its index. amass: folder of the AMASS SMPL+H that it points into.
+    -> {number: (pose (22,3,3), name of its sequence)}, {number: why the pose cannot be read}
+    """
+    index_files = folder.glob("ids_2_dataset*index*.json")
+    index = load_json(next(index_files, folder / "ids_2_dataset_index.json"))
+    found = {}
+    missing = {}
+
+    @functools.lru_cache(maxsize=1)
+    def open_sequence(name):
+        path = find_sequence(amass, name)
+        poses, _ = read_motion(read_arrays(path, MOTION_KEYS), path)
+        return path, poses
+
+    # sorted by their entries in the index, so that each file is opened once
+    by_sequence = sorted(numbers, key=lambda number: str(index.get(number)))
+    for number in tqdm(by_sequence, "AMASS", leave=False):
+        problems = []
+        with skip_bad_entry(problems, f"pose {number}"):
+            _, name, frame = index[number]
+            path, poses = open_sequence(name)
+            found[number] = (pose_of_frame(poses, frame, path).numpy(), name)
+        if problems:
+            missing[number] = problems[0]
+    return found, missing
+
+
+# The file names of texts in PoseScript v1, v2 and PoseFix
+AUTOMATIC = ["posescript_auto_*", "automatic_*", "posefix_auto_*"]
+HUMAN = ["posescript_human_*", "human*", "posefix_human_*", "posefix_paraphrases_*"]
+
+
+def read_texts(folder, patterns):
+    """All texts of a PoseScript or PoseFix release -> {entry: [text, ...]}."""
+    texts = {}
+    for pattern in patterns:
+        for file in sorted(folder.glob(f"{pattern}.json")):
+            for key, value in load_json(file).items():
+                new = [value] if isinstance(value, str) else value
+                texts.setdefault(key, []).extend(new)
+    return texts
+
+
+def read_splits(folder):
+    """The splits of a PoseScript or PoseFix release -> {entry: "train" | "val" | "test"}."""
+    splits = {}
+    for split in SPLITS:
+        for file in folder.glob(f"{split}_*ids*.json"):
+            for key in load_json(file):
+                splits[str(key)] = split
+    return splits
+
+
+def read_posescript(path, amass, skipped, patterns):
+    """PoseScript (v1, v2) or PoseFix, whose entries are pairs of poses.
+
+    amass: folder of the AMASS SMPL+H that holds the poses. patterns: AUTOMATIC or HUMAN.
+    """
+    folder = pathlib.Path(path)
+    texts = read_texts(folder, patterns)
+    splits = read_splits(folder)
+
+    pairs_file = folder / "pair_id_2_pose_ids.json"
+    is_posefix = pairs_file.exists()
+    if is_posefix:
+        numbers = {str(k): pair for k, pair in enumerate(load_json(pairs_file))}
+    else:
+        numbers = {key: [key] for key in texts}
+
+    wanted = set()
+    for key in texts:
+        wanted.update(str(number) for number in numbers.get(key, []))
+    found, missing = find_poses(folder, pathlib.Path(amass), wanted)
+
+    for key in texts:
         with skip_bad_entry(skipped, f"entry {key}"):
-            both = [found[str(k)] for k in (2 * poses[key])[:2]]
-            if min(map(len, both)) < 2:
-                raise UserError(*min(both, key=len))
-            (start, one), (pose, two) = both
-            record = {"id": key, "source": "posescript", "split": split.get(key, ""), "pose": pose, "texts": said}
-            yield record | ({"source": "posefix", "start": start, "together": one == two} if pairs.exists() else {})
+            poses = []
+            for number in numbers[key]:
+                if str(number) in missing:
+                    raise UserError(missing[str(number)])
+                poses.append(found[str(number)])
+
+            record = {"id": key, "source": "posescript", "split": splits.get(key, "")}
+            if is_posefix:
+                (start, start_sequence), (pose, sequence) = poses
+                record["source"] = "posefix"
+                record["start"] = start
+                record["together"] = start_sequence == sequence
+            else:
+                pose, _ = poses[0]
+            yield record | {"pose": pose, "texts": texts[key]}
 
 
-def picture_record(image, middle=None, sides=None, pose=None):
-    """What a picture gives to its record: image; the square that 4D-Humans cuts around a box (pixels; it grows the box
-    to 3:4); the pose, which is given with its root in the camera's frame. Raises UserError."""
-    record = {"image": [str(image[0]), *image[1:]]}
-    open_image(image, (64, 64))                            # it decodes, or is no entry
+def picture_record(image, center=None, sides=None, pose=None):
+    """The keys that a picture and a person in it give to a record. Raises UserError.
+
+    image: as `open_image` takes it. center (x, y), sides (width, height): the person's box, pixels.
+    It becomes the square that 4D-Humans cuts out: the box is widened to 3:4, then to a square.
+    pose: with its root in the camera's axes.
+    """
+    open_image(image, (64, 64))  # a picture that cannot be decoded is no entry
+    path, first_byte, n_bytes = image
+    record = {"image": [str(path), first_byte, n_bytes]}
+
     if sides is not None:
-        x, y, wide, high = np.ravel([middle, sides]).astype(float).tolist()
-        if not (1 <= max(wide, high) < 1e5 and max(abs(x), abs(y)) < 1e5):    # false for NaN too
-            raise UserError(f"its box is {wide} x {high} pixels around ({x}, {y})")
-        record["box"] = [x, y, max(high, wide * 4 / 3)]
-    return record if pose is None else record | {"pose": pose_from_camera(pose, "its pose").numpy()}
+        x, y = np.asarray(center, float).tolist()
+        width, height = np.asarray(sides, float).tolist()
+        # numpy's max, unlike Python's, is NaN if any number is
+        is_sane = 1 <= np.max([width, height]) < 1e5 and np.max(np.abs([x, y])) < 1e5
+        if not is_sane:
+            raise UserError(f"its box is {width} x {height} pixels around ({x}, {y})")
+        record["box"] = [x, y, max(height, width * 4 / 3)]
 
-
-def read_tars(path, skipped):
-    """4D-Humans' training tars, one or a folder of them: for each picture NNN.jpg a list of people, NNN.data.pyd."""
-    for file in list_files(path, ".tar"):
-        with skip_bad_entry(skipped, file), tarfile.open(file, "r:") as tar:       # a torn one gives what came before
-            for key, group in itertools.groupby(tar, lambda member: re.match(r"(.*/)?[^/.]*", member.name)[0]):
-                with skip_bad_entry(skipped, f"{file}/{key}"):
-                    group = {member.name[len(key):].lower(): member for member in group}
-                    photo = group[next((kind for kind in (".jpeg", ".png") if kind in group), ".jpg")]
-                    for person in SafeUnpickler(tar.extractfile(group[".data.pyd"]), encoding="latin1").load():
-                        with skip_bad_entry(skipped, f"{file}/{key}"):
-                            yield {"id": f"{file.name}/{key}", "source": file.resolve().parent.name,
-                                   **person_record(person, [file, photo.offset_data, photo.size])}
+    if pose is not None:
+        record["pose"] = pose_from_camera(pose, "its pose").numpy()
+    return record
 
 
 def person_record(person, image):
-    """A person of a tar, whose scale is the box / 200, by `from_picture`. Raises UserError where HMR2 drops it, too."""
-    seen = (np.asarray(person["keypoints_2d"])[:, 2] > 0.3).sum()
-    fit = np.asarray(person.get("extra_info", {}).get("fitting_loss", {})).item()
-    if not np.all(person["has_body_pose"]) or seen <= 4 or np.max(fit.get("reprojection_loss", 0)) >= 31_000:
-        raise UserError(f"somebody has no pose, a bad fit, or only {seen} joints that are seen")
-    return picture_record(image, person["center"], 200 * np.asarray(person["scale"]), np.asarray(person["body_pose"]))
+    """The record of one person of a 4D-Humans tar.
+
+    image: as `open_image` takes it. Raises UserError, also for people that HMR2's training drops.
+    """
+    keypoints = np.asarray(person["keypoints_2d"])                         # (44,3)
+    n_visible = (keypoints[:, 2] > 0.3).sum()
+    if n_visible <= 4:
+        raise UserError(f"only {n_visible} joints of the person are visible")
+
+    if not np.all(person["has_body_pose"]):
+        raise UserError("the person has no pose")
+
+    # a dict, packed into an array
+    fitting_loss = np.asarray(person.get("extra_info", {}).get("fitting_loss", {})).item()
+    if np.max(fitting_loss.get("reprojection_loss", 0)) >= 31_000:
+        raise UserError("the body was not fitted well to the person")
+
+    sides = 200 * np.asarray(person["scale"])  # the unit of scales in tars is 200 pixels
+    return picture_record(image, person["center"], sides, np.asarray(person["body_pose"]))
 
 
-def read_evaluation(path, root, skipped):
-    """4D-Humans' evaluation .npz (3DPW, Human3.6M) and the folder of its images; here scales are pixels, one or two."""
-    a = read_arrays(path, ("imgname", "center", "scale", "body_pose", "has_body_pose"))
-    scale = a["scale"].reshape(len(a["imgname"]), -1) * np.ones(2)                      # (N,2)
-    scale *= 200 if np.median(scale) < 20 else 1           # nobody is 20 pixels large: the unit of the tars
-    for k, name in enumerate(a["imgname"]):
-        with skip_bad_entry(skipped, f"{path}, row {k}"):
+def read_tars(path, skipped):
+    """4D-Humans' training data: a tar, or a folder of tars.
+
+    Of each picture KEY.jpg the tar holds KEY.data.pyd, a pickled list of the people in it.
+    """
+    def key_of(member):
+        return re.match(r"(.*/)?[^/.]*", member.name)[0]
+
+    for file in list_files(path, ".tar"):
+        source = file.resolve().parent.name
+        # a truncated tar yields the people before the cut
+        with skip_bad_entry(skipped, file), tarfile.open(file, "r:") as tar:
+            for key, members in itertools.groupby(tar, key_of):
+                where = f"{file}/{key}"
+                with skip_bad_entry(skipped, where):
+                    group = {member.name[len(key):].lower(): member for member in members}
+                    picture = group.get(".jpeg") or group.get(".png") or group[".jpg"]
+                    image = [file, picture.offset_data, picture.size]
+                    pickled = tar.extractfile(group[".data.pyd"])
+
+                    for person in SafeUnpickler(pickled, encoding="latin1").load():
+                        with skip_bad_entry(skipped, where):
+                            entry = {"id": f"{file.name}/{key}", "source": source}
+                            yield entry | person_record(person, image)
+
+
+EVALUATION_KEYS = ("imgname", "center", "scale", "body_pose", "has_body_pose")
+
+
+def read_evaluation(path, images, skipped):
+    """4D-Humans' evaluation data (3DPW, Human3.6M): an .npz, and the folder of its images."""
+    arrays = read_arrays(path, EVALUATION_KEYS)
+    names = arrays["imgname"]
+    # one number for both sides of a box, or one for each
+    sides = arrays["scale"].reshape(len(names), -1) * np.ones(2)           # (N,2)
+    if np.median(sides) < 20:  # no person is 20 pixels tall: the unit is that of the tars
+        sides *= 200
+
+    has_pose = np.zeros(len(names))
+    if "body_pose" in arrays:
+        has_pose = arrays.get("has_body_pose", np.ones(len(names)))
+
+    for row, name in enumerate(names):
+        with skip_bad_entry(skipped, f"{path}, row {row}"):
             name = name.decode() if isinstance(name, bytes) else str(name)
-            pose = a["body_pose"][k] if "body_pose" in a and a.get("has_body_pose", np.ones(k + 1))[k] else None
-            yield {"id": f"{name}:{k}", "source": pathlib.Path(path).stem, "split": "test",
-                   **picture_record([pathlib.Path(root) / name, 0, -1], a["center"][k], scale[k], pose)}
+            image = [pathlib.Path(images) / name, 0, -1]
+            pose = arrays["body_pose"][row] if has_pose[row] else None
+            entry = {"id": f"{name}:{row}", "source": pathlib.Path(path).stem, "split": "test"}
+            yield entry | picture_record(image, arrays["center"][row], sides[row], pose)
 
 
 def read_images(path, skipped):
-    """A folder of pictures; boxes.json in it may name people: {"a.jpg": [left, top, wide, high], or a list of such}."""
+    """A folder of pictures, without poses.
+
+    The file boxes.json in it may locate people: {"a.jpg": [left, top, width, height], ...}, or a
+    list of such boxes for a picture.
+    """
     folder = pathlib.Path(path)
-    boxes = load_json(folder / "boxes.json") if (folder / "boxes.json").exists() else {}
+    boxes_file = folder / "boxes.json"
+    boxes = load_json(boxes_file) if boxes_file.exists() else {}
+
     for file in list_files(path, ".jpg", ".jpeg", ".png", ".bmp"):
-        name = file.relative_to(folder).as_posix()
         with skip_bad_entry(skipped, file):
-            for box in np.reshape(boxes.get(name, 4 * [0.0]), (-1, 4)).astype(float):
-                where = [box[:2] + box[2:] / 2, box[2:]] if name in boxes else []
-                yield {"id": name, "source": folder.resolve().name, **picture_record([file, 0, -1], *where)}
+            name = file.relative_to(folder).as_posix()
+            entry = {"id": name, "source": folder.resolve().name}
+            image = [file, 0, -1]
+            own_boxes = boxes.get(name)
+            if own_boxes is None:
+                yield entry | picture_record(image)
+                continue
+
+            for box in np.reshape(own_boxes, (-1, 4)).astype(float):
+                corner = box[:2]
+                sides = box[2:]
+                yield entry | picture_record(image, corner + sides / 2, sides)
 
 
-def read_built(path, skipped, refined=False):
-    """What `--build` wrote, or only its refined texts."""
+def read_built(path, skipped, only_refined=False):
+    """What `--build` wrote. only_refined: the rows with a refined text, and no other text."""
     for file in list_files(path, ".jsonl"):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             with skip_bad_entry(skipped, f"{file}, line {number}"):
                 row = json.loads(line)
-                for of, pose in (("", "pose"), ("start_", "start")) if "start" in row else (("", "pose"),):
-                    row[pose] = as_rotations(np.array(row[pose]), pose).numpy()
-                    row[of + "image"] = picture_record([file.parent / row[of + "image"], 0, -1])["image"]
-                if "refined" in row or not refined:
-                    yield row | ({"texts": [row["refined"]]} if refined else {})
+                read_built_pose(row, file.parent, "pose", "image")
+                if "start" in row:
+                    read_built_pose(row, file.parent, "start", "start_image")
+
+                if not only_refined:
+                    yield row
+                elif "refined" in row:
+                    yield row | {"texts": [row["refined"]]}
+
+
+def read_built_pose(row, folder, pose_key, image_key):
+    """Converts one pose and one image of a row to those of a record, in place. Raises UserError."""
+    row[pose_key] = as_rotations(np.array(row[pose_key]), pose_key).numpy()
+    row[image_key] = picture_record([folder / row[image_key], 0, -1])["image"]
 
 
 def read_embedded(path, skipped):
-    """People of the embedded world, `train:2000`, as their camera sees them."""
+    """People of the embedded world, "train:2000", in their camera's frame."""
     split, _, n = path.partition(":")
     for i, pose in enumerate(World(split, int(n)).camera_poses.numpy()):
         yield {"id": str(i), "source": f"world-{split}", "split": split, "pose": pose}
 
 
-TEXT_FILES = {"a": ["posescript_auto_*", "automatic_*", "posefix_auto_*"],             # by whom: A automatic, H people
-        "h": ["posescript_human_*", "human*", "posefix_human_*", "posefix_paraphrases_*"]}
-READERS = {"amass:PATH": read_amass, "tars:PATH": read_tars, "evaluation:NPZ,IMAGES": read_evaluation, "images:FOLDER": read_images,
-           **{f"{name}_{who}:RELEASE,AMASS": functools.partial(read_posescript, patterns=TEXT_FILES[who])
-              for name in ("posescript", "posefix") for who in TEXT_FILES},
-           "built:FOLDER": read_built, "refined:FOLDER": functools.partial(read_built, refined=True), "world:SPLIT:N": read_embedded}
+class Reader(NamedTuple):
+    usage: str  # what follows "KIND:" in the name of a data set
+    read: Callable  # takes what follows "KIND:", cut at the commas of `usage`, and `skipped`
+
+
+READERS = {
+    "amass": Reader("PATH", read_amass),
+    "tars": Reader("PATH", read_tars),
+    "evaluation": Reader("NPZ,IMAGES", read_evaluation),
+    "images": Reader("FOLDER", read_images),
+    "posescript_a": Reader(
+        "RELEASE,AMASS", functools.partial(read_posescript, patterns=AUTOMATIC)),
+    "posescript_h": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=HUMAN)),
+    "posefix_a": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=AUTOMATIC)),
+    "posefix_h": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=HUMAN)),
+    "built": Reader("FOLDER", read_built),
+    "refined": Reader("FOLDER", functools.partial(read_built, only_refined=True)),
+    "world": Reader("SPLIT:N", read_embedded),
+}
+
+
+def parse_spec(spec):
+    """The name of a data set, "KIND:PATH" -> its read function, its paths. Raises UserError."""
+    kind, _, rest = spec.partition(":")
+    if kind not in READERS:
+        known = ", ".join(f"{kind}:{reader.usage}" for kind, reader in READERS.items())
+        raise UserError(f"{spec!r} is not a data set: give {known}")
+
+    usage, read = READERS[kind]
+    n_commas = usage.count(",")
+    paths = rest.rsplit(",", n_commas)
+    if len(paths) <= n_commas:
+        raise UserError(f"{spec!r} is not a data set: give {kind}:{usage}")
+    return read, paths
 
 
 def read_records(specs):
-    """Data sets, ["KIND:PATH", ...] as in READERS -> all records; prints what was left out, and why. Raises UserError."""
-    found = []
+    """Reads data sets, ["KIND:PATH", ...] with the kinds of READERS -> a list of all records.
+
+    Prints how many entries were skipped, and why. Raises UserError.
+    """
+    records = []
     for spec in specs:
-        kind, _, path = spec.partition(":")
-        usage = next((usage for usage in READERS if usage.startswith(kind + ":")), "")
-        paths, skipped, before = path.rsplit(",", usage.count(",")), [], len(found)
-        if not usage or len(paths) <= usage.count(","):
-            raise UserError(f"{spec!r} is no data set: give {usage or ', '.join(READERS)}")
+        read, paths = parse_spec(spec)
+        skipped = []
         try:
-            found += tqdm(READERS[usage](*paths, skipped), spec, leave=False)
-        except Exception as error:                         # whatever a release of another layout leads to
+            found = list(tqdm(read(*paths, skipped), spec, leave=False))
+        except Exception as error:  # a release with another layout can raise any exception
             raise UserError(f"{spec} cannot be read: {first_line(error)}") from error
+
         if skipped:
-            print(f"{spec}: {len(skipped)} entries are left out, such as", *skipped[:3], sep="\n    ", file=sys.stderr)
-        if len(found) == before:
+            print(f"{spec}: entries left out: {len(skipped)}, for example", file=sys.stderr)
+            for reason in skipped[:3]:
+                print(f"    {reason}", file=sys.stderr)
+        if not found:
             raise UserError(f"{spec} holds nothing that can be read: check the path")
-    return found
+        records += found
+    return records
 
 
 def records_with_pose(specs):
-    """Records of single poses, and these poses (M,22,3,3). Raises UserError."""
-    records = [record for record in read_records(specs) if "pose" in record and "start" not in record]
+    """The records of data sets that have a single pose, and all these poses (M,22,3,3).
+
+    Raises UserError.
+    """
+    records = []
+    for record in read_records(specs):
+        if "pose" in record and "start" not in record:
+            records.append(record)
     if not records:
         raise UserError("there are no poses: give --poses KIND:PATH")
     return records, torch.tensor(np.stack([record["pose"] for record in records]))
 
 
-def crop_picture(record, size, of=""):
-    """The picture of a record (of="start_": of its pose A), its square or else the middle one -> PIL (size,size)."""
-    picture = open_image(record[of + "image"])
-    x, y, side = not of and record.get("box") or (picture.width / 2, picture.height / 2, min(picture.size))
-    return picture.crop([round(at + k * side / 2) for k in (-1, 1) for at in (x, y)]).resize((size, size))
+def crop_picture(record, size, prefix=""):
+    """Cuts a square out of a record's picture -> PIL (size,size).
+
+    The square is the record's box, or else the middle of the picture. prefix: "start_" for the
+    picture of pose A, which has no box.
+    """
+    picture = open_image(record[prefix + "image"])
+    if "box" in record and not prefix:
+        x, y, side = record["box"]
+    else:
+        x = picture.width / 2
+        y = picture.height / 2
+        side = min(picture.size)
+
+    half = side / 2
+    corners = (round(x - half), round(y - half), round(x + half), round(y + half))
+    return picture.crop(corners).resize((size, size))
 
 
-def summarise(records, path, size=128):
-    """Prints counts and ranges of records, and draws 16 of them: their pictures, then their poses."""
-    for (source, split), n in Counter((r["source"], r.get("split", "")) for r in records).most_common(20):
+def summarise(records, path, n_drawn=16):
+    """Prints counts and ranges of records, and draws some of them, spread evenly."""
+    print_counts(records)
+    print_ranges(records)
+
+    cells = []
+    step = math.ceil(len(records) / n_drawn)
+    for record in records[::step]:
+        for prefix, which in [("start_", "picture A"), ("", "picture")]:
+            if prefix + "image" in record:
+                picture = crop_picture(record, CELL, prefix)
+                cells.append((f"{record['source']}, {which}", picture))
+        for key, which in [("start", "pose A"), ("pose", "pose")]:
+            if key in record:
+                cells.append((f"{record['source']}, {which}", draw_pose(record[key])))
+    save_cells(cells, path)
+
+
+def print_counts(records):
+    """Prints how many records each split of each data set has."""
+    counts = Counter((record["source"], record.get("split", "")) for record in records)
+    for (source, split), n in counts.most_common(20):
         print(f"{source:<28}{split:<6}{n:>9} entries")
-    poses = np.array([r[key] for r in records for key in ("start", "pose") if key in r])
-    poses = torch.tensor(poses).view(-1, 22, 3, 3)
-    for what, values in {
-            "words in a text": [len(text.split()) for r in records for text in r.get("texts", ())],
-            "pixels, side of a box": [r["box"][2] for r in records if "box" in r],
-            "degrees, bend of a joint": matrix_to_aa(poses[:, 1:]).norm(dim=-1).rad2deg().flatten().tolist(),
-            "degrees, pelvis off upright": poses[:, 0, 1, 1].clamp(-1, 1).arccos().rad2deg().tolist()}.items():
-        if values:
-            print(f"{what:<30}{len(values):>11}   {min(values):.0f} to {max(values):.0f}, mean {np.mean(values):.0f}")
-    strips, body = [], default_body()
-    for r in records[::-(-len(records) // 16)]:
-        strips.append([crop_picture(r, size, of) for of in ("start_", "") if of + "image" in r] + [
-            Image.fromarray(render(body(torch.tensor(r[key])[None])[1][0], body.faces, body_colors(body), size))
-            for key in ("start", "pose") if key in r])
-    wide = size * max(map(len, strips))
-    sheet = Image.new("RGB", (4 * wide, -(-len(strips) // 4) * size), "white")
-    for k, c, cell in ((k, c, cell) for k, strip in enumerate(strips) for c, cell in enumerate(strip)):
-        sheet.paste(cell, (k % 4 * wide + c * size, k // 4 * size))
-    with atomic_write(path) as new:
-        sheet.save(new, format="PNG")
+
+
+def print_ranges(records):
+    """Prints the ranges of what is easily wrong in data: lengths, sizes and angles."""
+    n_words = []
+    box_sides = []
+    poses = []
+    for record in records:
+        n_words += [len(text.split()) for text in record.get("texts", [])]
+        if "box" in record:
+            box_sides.append(record["box"][2])
+        poses += [record[key] for key in ("start", "pose") if key in record]
+
+    poses = torch.tensor(np.array(poses)).view(-1, 22, 3, 3)
+    bends = matrix_to_aa(poses[:, 1:]).norm(dim=-1).rad2deg()              # (M,21)
+    tilts = poses[:, 0, 1, 1].clamp(-1, 1).arccos().rad2deg()              # (M,) of the y axis
+
+    print_range("words in a text", n_words)
+    print_range("pixels, side of a box", box_sides)
+    print_range("degrees, bend of a joint", bends.flatten().tolist())
+    print_range("degrees, pelvis off upright", tilts.tolist())
+
+
+def print_range(name, values):
+    """Prints the number, range and mean of some values; nothing if there are none."""
+    if values:
+        spread = f"{min(values):.0f} to {max(values):.0f}, mean {np.mean(values):.0f}"
+        print(f"{name:<30}{len(values):>11}   {spread}")
+
+
+def draw_pose(pose):
+    """Draws a pose (22,3,3), a numpy array, on the default body -> picture (CELL,CELL,3) uint8."""
+    body = default_body()
+    _, vertices = body(torch.tensor(pose)[None])
+    return render(vertices[0], body.faces, body_colors(body), CELL)
+
+
+def save_cells(cells, path, n_columns=8):
+    """Saves cells [(name, picture), ...] as one PNG, n_columns in a row. Raises UserError."""
+    rows = [("", cells[k:k + n_columns]) for k in range(0, len(cells), n_columns)]
+    save_png(contact_sheet(rows), path)
 
 
 # ---- 7. ImageScript and ImageDiff ----------------------------------------------------------------
-# UniPose appendix A: poses --farthest points--> poses B --one of the 100 nearest that differs--> poses A --> texts
-PICTURE_SIZE = 336                                                 # pixels of a picture, as CLIP takes it
-REFINE_PROMPT = ("Rewrite this description of a person's pose in natural, concise English without repetitions. Keep every body "
-       "part that it names, and whether it is the left or the right one. Answer with the description alone. ")
+# UniPose, appendix A: all poses --farthest-point sampling--> poses B, each with a picture and three
+# captions (ImageScript). ImageDiff gives each B a pose A, one of its 100 nearest poses that differs
+# enough, and the texts say how to get from A to B.
+PICTURE_SIZE = 336  # pixels, the input size of CLIP ViT-L/14
+REFINE_PROMPT = (
+    "Rewrite this description of a person's pose in natural, concise English without repetitions. "
+    "Keep every body part that it names, and whether it is the left or the right one. Answer with "
+    "the description alone. "
+)
+
+
+def mean_joint_distance(points, other):
+    """points (M,22,3), other (22,3) -> mean distance of corresponding joints (M,)."""
+    square = (points - other) ** 2
+    # adding up the three axes is much faster than .sum(-1)
+    return np.sqrt(square[..., 0] + square[..., 1] + square[..., 2]).mean(-1)
 
 
 def farthest_points(points, n, start=0):
-    """Farthest-point sampling of bodies (M,22,3), n <= M: the next one has the largest mean joint error to all before.
+    """Farthest-point sampling of bodies (M,22,3) -> n <= M indices, a list that begins with start.
 
-    -> indices, a list. Exact: whoever lies `near` a choice, and that choice twice as far from a new one, stays with it
-    (triangle inequality), so most of the n x M distances are never measured.
+    Each choice is the body that is farthest, in mean joint distance, from all earlier choices.
+    Exact, but most of the n x M distances are never computed: by the triangle inequality, a new
+    choice cannot be nearer to a body than that body's nearest choice c if it is at least twice as
+    far from c as the body is.
     """
-    near, owner = np.full(len(points), np.inf, np.float32), np.zeros(len(points), np.int32)
-    chosen, order = np.empty((n, *points.shape[1:]), np.float32), []
-
-    def apart(some):
-        gap = (some - chosen[k]) ** 2
-        return np.sqrt(gap[..., 0] + gap[..., 1] + gap[..., 2]).mean(-1)     # .sum(-1) of three is slow
+    distance = np.full(len(points), np.inf, np.float32)                    # (M,) to nearest choice
+    nearest = np.zeros(len(points), np.int32)                              # (M,) that choice
+    chosen = np.empty((n, *points.shape[1:]), np.float32)                  # (n,22,3)
+    order = []
 
     for k in tqdm(range(n), "farthest points", leave=False):
-        order.append(int(near.argmax()) if k else int(start))
-        chosen[k] = points[order[k]]
-        rows = np.flatnonzero(apart(chosen[:k + 1])[owner] < 2.001 * near)   # .001 is for rounding
-        gap = apart(points[rows])
-        closer = gap < near[rows]
-        near[rows[closer]], owner[rows[closer]] = gap[closer], k
-        near[order[k]] = -1                                # never again, though its double may come last
+        index = int(distance.argmax()) if k else int(start)
+        order.append(index)
+        chosen[k] = points[index]
+
+        to_choices = mean_joint_distance(chosen[:k + 1], chosen[k])        # (k+1,)
+        can_be_nearer = to_choices[nearest] < 2.001 * distance             # .001 for rounding
+        candidates = np.flatnonzero(can_be_nearer)
+        to_candidates = mean_joint_distance(points[candidates], chosen[k])
+
+        is_nearer = to_candidates < distance[candidates]
+        moved = candidates[is_nearer]
+        distance[moved] = to_candidates[is_nearer]
+        nearest[moved] = k
+        distance[index] = -1  # never chosen again, even if all other bodies are its duplicates
     return order
 
 
-def n_different(one, others):
-    """In how many codes others (n,S+P) differ from one (S+P,); the turn of the head is not counted, as in PoseFix."""
-    counted = [not row["kind"].startswith("relativeRot") for row in pose_table().columns]
-    return (others != one)[:, counted + [True] * (len(one) - len(counted))].sum(1)
+def n_different(category, others):
+    """In how many codes others (n,S+P) differ from category (S+P,) -> (n,).
+
+    The rotation of the head is not counted, as in PoseFix.
+    """
+    is_counted = [not row["kind"].startswith("relativeRot") for row in pose_table().columns]
+    n_super = len(category) - len(is_counted)
+    is_counted += [True] * n_super
+    return (others != category)[:, is_counted].sum(1)
 
 
 def choose_partners(chosen, features, category, least, rng):
-    """To poses B, indices, a pose A each: any of the 100 nearest by cosine of features (M,d) that differs in `least` or
-    more codes (M,S+P), but no pair twice -> {b: a}; a B without one is left out."""
-    features, pairs = F.normalize(torch.as_tensor(features).float()), {}
+    """Chooses a pose A for each pose B -> {b: a}, without the poses B that have no partner.
+
+    A is a random one of the 100 poses that are nearest to B by the cosine of their features and
+    differ from B in at least `least` codes. (a, b) and (b, a) are never both chosen.
+    chosen: indices of poses B; features (M,d); category (M,S+P); rng: np.random.Generator.
+    """
+    features = F.normalize(torch.as_tensor(features).float())
+    n_nearest = min(101, len(features))  # one more, since each pose is its own nearest
+    pairs = {}
     for part in torch.as_tensor(chosen).split(128):
-        nearest = (features[part] @ features.T).topk(min(101, len(features))).indices.numpy()       # B itself is there
+        cosine = features[part] @ features.T                               # (128,M)
+        nearest = cosine.topk(n_nearest).indices.numpy()                   # (128,101)
         for b, near in zip(part.tolist(), nearest):
-            near = rng.permutation(near[(n_different(category[b], category[near]) >= least) & (near != b)]).tolist()
-            pairs |= {b: a for a in near if pairs.get(a) != b}
+            differs = n_different(category[b], category[near]) >= least
+            shuffled = rng.permutation(near[differs & (near != b)]).tolist()
+            candidates = [a for a in shuffled if pairs.get(a) != b]
+            if candidates:
+                pairs[b] = candidates[-1]
     return pairs
 
 
+NAMED_PART = re.compile(
+    r"\b(?:(left|right)\s+)?(?:upper\s+)?"
+    r"(hand|wrist|(?:fore)?arm|elbow|shoulder|foot|ankle|shin|knee|thigh|leg|hip"
+    r"|head|neck|torso|body)(s?)\b")
+
+
 def body_parts_in(text):
-    """The parts that a text names, with their sides: {("left", "knee"), ...}; "both knees" are two."""
-    found = re.findall(r"\b(?:(left|right)\s+)?(?:upper\s+)?(hand|wrist|(?:fore)?arm|elbow|shoulder|foot|ankle|shin|"
-                       r"knee|thigh|leg|hip|head|neck|torso|body)(s?)\b", text.lower().replace("feet", "foots"))
-    return {(own, part) for side, part, many in found for own in (("left", "right") if many and not side else (side,))}
+    """The body parts that a text names, with their sides: {("left", "knee"), ("", "head"), ...}.
+
+    A plural without a side stands for both: "knees" are the left one and the right one.
+    """
+    text = text.lower().replace("feet", "foots")  # the pattern knows regular plurals only
+    parts = set()
+    for side, part, plural in NAMED_PART.findall(text):
+        if plural and not side:
+            parts |= {("left", part), ("right", part)}
+        else:
+            parts.add((side, part))
+    return parts
 
 
 def load_refiner(path):
-    """A local Hugging Face chat model -> refine(text), which says a text anew, None where a part or its side got lost.
-    In the paper GPT-4 does it. Raises UserError."""
+    """Loads a Hugging Face chat model from a folder -> refine(text), as GPT-4 does in the paper.
+
+    refine returns the rewritten text, or None if a body part or its side was lost.
+    Raises UserError.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    with as_user_error(f"--refine {path} is no folder of a chat model and its tokenizer: "):
-        spell = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True).eval()
-        spell.apply_chat_template([{"role": "user", "content": ""}])
+
+    with as_user_error(f"--refine {path} is not a folder of a chat model and its tokenizer: "):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, use_safetensors=True)
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}])  # fails if it has none
+    model.eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.no_grad()
     def refine(text):
-        ask = [{"role": "user", "content": REFINE_PROMPT + text}]
-        given = spell.apply_chat_template(ask, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        made = model.generate(**given.to(model.device), max_new_tokens=200, do_sample=False)[0]
-        made = " ".join(spell.decode(made[given["input_ids"].size(1):], skip_special_tokens=True).split())
-        return made if body_parts_in(text) <= body_parts_in(made) else None
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": REFINE_PROMPT + text}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=200, do_sample=False)[0]
+        answer_ids = ids[inputs["input_ids"].size(1):]
+        answer = tokenizer.decode(answer_ids, skip_special_tokens=True)
+        answer = " ".join(answer.split())
+        return answer if body_parts_in(text) <= body_parts_in(answer) else None
 
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return refine
 
 
+class Choice(NamedTuple):
+    """A row to build: its split, and the indices of its poses among the records."""
+
+    split: str
+    b: int
+    a: int | None  # pose A of ImageDiff; None in ImageScript
+
+
+def parse_quota(quota):
+    """"world=50:test" -> "world", 50, "test"; the split is "train" by default. Raises UserError."""
+    match = re.fullmatch(r"(.*)=(\d+)(?::(train|val|test))?", quota)
+    if not match:
+        raise UserError(f"--quota {quota} is not of the form SOURCE=NUMBER[:SPLIT]")
+    source, n, split = match.groups()
+    return source, int(n), split or "train"
+
+
+def load_features(path, n_poses):
+    """Reads the retrieval features that eval.py wrote, (M,d), one row a pose. Raises UserError."""
+    features = read_arrays(path, ()).get("", np.empty(0))
+    if features.ndim != 2 or len(features) != n_poses:
+        raise UserError(
+            f"--features {path} must hold a row for each of the {n_poses} poses: "
+            "make it by eval.py --features with the same --poses")
+    return features
+
+
 def choose_rows(config, records, front):
-    """What the quotas ask for -> [(split, b, a), ...], indices of records; a is None in ImageScript. Raises UserError."""
-    level = torch.cat([torch.eye(3).expand(len(front), 1, 3, 3), front[:, 1:]], 1)           # orientation zero
-    joints = torch.cat([forward_kinematics(part, rest_joints()) for part in level.split(10_000)]).numpy()
-    rng, rows, free = np.random.default_rng(config.seed), [], np.ones(len(records), bool)
-    if config.build == "imagediff":
-        features = read_arrays(config.features, ()).get("", np.empty(0))
-        if features.ndim != 2 or len(features) != len(records):
-            raise UserError(f"--features {config.features} must hold a row for each of the {len(records)} poses: make it "
-                          "by eval.py --features with the same --poses")
+    """Chooses the poses that the quotas ask for -> [Choice, ...]. Raises UserError.
+
+    front: the poses of the records, facing front (M,22,3,3).
+    """
+    # distances are those of bodies at orientation zero
+    level = front.clone()
+    level[:, 0] = torch.eye(3)
+    joints = [forward_kinematics(part, rest_joints()) for part in level.split(10_000)]
+    joints = torch.cat(joints).numpy()                                     # (M,22,3)
+
+    is_pair = config.build == "imagediff"
+    if is_pair:
+        features = load_features(config.features, len(records))
         category = np.concatenate([posecodes(part).category for part in front.split(1000)])
-    for quota in config.quota or [f"={len(records)}"]:
-        source, n, split = (re.fullmatch(r"(.*)=(\d+):?(train|val|test|)", quota) or re.match("()()()", "")).groups()
-        pool = np.flatnonzero(free & [record["source"].startswith(source) for record in records])
-        if not 0 < int(n or 0) <= len(pool):
-            raise UserError(f"--quota {quota} is not SOURCE=NUMBER[:SPLIT], or more than the {len(pool)} poses left")
-        chosen = farthest_points(joints[pool], int(n), rng.integers(len(pool)))
-        free[pool[chosen]] = False
-        pairs = dict.fromkeys(chosen)
-        if config.build == "imagediff":
+
+    rng = np.random.default_rng(config.seed)
+    is_free = np.ones(len(records), bool)
+    rows = []
+    for quota in config.quota or [f"={len(records)}"]:  # by default all poses, of any source
+        source, n, split = parse_quota(quota)
+        is_source = np.array([record["source"].startswith(source) for record in records])
+        pool = np.flatnonzero(is_free & is_source)
+        if not 1 <= n <= len(pool):
+            raise UserError(
+                f"--quota {quota} asks for {n} poses, but {len(pool)} of this source are left: "
+                "ask for at least 1, and at most those")
+
+        chosen = farthest_points(joints[pool], n, rng.integers(len(pool)))
+        is_free[pool[chosen]] = False
+        if is_pair:
             pairs = choose_partners(chosen, features[pool], category[pool], config.differ, rng)
-        rows += [(split or "train", pool[b], None if a is None else pool[a]) for b, a in pairs.items()]
-        print(f"{len(pairs)} rows out of {len(pool)} poses {quota}")
+            new = [Choice(split, pool[b], pool[a]) for b, a in pairs.items()]
+        else:
+            new = [Choice(split, pool[b], None) for b in chosen]
+        print(f"{len(new)} rows out of {len(pool)} poses {quota}")
+        rows += new
     return rows
 
 
-def build(config):
-    """ImageScript or ImageDiff out of any poses: rows in OUT/imagescript.jsonl, their pictures below OUT/images."""
+def build_data_set(config, out):
+    """Builds ImageScript or ImageDiff from the poses of any data sets. Raises UserError.
+
+    Writes rows to OUT/imagescript.jsonl or OUT/imagediff.jsonl and pictures to OUT/images.
+    """
     records, poses = records_with_pose(config.poses)
-    front, refine, kept = face_front(poses), load_refiner(config.refine) if config.refine else None, 0
+    front = face_front(poses)
+    refine = load_refiner(config.refine) if config.refine else None
     rows = choose_rows(config, records, front)
-    refined = np.random.default_rng(config.seed).permutation(len(rows))[:config.refined or len(rows)]
 
-    def half(k, of=""):
-        """One pose of a row, and its picture, written."""
-        record, name = records[k], f"images/{k:06d}.jpg"
-        picture = crop_picture(record, PICTURE_SIZE) if "image" in record else Image.fromarray(
-            render_photo(poses[k], PICTURE_SIZE, *(np.random.default_rng((config.seed, k, i)) for i in range(2)))[0])
-        with atomic_write(config.out / name) as new:
-            picture.save(new, format="JPEG", quality=92)
-        return {of + "id": record["id"], of + "image": name,
-                "start" if of else "pose": matrix_to_aa(poses[k]).double().numpy().ravel().round(6).tolist()}
+    shuffled = np.random.default_rng(config.seed).permutation(len(rows))
+    to_refine = set(shuffled[:config.refined or len(rows)].tolist())
+    n_kept = 0
 
-    with atomic_write(config.out / f"{config.build}.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+    path = out / f"{config.build}.jsonl"
+    with atomic_write(path) as new, open(new, "w", encoding="utf-8") as file:
         for k, (split, b, a) in enumerate(tqdm(rows, config.build, leave=False)):
-            row = half(b) | {"source": records[b]["source"], "split": split} | ({} if a is None else half(a, "start_"))
-            rng, pose, start = np.random.default_rng((config.seed, k)), front[b][None], front[[b if a is None else a]]
-            codes = posecodes(pose) if a is None else paircodes(start, pose)
+            row = write_half(records[b], poses[b], b, config.seed, out)
+            row |= {"source": records[b]["source"], "split": split}
+            if a is not None:
+                half = write_half(records[a], poses[a], a, config.seed, out)
+                row |= {"start_id": half["id"], "start_image": half["image"], "start": half["pose"]}
+
+            codes = posecodes(front[[b]]) if a is None else paircodes(front[[a]], front[[b]])
+            rng = np.random.default_rng((config.seed, k))
             row["texts"] = [full_caption(codes, 0, rng) for _ in range(3)]
-            if refine and k in refined:
-                made = refine(row["texts"][0])
-                row["refined"], kept = made or row["texts"][0], kept + (not made)
+
+            if refine and k in to_refine:
+                row["refined"] = refine(row["texts"][0])
+                if not row["refined"]:
+                    row["refined"] = row["texts"][0]
+                    n_kept += 1
             file.write(json.dumps(row) + "\n")
-    print(f"{len(rows)} rows in {config.out}" + f"; {len(refined)} refined, {kept} kept as they were" * bool(refine))
+
+    summary = f"{len(rows)} rows in {out}"
+    if refine:
+        summary += f"; {len(to_refine)} refined, {n_kept} kept as they were"
+    print(summary)
+
+
+def write_half(record, pose, k, seed, out):
+    """Writes the picture of one pose -> what a row says of the pose.
+
+    record, pose (22,3,3): the record and its pose, k: their number among all. The picture is the
+    record's own, or a rendered photograph if it has none.
+    """
+    if "image" in record:
+        picture = crop_picture(record, PICTURE_SIZE)
+    else:
+        look = np.random.default_rng((seed, k, 0))
+        rng = np.random.default_rng((seed, k, 1))
+        photo, _ = render_photo(pose, PICTURE_SIZE, look, rng)
+        picture = Image.fromarray(photo)
+
+    name = f"images/{k:06d}.jpg"
+    with atomic_write(out / name) as new:
+        picture.save(new, format="JPEG", quality=92)
+    axis_angles = matrix_to_aa(pose).double().flatten().numpy().round(6)   # (66,)
+    return {"id": record["id"], "image": name, "pose": axis_angles.tolist()}
 
 
 # ---- 8. Run it: one example of each task ---------------------------------------------------------
 @dataclass
 class Config:
-    """Print one example of each task and draw 32 people; or look at real data; or build a data set."""
-    split: str = "train"                                   # of the embedded world: train | val | test
-    seed: int = 0                                          # which examples
-    out: str = ""                                          # folder of what is written; empty: out
-    speed: int = 0                                         # time the full captions of so many poses instead
-    check: list[str] = field(default_factory=list)         # KIND:PATH, a data set to count, measure and draw
-    build: str = ""                                        # imagescript | imagediff
-    poses: list[str] = field(default_factory=list)         # --build: KIND:PATH, where poses come from
-    quota: list[str] = field(default_factory=list)         # --build: SOURCE=NUMBER[:SPLIT], how many; none: all
-    features: str = ""                                     # imagediff: what eval.py --features makes of these --poses
-    differ: int = 10                                       # imagediff: least number of codes that differ in a pair
-    refine: str = ""                                       # --build: folder of a chat model that rewrites texts
-    refined: int = 0                                       # --refine: of so many rows, drawn evenly; 0: of all
+    """Print one example of each task and draw people; or check real data; or build a data set."""
+    split: str = "train"  # split of the embedded world: train | val | test
+    seed: int = 0  # random seed of the examples, or of the data set to build
+    out: str = ""  # folder for the files that are written; empty: out
+    speed: int = 0  # time the full captions of this many poses instead
+    check: list[str] = field(default_factory=list)  # KIND:PATH, data set to summarise
+    build: str = ""  # data set to build: imagescript | imagediff
+    poses: list[str] = field(default_factory=list)  # --build: KIND:PATH, source of poses
+    quota: list[str] = field(default_factory=list)  # SOURCE=NUMBER[:SPLIT]; default: all poses
+    features: str = ""  # imagediff: .npy that eval.py --features wrote for the same --poses
+    differ: int = 10  # imagediff: minimum number of codes in which the poses of a pair differ
+    refine: str = ""  # --build: folder of a chat model that rewrites texts
+    refined: int = 0  # --refine: number of rows to refine, drawn at random; 0: all
+
+
+def time_captions(split, n, seed):
+    """Prints how fast full captions are made, and the peak memory of the process."""
+    import resource  # not on Windows
+
+    _, poses, _ = sample_people(split, 10_000)
+    poses = itertools.islice(itertools.cycle(poses), n)
+    n_words = 0
+    start = time.process_time()
+    for text in full_captions(poses, seed):
+        n_words += len(text.split())
+    rate = n / (time.process_time() - start)
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{rate:,.0f} captions of {n_words / n:.0f} words in a second of processor time, "
+        f"at most {peak:,.0f} MB of memory")
+
+
+def print_examples(split, seed):
+    """Prints one training example of each task."""
+    world = World(split, 64)
+    for task in TASKS:
+        print(f"\n{task}")
+        _, segments = Mixture([task], seed, world)[0]
+        for kind, value, is_target in segments:
+            arrow = "->" if is_target else "  "
+            if kind == "text":
+                print(f"  {arrow} {value.strip()}")
+            else:
+                shape = " x ".join(map(str, value.shape))
+                print(f"  {arrow} <{kind}> {shape}")
+
+
+def draw_people(split, path, n=32):
+    """Saves photographs of the first n people of a split; every second one is an edit."""
+    world = World(split, n, size=CELL)
+    cells = []
+    for i in range(n):
+        name = world.activity[i] if i % 2 == 0 else "an edit of it"
+        cells.append((name, world.image(i)))
+    save_cells(cells, path)
+
+
+def print_statistics(split):
+    """Prints how large and how varied the embedded world is."""
+    joints = forward_kinematics(World(split, 4000).poses, rest_joints())   # (4000,22,3)
+    distance = 1000 * (joints[0::2] - joints[1::2]).norm(dim=-1).mean()
+    print(
+        f"\n{len(activity_table().activities)} activities, {len(vocabulary())} words, "
+        f"{len(TASKS)} tasks x {N_TEMPLATES} instructions; the poses of a pair are "
+        f"{distance:.0f} mm apart (mean of 2,000 pairs)")
 
 
 def main(argv=None):
-    """Prints one example of each task and saves a sheet of photographs, or checks or builds a data set."""
+    """Prints one example of each task and draws people, or checks or builds a data set."""
     config = cli(Config, argv)
-    config.out = pathlib.Path(config.out or f"out/{config.build}")
-    if config.build not in ("", "imagescript", "imagediff") or min(config.differ, config.refined) < 0:
-        raise UserError("--build is imagescript or imagediff, --differ and --refined are numbers from 0 on")
-    if config.build or config.check:
-        return build(config) if config.build else summarise(read_records(config.check), config.out / "check.png")
-    if config.speed > 0:
-        import resource  # not on Windows
+    if config.build not in ("", "imagescript", "imagediff"):
+        raise UserError(f"--build {config.build} must be imagescript or imagediff")
+    if config.differ < 0 or config.refined < 0:
+        raise UserError("--differ and --refined must be at least 0")
+    out = pathlib.Path(config.out or f"out/{config.build}")
 
-        poses, start = itertools.cycle(sample_people(config.split, 10_000)[1]), time.process_time()
-        said = sum(len(text.split()) for text in full_captions(itertools.islice(poses, config.speed), config.seed))
-        rate, peak = config.speed / (time.process_time() - start), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return print(f"{rate:,.0f} captions of {said / config.speed:.0f} words in a second of processor time, "
-                     f"at most {peak / 1024:,.0f} MB of memory")
-    world = World(config.split, 64)
-    for task in TASKS:
-        print(f"\n{task}")
-        for kind, value, is_target in Mixture([task], config.seed, world)[0][1]:
-            shown = value.strip() if kind == "text" else f"<{kind}> {' x '.join(map(str, value.shape))}"
-            print(f"  {'->' if is_target else '  '} {shown}")
-    rows = [np.concatenate([world.image(i) for i in range(k, k + 8)], 1) for k in range(0, 32, 8)]
-    with atomic_write(config.out / "world.png") as path:
-        Image.fromarray(np.concatenate(rows)).save(path, format="PNG")
-    joints = forward_kinematics(World(config.split, 4000).poses, rest_joints())
-    apart = 1000 * (joints[0::2] - joints[1::2]).norm(dim=-1).mean()
-    print(f"\n{len(activity_table().activities)} activities, {len(vocabulary())} words, {len(TASKS)} x {N_TEMPLATES} instructions; "
-          f"the two of a pair are {apart:.0f} mm apart (2,000 pairs); 32 of them: {config.out / 'world.png'}")
+    if config.build:
+        build_data_set(config, out)
+    elif config.check:
+        summarise(read_records(config.check), out / "check.png")
+    elif config.speed > 0:
+        time_captions(config.split, config.speed, config.seed)
+    else:
+        print_examples(config.split, config.seed)
+        draw_people(config.split, out / "world.png")
+        print_statistics(config.split)
+        print(f"photographs of 32 people: {out / 'world.png'}")
 
 
 if __name__ == "__main__":

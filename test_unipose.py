@@ -1102,19 +1102,81 @@ def bad_pose_files():
     }
 
 
-# ---- data.py: seven tasks and their templates ------------------------------------------------------------------------
-@pytest.mark.parametrize("task", data.TASKS)
-def test_200_distinct_templates_hold_exactly_the_slots_of_their_task_in_order(task):
-    """At most 14 words, only the marks . , ? and one target, of the task's kind, at the end; slots in texts stay."""
-    lines, (inputs, target, *_) = data.templates(task), data.TASKS[task]
-    values = [f"lift <pose> and <caption> {k}" for k in range(len(inputs) + 1)]
-    assert len(lines) == len(set(lines)) == 200
-    for line in lines:
-        assert data.SLOT.findall(line) == data.slots(task) and len(line.split()) <= 14, line
-        assert re.fullmatch(r"[A-Za-z .,?]+", data.SLOT.sub("", line)), line
-        *given, answer = data.render_template(task, values, line)
-        assert answer == (target, values[-1], True) and not any(said for _, _, said in given)
-        assert [(kind, value) for kind, value, _ in given if value in values] == [*zip(inputs, values)]
+# ---- data.py: seven tasks and their templates ----------------------------------------------------
+every_task = pytest.mark.parametrize("task", data.TASKS)
+
+
+@every_task
+def test_a_task_has_200_distinct_templates(task):
+    lines = data.templates(task)
+
+    assert len(lines) == 200
+    assert len(set(lines)) == 200
+
+
+@every_task
+def test_templates_hold_the_slots_of_their_task_in_order(task):
+    for line in data.templates(task):
+        assert data.SLOT.findall(line) == data.slots(task), line
+
+
+@every_task
+def test_templates_have_at_most_14_words_and_only_the_marks_that_the_vocabulary_knows(task):
+    for line in data.templates(task):
+        words = data.SLOT.sub("", line)
+
+        assert len(line.split()) <= 14, line
+        assert re.fullmatch(r"[A-Za-z .,?]+", words), line
+
+
+@pytest.mark.parametrize("task, slots", [
+    ("text2pose", ["<caption>"]),
+    ("edit", ["<pose>", "<caption>"]),
+    ("posediff", ["<poseA>", "<poseB>"]),
+    ("imagediff", ["<imageA>", "<imageB>"]),
+])
+def test_slots_are_named_by_kind_and_lettered_where_two_are_of_one_kind(task, slots):
+    assert data.slots(task) == slots
+
+
+@pytest.mark.parametrize("task, asked", [
+    ("pose2text", [("pose", 0), ("text", 0)]),
+    ("posediff", [("pose", 0), ("pose", 1), ("text", 1)]),
+    ("edit", [("pose", 0), ("text", 0), ("pose", 1)]),
+])
+def test_task_values_are_asked_for_in_order_with_the_target_of_a_pair_being_about_b(task, asked):
+    values = data.task_values(task, lambda kind, which: (kind, which))
+
+    assert values == asked
+
+
+def texts_with_slots(task):
+    """A value for each input and the target of a task: texts that look like templates."""
+    n_values = len(data.TASKS[task].inputs) + 1
+    return [f"lift <pose> and <caption> {k}" for k in range(n_values)]
+
+
+@every_task
+def test_a_filled_template_holds_every_input_once_in_order(task):
+    """Slots inside of the values are not filled: a caption that says <pose> stays text."""
+    values = texts_with_slots(task)
+    inputs = list(zip(data.TASKS[task].inputs, values))
+
+    for line in data.templates(task):
+        segments = data.render_template(task, values, line)
+        found = [(kind, value) for kind, value, _ in segments[:-1] if value in values]
+        assert found == inputs, line
+
+
+@every_task
+def test_a_filled_template_ends_with_its_only_target(task):
+    values = texts_with_slots(task)
+
+    for line in data.templates(task):
+        *prompt, answer = data.render_template(task, values, line)
+        assert answer == (data.TASKS[task].target, values[-1], True)
+        for segment in prompt:
+            assert segment[2] is False, line
 
 
 # ---- captions.py ---------------------------------------------------------------------------------
@@ -1727,323 +1789,1405 @@ def test_captions_script_finds_its_captions_true_and_the_last_sentence_false():
     assert verdicts[-1] == "FALSE"
 
 
-# ---- data.py: synthetic people ---------------------------------------------------------------------------------------
-def test_person_i_and_example_k_are_pure_functions_of_split_seed_and_number():
-    """Neither how many are asked for nor what came before matters; splits share nobody; all is mixed evenly."""
-    short, long = data.World("test", 20, size=64), data.World("test", 600, size=64)
-    assert torch.equal(short.camera_poses, long.camera_poses[:20]) and short.activity == long.activity[:20]
-    long.image(3)
-    assert np.array_equal(short.image(5), long.image(5)) and short.image(5).shape == (64, 64, 3)
-    people = [data.sample_people(split, 600)[1].flatten(1) for split in data.SPLITS]
-    assert min(torch.cdist(*pair).min() for pair in itertools.combinations(people, 2)) > 0.02
-    for split, n in (("training", 10), ("train", 3), ("train", 0), ("train", 1 << 21)):
-        refused("people", data.sample_people, split, n)
-    world, ids, known = data.World("train", 60), range(60), data.vocabulary()
-    cache = types.SimpleNamespace(poses=ids, camera_poses=ids, image=ids.__getitem__)
-    one, again, other = (data.Mixture(data.TASKS, seed, world, cache) for seed in (0, 0, 1))
-    drawn = [one[k] for k in range(1400)]
-    assert drawn == [again[k] for k in reversed(range(1400))][::-1] and drawn[:9] != [other[k] for k in range(9)]
-    assert all(150 < sum(name == task for name, _ in drawn) < 250 for task in data.TASKS)
-    pairs = [[value for kind, value, _ in segments if kind == "pose"] for task, segments in drawn if task == "posediff"]
-    assert all(a ^ b == 1 for a, b in pairs) and 0.35 < np.mean([a < b for a, b in pairs]) < 0.65
-    plain = data.Mixture(["pose2text"], 0, world, cache, templates=1)
-    assert {plain[k][1][0][1] for k in range(50)} == {data.templates("pose2text")[0].split("<")[0]}
-    told = {task: {str(world.example(task, 4, np.random.default_rng(k), True, cache)) for k in range(9)} for task in data.TASKS}
-    assert {task for task in told if len(told[task]) > 1} == {"text2pose", "edit"}           # an answer has one way
-    said = " ".join(value for _, segments in drawn for kind, value, _ in segments if kind == "text").lower()
-    assert set(re.findall(r"[^\s.,?]+|[.,?]", said)) <= set(known) and known == sorted(set(known)) and len(known) < 1200
+# ---- data.py: synthetic people -------------------------------------------------------------------
+LYING = ("lying on the back", "lying on the front", "lying on the side")
+STANDING = ("T-pose", "hands on hips", "saluting", "jumping jack")
 
 
-def test_people_stay_within_their_limits_and_do_what_their_activity_says(world):
-    """Knees and elbows are hinges, wrists and feet nearly still; an edit moves one to three parts 150 to 300 mm."""
-    limits = tokenizer.load_asset("activities")["limits"]
-    hinges = ("knee", 0, 1, limits["leg"]["knee"]), ("elbow", 1, -1, limits["arm"]["bend"])  # an elbow bends about -y
-    sides = world.poses, tokenizer.mirror(world.poses)
-    for side, (joint, axis, sign, (low, high)) in itertools.product(sides, hinges):
-        turn = tokenizer.matrix_to_aa(side[:, tokenizer.JOINTS.index(f"left_{joint}")].double()).rad2deg()
-        bend, off = sign * turn[:, axis], turn[:, [k for k in range(3) if k != axis]]
-        assert bend.min() > low - 0.1 and bend.max() < high + 0.1 and off.abs().max() < 0.1, joint
-    still = tokenizer.matrix_to_aa(world.poses[:, data.LOW_MOTION_JOINTS]).norm(dim=-1).rad2deg()
+def joint(*names):
+    """The numbers of joints."""
+    return [tokenizer.JOINTS.index(name) for name in names]
+
+
+@pytest.fixture(scope="session")
+def mixture_of():
+    """mixture_of(tasks, seed, ...): of 60 people, whose numbers stand for poses and pictures."""
+    world = data.World("train", 60)
+    numbers = range(60)
+    cache = types.SimpleNamespace(poses=numbers, camera_poses=numbers, image=numbers.index)
+
+    def make(tasks, seed=0, **options):
+        return data.Mixture(tasks, seed, world, cache, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixture_examples(mixture_of):
+    """The first 1,400 examples of a mixture of all tasks."""
+    mixture = mixture_of(data.TASKS)
+    return [mixture[k] for k in range(1400)]
+
+
+@pytest.fixture(scope="session")
+def people_joints(world):
+    """The joints of 10,000 people (10000,22,3)."""
+    return tokenizer.load_body().joints(world.poses)
+
+
+@pytest.fixture(scope="session")
+def people_heights(world, people_joints):
+    """{activity: heights of the joints (m,22)} of people who are no edits."""
+    activity = np.array(world.activity[0::2])
+    height = people_joints[0::2, :, 1]
+    by_activity = {}
+    for name in data.activity_table().activities:
+        by_activity[name] = height[torch.tensor(activity == name)]
+    return by_activity
+
+
+@pytest.fixture(scope="session")
+def user_prompts(world):
+    """The prompts of 400 people, as users may type them."""
+    texts = []
+    for i in range(400):
+        rng = np.random.default_rng(i)
+        texts.append(world.user_prompt(i, rng))
+    return texts
+
+
+def words_and_marks(text):
+    """The words and marks of a text, in lower case."""
+    return set(re.findall(r"[^\s.,?]+|[.,?]", text.lower()))
+
+
+def test_a_random_number_depends_on_its_row_and_column_only():
+    table = data.hash_uniform(np.arange(1000), 96)
+
+    two_rows = data.hash_uniform([7, 3], 96)
+    five_columns = data.hash_uniform(np.arange(1000), 5)
+
+    assert np.array_equal(two_rows, table[[7, 3]])
+    assert np.array_equal(five_columns, table[:, :5])
+
+
+def test_random_numbers_fill_the_unit_interval_evenly():
+    table = data.hash_uniform(np.arange(1000), 96)
+
+    counts, _ = np.histogram(table, bins=10, range=(0, 1))
+    assert len(np.unique(table)) == table.size
+    assert np.abs(counts / table.size - 0.1).max() < 0.01
+
+
+def test_a_person_does_not_depend_on_how_many_are_drawn():
+    few = data.World("test", 20)
+    many = data.World("test", 600)
+
+    assert torch.equal(few.camera_poses, many.camera_poses[:20])
+    assert few.activity == many.activity[:20]
+
+
+def test_a_photograph_does_not_depend_on_what_was_photographed_before():
+    one = data.World("test", 20, size=64)
+    other = data.World("test", 600, size=64)
+
+    other.image(3)
+
+    assert one.image(5).shape == (64, 64, 3)
+    assert np.array_equal(one.image(5), other.image(5))
+
+
+@pytest.mark.parametrize("one, other", itertools.combinations(data.SPLITS, 2))
+def test_splits_share_no_people(one, other):
+    poses = data.sample_people(one, 600)[1].flatten(1)
+    other_poses = data.sample_people(other, 600)[1].flatten(1)
+
+    assert torch.cdist(poses, other_poses).min() > 0.02
+
+
+@pytest.mark.parametrize("split, n", [
+    pytest.param("training", 10, id="unknown split"),
+    pytest.param("train", 3, id="odd number"),
+    pytest.param("train", 0, id="none"),
+    pytest.param("train", 1 << 21, id="more than a split has"),
+])
+def test_people_who_do_not_exist_are_refused(split, n):
+    refused("people", data.sample_people, split, n)
+
+
+def test_every_angle_and_gesture_of_the_activity_table_is_known():
+    """A typing error in assets/activities.json would otherwise leave an angle at 0."""
+    table = tokenizer.load_asset("activities")
+    limits = table["limits"]
+    ranges = []
+    for kind, gestures in table["gestures"].items():
+        ranges += [(kind, gesture) for gesture in gestures.values()]
+    for row in [table["usual"], *table["activities"].values()]:
+        for key, entry in row.items():
+            kind = key.removeprefix("edit_")
+            if kind in limits:
+                ranges.append((kind, entry))
+
+    for kind, gesture in ranges:
+        for angle, (low, high) in gesture.items():
+            assert angle in limits[kind], (kind, gesture)
+            assert low <= high, (kind, gesture)
+
+
+def test_every_activity_is_drawn(world):
     names, counts = np.unique(world.activity, return_counts=True)
-    assert len(names) == len(data.activity_table().activities) >= 24 and counts.min() > 10_000 / len(names) / 3
-    joints, first, feet = tokenizer.load_body().joints(world.poses), np.array(world.activity[0::2]), [10, 11]
-    height = {name: joints[0::2][torch.tensor(first == name)][..., 1] for name in names}                      # (M,22)
-    for at in (height[name] for name in ("T-pose", "hands on hips", "saluting", "jumping jack")):
-        assert (at[:, 15] > 0.4).all() and (at[:, feet].min(1).values < at.min(1).values + 0.05).all()
-    for name in ("lying on the back", "lying on the front", "lying on the side"):
-        assert (height[name][:, [0, 9, 12, 15, 16, 17]].std(1) < 0.12).all()
-    assert (height["handstanding"][:, 15] < -0.4).all()
-    assert still.max() < 3 * math.sqrt(3) + 0.1
-    apart = (world.poses[0::2] - world.poses[1::2]).abs().amax((2, 3)) > 1e-4                                 # (M,22)
-    parts = [[3, 6, 9], [4], [5], [16, 18], [17, 19]]      # knees stand for legs: a bow moves the hips as well
-    moved = torch.stack([apart[:, part].any(1) for part in parts], 1)
-    assert 1 <= moved.sum(1).min() and moved.sum(1).max() <= 3 and not (moved[:, 1] & moved[:, 2]).any()
-    assert 0.15 < (joints[0::2] - joints[1::2]).norm(dim=-1).mean() < 0.3
+
+    assert set(names) == set(data.activity_table().activities)
+    assert len(names) >= 24
+    assert counts.min() > 10_000 / len(names) / 3
 
 
-def test_photographs_show_people_turned_by_their_heading_and_texts_may_say_so(world):
-    """Only the root differs. The side is no statement, and is not said of who lies; a request may name the activity."""
-    turn, heading = (world.camera_poses[:, 0] @ world.poses[:, 0].mT).numpy(), world.headings
-    assert np.allclose(np.arctan2(turn[:, 0, 2], turn[:, 0, 0]), heading, atol=1e-5) and np.abs(heading).max() > 3
-    assert torch.equal(world.camera_poses[:, 1:], world.poses[:, 1:]) and 0.67 < np.mean(np.abs(heading) < math.pi / 4) < 0.73
-    for task, wanted in (("image2pose", world.camera_poses), ("text2pose", world.poses)):
-        exam, answer = evaluation.EvalSet(world, task, 8), data.Mixture([task], 1, world)[0][1][-1][1]
-        assert (wanted == answer).flatten(1).all(1).any() and torch.equal(exam.poses, wanted[0:16:2])
-        close(exam.facing(exam.poses), world.poses[0:16:2])                  # captions speak of people who face +z
-    views, activity = np.array(world.views), np.array([name.lower() for name in world.activity])
-    names = np.array([*captions.VIEWS])[np.round(heading / (math.pi / 2)).astype(int) % 4]
-    upright, lying = views != "", np.char.startswith(activity, "lying") & (np.arange(10_000) % 2 == 0)
-    assert (views[upright] == names[upright]).all() and 0.6 < upright.mean() < 0.9 and not upright[lying].any()
-    asked = [world.user_prompt(i, np.random.default_rng(i)) for i in range(400)]
-    named = [text.lower().startswith(name + ".") for text, name in zip(asked, activity)]
-    assert 0.5 < np.mean([len(captions.statements(text)) > 8 for text in asked]) < 0.65
-    assert 0.15 < np.mean(named) < 0.25 and not any(named[1::2])             # an edit leaves the activity it came from
-    for i, text in enumerate(asked):
-        plain, seen = (tell(i, np.random.default_rng(i)) for tell in (world.caption, world.image_caption))
-        assert captions.statements(seen) == captions.statements(plain) and captions.view_in(seen) == views[i]
-        assert captions.view_in(plain) == "" and world.coarse_caption(i).lower().startswith(activity[i])
-        assert named[i] or all(within for within, _ in captions.check_statements(text, world.codes, i))
-    marks = evaluation.view_metrics(["Seen from the left. A.", "Seen from the back. A.", "A."], ["left", "left", ""])
-    assert marks == {"view_accuracy": 0.5, "view_balanced": 0.5} and evaluation.view_metrics(["A."], [""]) == {}
+@pytest.mark.parametrize("mirrored", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize("name, axis, sign, limb, angle", [
+    pytest.param("left_knee", 0, 1, "leg", "knee", id="knee"),
+    pytest.param("left_elbow", 1, -1, "arm", "bend", id="elbow"),
+])
+def test_knees_and_elbows_are_hinges_within_their_limits(
+        world, name, axis, sign, limb, angle, mirrored):
+    """A right joint is the left one of the mirrored pose."""
+    low, high = tokenizer.load_asset("activities")["limits"][limb][angle]
+    poses = tokenizer.mirror(world.poses) if mirrored else world.poses
+
+    rotations = poses[:, tokenizer.JOINTS.index(name)].double()
+    degrees = tokenizer.matrix_to_aa(rotations).rad2deg()                            # (M,3)
+
+    bend = sign * degrees[:, axis]
+    assert bend.min() > low - 0.1
+    assert bend.max() < high + 0.1
+    degrees[:, axis] = 0
+    assert degrees.abs().max() < 0.1
 
 
-# ---- data.py: readers, builders, real data in training --------------------------------------------------------------
+def test_collars_feet_and_wrists_hardly_move(world):
+    """3 degrees about each of three axes."""
+    axis_angles = tokenizer.matrix_to_aa(world.poses[:, data.LOW_MOTION_JOINTS])
+    degrees = axis_angles.norm(dim=-1).rad2deg()
+
+    assert degrees.max() < 3 * math.sqrt(3) + 0.1
+
+
+@pytest.mark.parametrize("activity", STANDING)
+def test_standing_people_have_their_head_up_and_a_foot_on_the_floor(people_heights, activity):
+    height = people_heights[activity]                                                # (m,22)
+    lowest = height.amin(1)
+    lowest_foot = height[:, joint("left_foot", "right_foot")].amin(1)
+
+    assert height[:, joint("head")].min() > 0.4
+    assert (lowest_foot - lowest).max() < 0.05
+
+
+@pytest.mark.parametrize("activity", LYING)
+def test_lying_people_are_level(people_heights, activity):
+    trunk = joint("pelvis", "spine3", "neck", "head", "left_shoulder", "right_shoulder")
+    height = people_heights[activity][:, trunk]
+
+    assert height.std(1).max() < 0.12
+
+
+def test_people_who_stand_on_their_hands_have_their_head_down(people_heights):
+    height = people_heights["handstanding"]
+
+    assert height[:, joint("head")].max() < -0.4
+
+
+def test_people_sit_cross_legged_on_the_floor(people_heights):
+    """Their feet are hardly below the pelvis."""
+    height = people_heights["sitting cross-legged"]
+
+    assert height[:, joint("left_foot", "right_foot")].min() > -0.3
+
+
+def test_people_are_not_lopsided(people_joints):
+    """Half of the pairs are mirrored: the mean person is its own mirror image within 3 cm."""
+    mean = people_joints.mean(0)
+    mirrored = mean[tokenizer.MIRROR] * FLIP
+
+    distance = (mean - mirrored).norm(dim=-1)
+    assert distance.max() < 0.03
+
+
+def test_an_edit_moves_one_to_three_parts_and_never_both_legs(world):
+    change = world.poses[0::2] - world.poses[1::2]                                   # (M,22,3,3)
+    is_moved = change.abs().amax((2, 3)) > 1e-4                                      # (M,22)
+    left_leg = is_moved[:, joint("left_knee")].any(1)      # knees: a bow moves the hips as well
+    right_leg = is_moved[:, joint("right_knee")].any(1)
+    left_arm = is_moved[:, joint("left_shoulder", "left_elbow")].any(1)
+    right_arm = is_moved[:, joint("right_shoulder", "right_elbow")].any(1)
+    trunk = is_moved[:, joint("spine1", "spine2", "spine3")].any(1)
+
+    is_moved = torch.stack([left_leg, right_leg, left_arm, right_arm, trunk])
+    n_moved = is_moved.sum(0)
+    assert n_moved.min() >= 1
+    assert n_moved.max() <= 3
+    assert not (left_leg & right_leg).any()
+
+
+def test_an_edit_moves_joints_by_150_to_300_mm_on_average(people_joints):
+    move = people_joints[0::2] - people_joints[1::2]
+
+    assert 0.15 < move.norm(dim=-1).mean() < 0.3
+
+
+def test_photographs_turn_the_root_by_the_heading_and_nothing_else(world):
+    root, *others = world.poses.unbind(1)
+    camera_root, *camera_others = world.camera_poses.unbind(1)
+    turn = camera_root @ root.mT                                                     # (M,3,3)
+    angle = torch.atan2(turn[:, 0, 2], turn[:, 0, 0])
+
+    np.testing.assert_allclose(angle, world.headings, atol=1e-5)
+    for other, camera_other in zip(others, camera_others):
+        assert torch.equal(other, camera_other)
+
+
+def test_seven_in_ten_photographs_show_the_front_and_some_the_back(world):
+    turned = np.abs(world.headings)
+
+    assert 0.67 < np.mean(turned < math.pi / 4) < 0.73
+    assert turned.max() > 3
+
+
+def test_the_view_of_upright_people_is_the_quarter_of_their_heading(world):
+    for view, heading in zip(world.views, world.headings):
+        quarter = round(heading / (math.pi / 2)) % 4
+        assert view in ("", captions.VIEWS[quarter])
+
+
+def test_most_people_are_upright_and_have_a_view(world):
+    has_view = [view != "" for view in world.views]
+
+    assert 0.6 < np.mean(has_view) < 0.9
+
+
+@pytest.mark.parametrize("activity", LYING)
+def test_lying_people_have_no_view(world, activity):
+    for i in range(0, 10_000, 2):
+        if world.activity[i] == activity:
+            assert world.views[i] == "", i
+
+
+def test_the_joints_of_a_photograph_lie_within_it():
+    world = data.World("val", 20, size=64)
+
+    for i in range(20):
+        _, pixels = world.photo(i)
+        assert pixels.shape == (22, 2)
+        assert pixels.min() > 0, i
+        assert pixels.max() < 64, i
+
+
+def test_the_left_hand_of_a_person_who_faces_the_camera_is_on_the_right_of_the_picture():
+    body = data.default_body()
+    rest_pose = torch.eye(3).expand(1, 22, 3, 3)
+    joints, vertices = body(rest_pose)
+    frame = vertices[0].numpy()
+
+    points = joints[0].numpy()
+    pixels, _ = data.project(points, frame, size=100, zoom=1.0, shift=(0, 0))
+
+    left, right = pixels[joint("left_wrist", "right_wrist"), 0]
+    head, foot = pixels[joint("head", "left_foot"), 1]
+    assert left > 60
+    assert right < 40
+    assert head < foot                                     # y points down
+
+
+def test_the_two_of_a_pair_wear_the_same_clothes(monkeypatch):
+    """Their RNGs of clothes are equal; light, background and place differ."""
+    def first_numbers(pose, size, look, rng):
+        return look.random(), rng.random()
+
+    monkeypatch.setattr(data, "render_photo", first_numbers)
+    world = data.World("train", 8)
+
+    look, rng = world.photo(4)
+    partner_look, partner_rng = world.photo(5)
+    next_look, _ = world.photo(6)
+
+    assert look == partner_look
+    assert look != next_look
+    assert rng != partner_rng
+
+
+def test_a_contact_sheet_lays_pictures_and_texts_in_rows():
+    red = Image.new("RGB", (100, 50), "red")
+    blue = np.zeros((40, 40, 3), np.uint8)
+    blue[..., 2] = 255
+
+    first_row = ("", [("", red), ("", blue)])
+    second_row = ("", [("", "a text")])
+
+    sheet = data.contact_sheet([first_row, second_row])
+
+    half = data.CELL // 2
+    step = data.CELL + data.GAP
+    assert sheet.getpixel((half, half)) == (255, 0, 0)
+    assert sheet.getpixel((half + step, half)) == (0, 0, 255)
+    assert sheet.getpixel((half, half + step)) == (255, 255, 255)
+
+
+def test_a_text_that_is_too_long_for_its_cell_is_cut():
+    cell = np.asarray(data.text_cell("word " * 1000))
+
+    assert cell.shape == (data.CELL, data.CELL, 3)
+    assert (cell[-8:] == 255).all()
+
+
+def test_example_k_does_not_depend_on_the_order_of_the_examples(mixture_of, mixture_examples):
+    again = mixture_of(data.TASKS)
+
+    for k in reversed(range(300)):
+        assert again[k] == mixture_examples[k], k
+
+
+def test_another_seed_gives_other_examples(mixture_of, mixture_examples):
+    other = mixture_of(data.TASKS, seed=1)
+
+    drawn = [other[k] for k in range(9)]
+    assert drawn != mixture_examples[:9]
+
+
+@every_task
+def test_a_mixture_draws_its_tasks_equally_often(mixture_examples, task):
+    drawn = [name for name, _ in mixture_examples]
+
+    assert 150 < drawn.count(task) < 250
+
+
+def test_a_pair_task_goes_from_either_person_to_its_partner(mixture_examples):
+    pairs = []
+    for task, segments in mixture_examples:
+        if task == "posediff":
+            pairs.append([value for kind, value, _ in segments if kind == "pose"])
+
+    for a, b in pairs:
+        assert a ^ b == 1, (a, b)
+    forward = [a < b for a, b in pairs]
+    assert 0.35 < np.mean(forward) < 0.65
+
+
+def test_with_one_template_a_mixture_uses_the_plain_one(mixture_of):
+    plain, _ = data.templates("pose2text")[0].split("<pose>")
+    mixture = mixture_of(["pose2text"], templates=1)
+
+    for k in range(50):
+        _, segments = mixture[k]
+        assert segments[0] == ("text", plain, False)
+
+
+def test_photos_limits_the_people_of_image_tasks_only(mixture_of):
+    mixture = mixture_of(["image2pose", "text2pose"], photos=10)
+
+    people = {"image2pose": set(), "text2pose": set()}
+    for k in range(200):
+        task, segments = mixture[k]
+        _, person, _ = segments[-1]
+        people[task].add(person)
+
+    assert max(people["image2pose"]) < 10
+    assert max(people["text2pose"]) >= 10
+
+
+@every_task
+def test_training_answers_have_one_wording_and_training_prompts_many(mixture_of, task):
+    mixture = mixture_of([task])
+    wordings = set()
+    for k in range(9):
+        rng = np.random.default_rng(k)
+        values = mixture.world.example(task, 4, rng, training=True, cache=mixture.cache)
+        wordings.add(tuple(values))
+
+    has_text_input = "text" in data.TASKS[task].inputs
+    assert (len(wordings) > 1) == has_text_input
+
+
+in_its_frame = pytest.mark.parametrize("task, frame", [
+    ("image2pose", "camera_poses"),
+    ("text2pose", "poses"),
+])
+
+
+@in_its_frame
+def test_image2pose_answers_in_the_frame_of_the_camera_and_text2pose_in_the_bodys(
+        world, task, frame):
+    expected = getattr(world, frame)
+
+    _, segments = data.Mixture([task], 1, world)[0]
+    _, answer, _ = segments[-1]
+
+    is_equal = (expected == answer).flatten(1).all(1)
+    assert is_equal.any()
+
+
+@in_its_frame
+def test_evaluation_turns_answers_back_to_face_front(world, task, frame):
+    """Captions speak of people who face +z, whatever the frame of the answer."""
+    expected = getattr(world, frame)
+
+    exam = evaluation.EvalSet(world, task, 8)
+
+    assert torch.equal(exam.poses, expected[0:16:2])
+    close(exam.facing_front(exam.poses), world.poses[0:16:2])
+
+
+def test_the_vocabulary_is_sorted_distinct_and_small():
+    words = data.vocabulary()
+
+    assert words == sorted(set(words))
+    assert len(words) < 1200
+
+
+def test_the_vocabulary_takes_the_words_of_other_texts_in():
+    assert "quokka" not in data.vocabulary()
+    assert "quokka" in data.vocabulary(["Hug the Quokka."])
+
+
+def test_training_examples_use_known_words_only(mixture_examples):
+    known = set(data.vocabulary())
+
+    for task, segments in mixture_examples:
+        for kind, value, _ in segments:
+            if kind == "text":
+                assert words_and_marks(value) <= known, (task, value)
+
+
+def test_user_prompts_use_known_words_only(user_prompts):
+    known = set(data.vocabulary())
+
+    for text in user_prompts:
+        assert words_and_marks(text) <= known, text
+
+
+def test_more_than_half_of_the_user_prompts_are_whole_captions(user_prompts):
+    is_long = [len(captions.statements(text)) > 8 for text in user_prompts]
+
+    assert 0.5 < np.mean(is_long) < 0.65
+
+
+def names_activity(world, user_prompts):
+    """For each prompt: does it begin with the name of the activity?"""
+    found = []
+    for text, activity in zip(user_prompts, world.activity):
+        found.append(text.lower().startswith(activity.lower() + "."))
+    return found
+
+
+def test_a_fifth_of_the_user_prompts_name_the_activity(world, user_prompts):
+    assert 0.15 < np.mean(names_activity(world, user_prompts)) < 0.25
+
+
+def test_no_user_prompt_names_the_activity_of_an_edit(world, user_prompts):
+    """An edit may have left the activity that it came from."""
+    assert not any(names_activity(world, user_prompts)[1::2])
+
+
+def test_user_prompts_say_true_statements_only(world, user_prompts):
+    for i, is_named in enumerate(names_activity(world, user_prompts)):
+        if not is_named:
+            for is_true, _ in captions.check_statements(user_prompts[i], world.codes, i):
+                assert is_true, user_prompts[i]
+
+
+def test_an_image_caption_is_the_caption_with_the_view(world):
+    for i in range(400):
+        plain = world.caption(i, np.random.default_rng(i))
+        text = world.image_caption(i, np.random.default_rng(i))
+
+        assert captions.view_in(text) == world.views[i], text
+        assert captions.view_in(plain) == "", plain
+        assert captions.statements(text) == captions.statements(plain)
+
+
+def test_a_coarse_caption_says_the_activity_and_the_view(world):
+    for i in range(400):
+        expected = world.activity[i].lower()
+        if world.views[i]:
+            expected += f", seen from the {world.views[i]}"
+
+        assert world.coarse_caption(i) == expected
+
+
+def test_view_accuracy_counts_captions_and_view_balanced_counts_sides():
+    texts = ["Seen from the left. A.", "Seen from the back. A.", "Seen from the left.", "A."]
+
+    scores = evaluation.view_metrics(texts, ["left", "left", "left", "back"])
+
+    assert scores["view_accuracy"] == pytest.approx(2 / 4)
+    assert scores["view_balanced"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_people_without_a_view_do_not_count_in_the_view_metrics():
+    texts = ["Seen from the left. A.", "Seen from the back. A.", "A."]
+
+    scores = evaluation.view_metrics(texts, ["left", "left", ""])
+
+    assert scores == {"view_accuracy": 0.5, "view_balanced": 0.5}
+    assert evaluation.view_metrics(["A."], [""]) == {}
+
+
+# ---- data.py: readers, builders, real data in training ---------------------------------------------
+def parametrize(arguments, cases):
+    """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
+    return pytest.mark.parametrize(arguments, list(cases.values()), ids=list(cases))
+
+
+@parametrize("name, frames", {
+    "AMASS at 24 Hz, the middle 60 %": ("amass", [*range(8, 32, 2)]),
+    "AMASS in SMPL-X at 120 Hz": ("amass smplx", [8, 18, 28]),
+    "PoseScript v1": ("posescript v1", [0, 3, 6]),
+    "PoseScript v1, human texts": ("posescript v1 human", [3]),
+    "PoseScript v2": ("posescript v2", [0, 3, 6, 9]),
+    "PoseScript v2, human texts": ("posescript v2 human", [9]),
+    "PoseFix, poses B": ("posefix", [3, 6]),
+    "4D-Humans' tars": ("tars", [0, 1]),
+    "4D-Humans' evaluation": ("evaluation", [0, 1]),
+})
+def test_poses_of_every_release_come_back_as_they_were_written(real, name, frames):
+    records = data.read_records([real.specs[name]])
+
+    close(stack_poses(records, "pose"), real.poses[frames])
+
+
+def test_poses_of_the_embedded_world_are_read_in_the_camera_frame():
+    records = data.read_records(["world:val:20"])
+
+    close(stack_poses(records, "pose"), data.World("val", 20).camera_poses)
+    assert {record["split"] for record in records} == {"val"}
+
+
+def test_subsets_of_amass_have_their_new_names(real):
+    """The folder has the old name, BioMotionLab_NTroje."""
+    records = data.read_records([real.specs["amass"]])
+
+    assert {record["source"] for record in records} == {"amass-BMLrub"}
+
+
+@pytest.mark.parametrize("name, texts", [
+    ("posescript v1", [["A 0", "B 0"], ["A 1"], ["A 2"]]),
+    ("posescript v1 human", [["by hand"]]),
+    ("posescript v2", [["one", "two", "three"]] * 4),
+    ("posescript v2 human", [["a person"]]),
+    ("posefix", [["Raise it.", "Lift it."], ["Go on."]]),
+])
+def test_the_texts_of_an_entry_are_gathered_from_all_files(real, name, texts):
+    records = data.read_records([real.specs[name]])
+
+    assert [record["texts"] for record in records] == texts
+
+
+@pytest.mark.parametrize("name, splits", [
+    ("posescript v1", ["train", "train", "val"]),
+    ("posescript v2", ["train", "train", "test", "test"]),
+    ("posefix", ["train", "train"]),
+])
+def test_entries_have_the_split_of_their_release(real, name, splits):
+    records = data.read_records([real.specs[name]])
+
+    assert [record["split"] for record in records] == splits
+
+
+def test_posefix_pairs_hold_pose_a_and_whether_both_are_of_one_sequence(real):
+    records = data.read_records([real.specs["posefix"]])
+
+    close(stack_poses(records, "start"), real.poses[[0, 9]])
+    assert [record["together"] for record in records] == [True, False]
+
+
+@parametrize("name, boxes", {
+    "20 x 40 pixels": ("tars", [[50, 30, 40], [50, 30, 40]]),
+    "40 x 40 pixels, widened to 3 to 4": ("evaluation", [[50, 50, 40 * 4 / 3]] * 2),
+    "one picture of two has a box": ("images", [None, [25, 30, 50]]),
+})
+def test_boxes_become_the_squares_that_4d_humans_cuts_out(real, name, boxes):
+    records = data.read_records([real.specs[name]])
+
+    assert [record.get("box") for record in records] == boxes
+
+
+def test_a_picture_is_cropped_to_its_box(real):
+    record = data.read_records([real.specs["tars"]])[0]
+
+    picture = data.crop_picture(record, 48)
+
+    expected = Image.open(io.BytesIO(jpeg())).crop((30, 10, 70, 50)).resize((48, 48))
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_a_picture_without_a_box_is_cropped_to_its_middle(real):
+    record = data.read_records([real.specs["images"]])[0]
+
+    picture = data.crop_picture(record, 60)
+
+    expected = Image.open(io.BytesIO(jpeg())).crop((20, 0, 80, 60))
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_check_counts_entries_and_prints_ranges(real, tmp_path, capsys):
+    flags = ["--check", real.specs["tars"], "--check", real.specs["posefix"]]
+
+    data.main([*flags, "--out", str(tmp_path)])
+
+    printed = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert lines[:4] == [
+        "h36m 2 entries",
+        "posefix train 2 entries",
+        "words in a text 3 2 to 2, mean 2",
+        "pixels, side of a box 2 40 to 40, mean 40",
+    ]
+    assert "degrees, bend of a joint" in printed
+
+
+@pytest.mark.parametrize("names", [["images"], ["tars", "posefix"]], ids=["pictures", "and poses"])
+def test_check_draws_pictures_and_poses(real, tmp_path, names):
+    flags = [f"--check={real.specs[name]}" for name in names]
+
+    data.main([*flags, "--out", str(tmp_path)])
+
+    assert np.asarray(Image.open(tmp_path / "check.png")).std() > 20
+
+
+HTML = b"<!DOCTYPE html><html>log in</html>"
+ZEROS = np.zeros((40, 156))
+
+
+@pytest.mark.parametrize("name", ["amass", "posescript v2"])
+@parametrize("content", {
+    "a web page": HTML,
+    "an empty file": b"",
+    "no poses": {"trans": ZEROS},
+    "no frames": {"poses": ZEROS[:0]},
+    "a word": {"poses": np.array("a")},
+    "too few joints": {"poses": ZEROS[:, :60]},
+    "objects": {"poses": ZEROS.astype(object)},
+    "NaN": {"poses": ZEROS * np.nan},
+})
+def test_a_damaged_motion_holds_no_poses(real, replace, name, content):
+    replace(MOTION, content)
+
+    refused("holds nothing", data.read_records, [real.specs[name]])
+
+
+@pytest.mark.parametrize("name", ["amass", "posescript v2"])
+def test_a_truncated_motion_holds_no_poses(real, replace, name):
+    replace(MOTION, (real.folder / MOTION).read_bytes()[:9000])
+
+    refused("holds nothing", data.read_records, [real.specs[name]])
+
+
+def test_a_motion_whose_frame_rate_is_nan_holds_no_poses(real, replace):
+    replace(MOTION, {"poses": in_amass(real.poses), "mocap_framerate": np.nan})
+
+    refused("holds nothing", data.read_records, [real.specs["amass"]])
+
+
+def test_a_frame_with_nan_is_skipped(real, replace, capsys):
+    motion = in_amass(real.poses)
+    motion[10] = np.nan
+    replace(MOTION, {"poses": motion, "mocap_framerate": 24.0})
+
+    assert_one_is_skipped(real.specs["amass"], 11, capsys)
+
+
+@parametrize("entry", {
+    "a frame past the end": ["AMASS", "BMLrub/s 1/a_poses.npz", 999],
+    "a negative frame": ["AMASS", "BMLrub/s 1/a_poses.npz", -1],
+    "a word as frame": ["AMASS", "BMLrub/s 1/a_poses.npz", "one"],
+    "no frame": ["AMASS", "BMLrub/s 1/a_poses.npz", None],
+    "a file that is absent": ["AMASS", "BMLrub/s 1/none_poses.npz", 0],
+    "no file": ["AMASS"],
+})
+def test_an_entry_with_a_wrong_pose_number_is_skipped(real, replace, capsys, entry):
+    index = json.loads((real.folder / V2_INDEX).read_text())
+    replace(V2_INDEX, index | {"3": entry})
+
+    assert_one_is_skipped(real.specs["posescript v2"], 3, capsys)
+
+
+@pytest.mark.parametrize("file", ["index", "texts", "split"])
+def test_a_truncated_json_file_of_a_release_is_refused(real, replace, file):
+    path = {"index": V2_INDEX, "texts": V2_TEXTS, "split": "v2/train_ids_100k.json"}[file]
+    replace(path, b'{"0": ["one"')
+
+    refused(path.split("/")[1], data.read_records, [real.specs["posescript v2"]])
+
+
+@parametrize("file, content, reason", {
+    "no index": ("index", None, "JSON"),
+    "texts are a list": ("texts", [1], "cannot be read"),
+    "no texts": ("texts", None, "holds nothing"),
+})
+def test_a_missing_or_misshapen_file_of_a_release_is_refused(real, replace, file, content, reason):
+    replace({"index": V2_INDEX, "texts": V2_TEXTS}[file], content)
+
+    refused(reason, data.read_records, [real.specs["posescript v2"]])
+
+
+@parametrize("pairs", {
+    "a text without a pair": [[0, 1]],
+    "a pose without an index entry": [[0, 1], [0, 7]],
+    "a pair of one": [[0, 1], [0]],
+})
+def test_a_posefix_entry_without_two_poses_is_skipped(real, replace, capsys, pairs):
+    replace(PAIRS, pairs)
+
+    assert_one_is_skipped(real.specs["posefix"], 1, capsys)
+
+
+def test_posefix_pairs_that_are_numbers_are_refused(real, replace):
+    replace(PAIRS, [[0, 1], 5])
+
+    refused("cannot be read", data.read_records, [real.specs["posefix"]])
+
+
+@parametrize("changes", {
+    "no pose": {"body_pose": None},
+    "a pose marked as missing": {"has_body_pose": 0},
+    "a pose of NaN": {"body_pose": np.full(72, np.nan)},
+    "too few joints": {"body_pose": np.zeros(60)},
+    "a box with a word as center": {"center": "x"},
+    "a box at NaN": {"center": np.array([50.0, np.nan])},
+    "an empty box": {"scale": np.zeros(2)},
+    "a box of height NaN": {"scale": np.array([0.1, np.nan])},
+    "no visible joints": {"keypoints_2d": np.zeros((44, 3))},
+    "a bad fit": {"extra_info": {"fitting_loss": np.array({"reprojection_loss": 1e6}, object)}},
+})
+def test_a_person_of_a_tar_without_a_sound_pose_or_box_is_skipped(real, replace, capsys, changes):
+    replace(TAR, people_tar(real.poses, **changes))
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+
+
+@parametrize("member, content", {
+    "no picture": ("1.jpg", b"no picture"),
+    "no pickle": ("1.data.pyd", b"no pickle"),
+    "a pickle of another kind": ("1.data.pyd", pickle.dumps({"a": 1})),
+})
+def test_a_damaged_member_of_a_tar_is_skipped(real, replace, capsys, member, content):
+    replace(TAR, people_tar(real.poses, {member: content}))
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+
+
+def test_a_truncated_picture_in_a_tar_is_skipped(real, replace, capsys):
+    replace(TAR, people_tar(real.poses, {"1.jpg": jpeg()[:700]}))
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+
+
+def test_a_truncated_tar_yields_the_people_before_the_cut(real, replace, capsys):
+    whole = people_tar(real.poses)
+    replace(TAR, whole[:whole.rindex(b"1.data.pyd") + 900])
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+
+
+def test_code_in_the_pickle_of_a_tar_is_never_run(real, replace, capsys, tmp_path):
+    evil = pickle.dumps(Evil(tmp_path / "ran"))
+    replace(TAR, people_tar(real.poses, {"1.data.pyd": evil}))
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_web_page_in_the_place_of_a_tar_holds_nothing(real, replace):
+    replace(TAR, HTML)
+
+    refused("holds nothing", data.read_records, [real.specs["tars"]])
+
+
+@parametrize("changes", {
+    "a picture that is absent": {"imgname": np.array(["ü.jpg", "c.jpg"])},
+    "too few boxes": {"center": np.zeros((1, 2))},
+})
+def test_a_bad_row_of_evaluation_data_is_skipped(real, replace, capsys, changes):
+    replace("3dpw.npz", evaluation_arrays(real.poses) | changes)
+
+    assert_one_is_skipped(real.specs["evaluation"], 1, capsys)
+
+
+@parametrize("changes, reason", {
+    "sizes of the wrong shape": ({"scale": np.zeros(3)}, "cannot be read"),
+    "empty boxes": ({"scale": np.zeros(2)}, "holds nothing"),
+    "names are objects": ({"imgname": np.array(["ü.jpg", None])}, "cannot be read"),
+    "poses of NaN": ({"body_pose": np.full((2, 72), np.nan)}, "holds nothing"),
+})
+def test_misshapen_evaluation_data_is_refused(real, replace, changes, reason):
+    replace("3dpw.npz", evaluation_arrays(real.poses) | changes)
+
+    refused(reason, data.read_records, [real.specs["evaluation"]])
+
+
+@parametrize("content, reason", {
+    "a web page": (HTML, "cannot read"),
+    "other arrays": ({"a": np.zeros(2)}, "it has no 'imgname'"),
+})
+def test_a_file_that_is_no_evaluation_data_is_refused(real, replace, content, reason):
+    replace("3dpw.npz", content)
+
+    refused(reason, data.read_records, [real.specs["evaluation"]])
+
+
+@pytest.mark.parametrize("name", ["images", "evaluation"])
+def test_a_picture_that_cannot_be_decoded_is_skipped(real, replace, capsys, name):
+    replace("Bilder/b.jpg", jpeg()[:700])
+
+    assert_one_is_skipped(real.specs[name], 1, capsys)
+
+
+@parametrize("box", {
+    "two numbers": [1, 2],
+    "a negative size": [0, 0, -5, -5],
+})
+def test_a_picture_with_a_wrong_box_is_skipped(real, replace, capsys, box):
+    replace("Bilder/boxes.json", {"ü.jpg": box})
+
+    assert_one_is_skipped(real.specs["images"], 1, capsys)
+
+
+@parametrize("content, reason", {
+    "truncated": (b"{", "JSON"),
+    "a list": ([1], "holds nothing"),
+})
+def test_a_damaged_file_of_boxes_is_refused(real, replace, content, reason):
+    replace("Bilder/boxes.json", content)
+
+    refused(reason, data.read_records, [real.specs["images"]])
+
+
+@parametrize("old, new", {
+    "a truncated line": ("}", ""),
+    "one number too few": ("0.1, ", ""),
+    "a huge angle": ("0.1, ", "1e9, "),
+    "a picture that is absent": ("b.jpg", "c.jpg"),
+})
+def test_a_damaged_row_of_a_built_data_set_is_skipped(real, replace, capsys, old, new):
+    row = (real.folder / BUILT).read_text().splitlines()[0]
+    replace(BUILT, f"{row}\n{row.replace(old, new, 1)}")
+
+    assert_one_is_skipped(real.specs["built"], 1, capsys)
+
+
+def test_a_built_data_set_without_a_decodable_picture_holds_nothing(real, replace):
+    replace("built/b.jpg", HTML)
+
+    refused("holds nothing", data.read_records, [real.specs["built"]])
+
+
+@pytest.mark.parametrize("folder", ["empty", "absent"])
+@pytest.mark.parametrize("kind", data.READERS)
+def test_an_empty_or_absent_folder_is_refused_by_every_reader(tmp_path, kind, folder):
+    (tmp_path / "empty").mkdir()
+    n_paths = data.READERS[kind].usage.count(",") + 1
+    spec = kind + ":" + ",".join([str(tmp_path / folder)] * n_paths)
+
+    refused(spec, data.read_records, [spec])
+
+
+@pytest.mark.parametrize("spec, reason", [
+    ("posefix_a:release", "give posefix_a:RELEASE,AMASS"),
+    ("world:train", "cannot be read"),
+    ("world:train:3", "people come in pairs"),
+    ("dance:somewhere", "give amass:PATH, tars:PATH"),
+    ("somewhere", "give amass:PATH, tars:PATH"),
+    ("", "give amass:PATH, tars:PATH"),
+])
+def test_the_name_of_a_data_set_that_cannot_be_understood_is_refused(spec, reason):
+    refused(reason, data.read_records, [spec])
+
+
+def test_farthest_points_are_those_of_the_plain_search():
+    """Always the body whose mean joint distance to the nearest earlier choice is largest."""
+    points = np.random.default_rng(0).normal(size=(200, 22, 3)).astype(np.float32)
+
+    chosen = data.farthest_points(points, 50, start=7)
+
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1).mean(-1)  # (200,200)
+    expected = [7]
+    while len(expected) < 50:
+        expected.append(int(distances[expected].min(0).argmax()))
+    assert chosen == expected
+
+
+def test_imagescript_rows_follow_the_quotas(imagescript):
+    rows = read_rows(imagescript)
+
+    assert [row["split"] for row in rows] == ["train"] * 30 + ["test"] * 5 + ["train"] * 2
+    assert [row["source"] for row in rows] == ["world-train"] * 35 + ["h36m"] * 2
+
+
+def test_imagescript_takes_no_pose_twice(imagescript):
+    names = [(row["source"], row["id"]) for row in read_rows(imagescript)]
+
+    assert len(set(names)) == 37
+
+
+def test_imagescript_texts_are_three_and_true(imagescript):
+    records = data.read_records([f"built:{imagescript}"])
+
+    for record in records[::6]:
+        front = tokenizer.face_front(torch.tensor(record["pose"])[None])[0]
+        assert len(set(record["texts"])) == 3
+        for text in record["texts"]:
+            for _, exact in captions.check_text(text, front):
+                assert exact, text
+
+
+def test_imagescript_pictures_are_336_pixels_wide(imagescript):
+    for row in read_rows(imagescript)[::6]:
+        assert Image.open(imagescript / row["image"]).size == (336, 336)
+
+
+def test_imagescript_keeps_the_poses_of_its_sources(imagescript, real):
+    records = data.read_records([f"built:{imagescript}"])
+
+    of_tar = stack_poses(records[35:], "pose")  # both people, in any order
+    close(of_tar.sum(0), real.poses[:2].sum(0))
+
+
+def test_imagescript_of_one_seed_is_always_the_same(imagescript, real, tmp_path):
+    build_imagescript(real, tmp_path)
+
+    assert read_rows(tmp_path) == read_rows(imagescript)
+
+
+@pytest.mark.parametrize("quota", [
+    "world=401", "world=0", "dance=1", "world", "world=2:exam", "world=2test"])
+def test_a_quota_that_cannot_be_met_is_refused(tmp_path, quota):
+    refused(quota, build, "imagescript", tmp_path, "--quota", quota)
+
+
+@parametrize("flags", {
+    "another data set": ["--build=imagetext"],
+    "negative difference": ["--build=imagediff", "--differ=-1"],
+    "negative number of refined rows": ["--build=imagescript", "--refined=-1"],
+})
+def test_flags_of_build_that_make_no_sense_are_refused(tmp_path, flags):
+    refused("must be", data.main, [*flags, "--out", str(tmp_path)])
+
+
+def test_a_refined_text_that_loses_a_part_is_replaced_by_the_original(tmp_path, chat_model, capsys):
+    """Random weights lose every part: the texts are kept, and counted."""
+    build("imagescript", tmp_path, "--quota=world=4", "--refined=3", "--refine", chat_model)
+
+    rows = read_rows(tmp_path)
+    refined = [row for row in rows if "refined" in row]
+    assert len(refined) == 3
+    for row in refined:
+        assert row["refined"] == row["texts"][0]
+    assert "3 refined, 3 kept" in capsys.readouterr().out
+
+
+def test_refined_texts_are_read_alone(tmp_path):
+    pose = [0.1] * 66
+    plain = {"id": "a", "source": "x", "image": "b.jpg", "texts": ["one", "two"], "pose": pose}
+    refined = plain | {"refined": "better"}
+    lay(tmp_path, {"b.jpg": jpeg(), "x.jsonl": f"{json.dumps(plain)}\n{json.dumps(refined)}"})
+
+    records = data.read_records([f"refined:{tmp_path}"])
+
+    assert [record["texts"] for record in records] == [["better"]]
+
+
+def test_a_folder_without_a_chat_model_is_refused(tmp_path):
+    refused("chat model", build, "imagescript", tmp_path / "out", "--refine", tmp_path)
+
+
+TEXT_WITH_PARTS = "Both knees are bent. The left hand is up. The head is low."
+
+
+def test_body_parts_of_a_text_have_sides():
+    parts = data.body_parts_in(TEXT_WITH_PARTS)
+
+    assert parts == {("left", "knee"), ("right", "knee"), ("left", "hand"), ("", "head")}
+
+
+@parametrize("text, is_complete", {
+    "all parts in other words":
+        ("The left knee and the right knee bend, the left hand is over the head.", True),
+    "another side": ("Both knees are bent and the right hand is up, the head low.", False),
+    "no head": ("Both knees are bent and the left hand is up.", False),
+})
+def test_a_rewritten_text_keeps_all_parts_and_sides_or_not(text, is_complete):
+    parts = data.body_parts_in(TEXT_WITH_PARTS)
+
+    assert (parts <= data.body_parts_in(text)) == is_complete
+
+
+def test_imagediff_pairs_are_near_in_features(imagediff):
+    """A is among the 100 poses nearest to B by the cosine of the features of eval.py."""
+    features = np.load(imagediff / "features.npy")
+
+    for a, b in read_pairs(imagediff)[::9]:
+        cosine = features @ features[b]
+        assert a != b
+        assert (cosine > cosine[a]).sum() <= 100
+
+
+def test_imagediff_pairs_differ_in_ten_codes(imagediff):
+    front = tokenizer.face_front(data.World("train", 400).camera_poses)
+    category = captions.posecodes(front).category
+
+    for a, b in read_pairs(imagediff):
+        assert data.n_different(category[a], category[[b]])[0] >= 10
+
+
+def test_imagediff_has_no_pair_twice(imagediff):
+    """Nor a pair and its reverse."""
+    pairs = read_pairs(imagediff)
+
+    assert len(pairs) > 50
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
+
+
+def test_imagediff_texts_are_true(imagediff):
+    records = data.read_records([f"built:{imagediff}"])
+
+    for record in records[::9]:
+        both = torch.tensor(np.stack([record["start"], record["pose"]]))
+        start, pose = tokenizer.face_front(both)
+        for text in record["texts"]:
+            for _, exact in captions.check_text(text, pose, start):
+                assert exact, text
+
+
+def test_imagediff_wants_features_of_every_pose(tmp_path):
+    path = lay(tmp_path, {"few.npy": np.eye(400)[:9]}) / "few.npy"
+
+    refused("each of the 400 poses", build, "imagediff", tmp_path, "--features", path)
+
+
+def test_real_data_is_mixed_by_weight(real):
+    """7 of 10 examples come from PoseScript, 3 from PoseFix."""
+    mixture = train.RealData(align_weights(real), train.POSE_TASKS, seed=3)
+
+    tasks = [mixture[k][0] for k in range(300)]
+
+    n_posescript = tasks.count("pose2text") + tasks.count("text2pose")
+    assert 0.6 < n_posescript / 300 < 0.8
+    assert set(tasks) == set(train.POSE_TASKS)
+
+
+def test_an_example_of_real_data_is_a_function_of_seed_and_number(real):
+    one = train.RealData(align_weights(real), train.POSE_TASKS, seed=3)
+    other = train.RealData(align_weights(real), train.POSE_TASKS, seed=3)
+
+    for k in (77, 5, 6):
+        assert str(one[k]) == str(other[k])
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "retrieval", "align", "project"])
+def test_every_stage_learns_from_real_data(real, trained, imagescript, imagediff, tmp_path, stage):
+    names = {
+        "tokenizer": {"amass": 0.8, "amass smplx": 0.2},
+        "retrieval": {"posescript v2": 1, "posefix": 1},
+        "align": {"posescript v2": 70, "posefix": 30},
+        "project": {"tars": 2},
+    }[stage]
+    weights = {real.specs[name]: weight for name, weight in names.items()}
+    if stage == "project":
+        weights |= {f"built:{imagescript}": 1, f"built:{imagediff}": 1}
+
+    tensors = train_on(tmp_path, trained[0], stage, {stage: weights})
+
+    before = unipose.read_tensors(trained[0] / "model.safetensors")
+    assert any(not torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+@parametrize("table", {
+    "a stage that does not exist": {"dance": {}},
+    "a stage without data sets": {"align": {}},
+    "a weight that is no number": {"align": {"world:train:20": "a"}},
+    "a list": [],
+})
+def test_a_misshapen_table_of_real_data_is_refused(trained, tmp_path, table):
+    refused("name stages", train_on, tmp_path, trained[0], "align", table)
+
+    assert not (tmp_path / "out").exists()
+
+
+@parametrize("stage, name, reason", {
+    "no texts for tasks with texts": ("align", "tars", "offers nothing"),
+    "an absent folder": ("align", "nowhere", "check the path"),
+    "no pairs for the retrieval model": ("retrieval", "posescript v2", "posediff"),
+})
+def test_data_that_cannot_teach_a_stage_are_refused(real, trained, tmp_path, stage, name, reason):
+    spec = real.specs.get(name, f"amass:{tmp_path}/nowhere")
+
+    refused(reason, train_on, tmp_path, trained[0], stage, {stage: {spec: 1}})
+
+    assert not (tmp_path / "out").exists()
+
+
+# helpers and fixtures of these tests
+def stack_poses(records, key):
+    """One pose of each record -> (M,22,3,3)."""
+    return torch.tensor(np.stack([record[key] for record in records]))
+
+
+def assert_one_is_skipped(spec, n_left, capsys):
+    """All entries of a data set but one are read, and the one is counted on stderr."""
+    records = data.read_records([spec])
+
+    assert len(records) == n_left
+    assert "entries left out: 1," in capsys.readouterr().err
+
+
+def build(kind, out, *flags):
+    """data.py --build in this process, from 400 people."""
+    flags = [str(flag) for flag in flags]
+    data.main(["--build", kind, "--out", str(out), "--poses", "world:train:400", *flags])
+
+
+def build_imagescript(real, out):
+    """37 rows: people of the embedded world in two splits, and those of a tar."""
+    quotas = ["--quota", "world=30", "--quota", "world=5:test", "--quota", "h36m=2"]
+    build("imagescript", out, "--poses", real.specs["tars"], *quotas)
+
+
+def read_rows(folder):
+    """The rows of a built data set as they stand in its file."""
+    [path] = folder.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_pairs(folder):
+    """The numbers of the people of an ImageDiff -> [(a, b), ...]."""
+    return [(int(row["start_id"]), int(row["id"])) for row in read_rows(folder)]
+
+
+def align_weights(real):
+    """--data of the stage align."""
+    return {real.specs["posescript v2"]: 70, real.specs["posefix"]: 30}
+
+
+def train_on(folder, weights, stage, table):
+    """Two steps of a stage on real data, from a trained model -> the new model's tensors."""
+    path = lay(folder, {"data.json": table}) / "data.json"
+    flags = ["--stage", stage, "--steps", 2, "--batch", 4]
+    return run_train(folder / "out", "--init", weights, "--data", path, *flags)
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Files of all releases: their poses (40,22,3,3), their folder, and {name: data set}."""
+    people = data.World("train", 40).camera_poses
+    folder = tmp_path_factory.mktemp("real") / "groß und klein"
+    lay(folder, release_files(people))
+    return types.SimpleNamespace(poses=people, folder=folder, specs=release_specs(folder))
+
+
+@pytest.fixture
+def replace(real):
+    """replace(file, content) changes a file of the releases during one test; None removes it."""
+    whole = {}
+
+    def replace_file(name, content):
+        path = real.folder / name
+        whole[path] = path.read_bytes()
+        path.unlink()
+        lay(real.folder, {name: content})
+
+    yield replace_file
+    for path, content in whole.items():
+        path.write_bytes(content)
+
+
+@pytest.fixture(scope="session")
+def imagescript(real, tmp_path_factory):
+    """The folder of an ImageScript."""
+    out = tmp_path_factory.mktemp("imagescript")
+    build_imagescript(real, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def imagediff(trained, tmp_path_factory):
+    """The folder of an ImageDiff, and of the features that its pairs were chosen by."""
+    out = tmp_path_factory.mktemp("imagediff")
+    path = out / "features.npy"
+    flags = ["--weights", trained[0], "--poses", "world:train:400", "--features", path]
+    evaluation.main([str(flag) for flag in flags])
+    build("imagediff", out, "--quota", "world=60", "--features", path)
+    return out
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """The folder of a chat model with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("chat")
+    words = unipose.word_tokenizer(data.vocabulary())
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    words.save_pretrained(folder)
+    sizes = unipose.SIZES["nano"]["llm"] | {"vocab_size": len(words)}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+# files made for these tests
+MOTION = "AMASS/BioMotionLab_NTroje/s 1/a_poses.npz"
+V2_INDEX = "v2/ids_2_dataset_sequence_and_frame_index_100k.json"
+V2_TEXTS = "v2/posescript_auto_100k.json"
+PAIRS = "fix/pair_id_2_pose_ids.json"
+TAR = "h36m/0.tar"
+BUILT = "built/imagescript.jsonl"
+
+
+def release_specs(folder):
+    """{name: "KIND:PATH"} of the files that `release_files` makes."""
+    return {
+        "amass": f"amass:{folder}/AMASS/BioMotionLab_NTroje",
+        "amass smplx": f"amass:{folder}/X",
+        "posescript v1": f"posescript_a:{folder}/v1,{folder}/AMASS",
+        "posescript v1 human": f"posescript_h:{folder}/v1,{folder}/AMASS",
+        "posescript v2": f"posescript_a:{folder}/v2,{folder}/AMASS",
+        "posescript v2 human": f"posescript_h:{folder}/v2,{folder}/AMASS",
+        "posefix": f"posefix_h:{folder}/fix,{folder}/AMASS",
+        "tars": f"tars:{folder}/h36m",
+        "evaluation": f"evaluation:{folder}/3dpw.npz,{folder}/Bilder",
+        "images": f"images:{folder}/Bilder",
+        "built": f"built:{folder}/built",
+    }
+
+
+def release_files(people):
+    """Poses (40,22,3,3) in exactly the formats of all releases -> {file: content for `lay`}."""
+    return {
+        **amass_files(people),
+        **posescript_v1_files(),
+        **posescript_v2_files(),
+        **posefix_files(),
+        TAR: people_tar(people),
+        "3dpw.npz": evaluation_arrays(people),
+        "Bilder/ü.jpg": jpeg(),
+        "Bilder/b.jpg": jpeg(),
+        "Bilder/boxes.json": {"ü.jpg": [10, 5, 30, 50]},
+        "built/b.jpg": jpeg(),
+        BUILT: built_rows(),
+    }
+
+
+def in_amass(rotmat):
+    """Poses (T,22,3,3) as AMASS's SMPL+H keeps them: z up, with fingers (T,156)."""
+    z_up = tokenizer.turn_root(rotmat, tokenizer.Z_UP_TO_Y_UP.T)
+    aa = tokenizer.matrix_to_aa(z_up).double().flatten(1)
+    return F.pad(aa, (0, 90)).numpy()
+
+
+def amass_files(people):
+    """One motion as SMPL+H at 24 Hz, in another subset without a rate, as SMPL-X at 120 Hz."""
+    motion = in_amass(people)
+    smplx = {
+        "root_orient": motion[:, :3],
+        "pose_body": motion[:, 3:66],
+        "mocap_frame_rate": 120,
+        "latent_labels": np.array(["a", None], dtype=object),
+    }
+    return {
+        MOTION: {"poses": motion, "gender": np.array(b"m"), "mocap_framerate": 24.0},
+        "AMASS/BioMotionLab_NTroje/s 1/shape.npz": {"betas": np.zeros(16)},
+        "AMASS/CMU/1/b_poses.npz": {"poses": motion},
+        "X/CMU/1/b_stageii.npz": smplx,
+    }
+
+
+def pose_index():
+    """PoseScript's index: pose k is frame 3k of a sequence, whose subset has its new name here."""
+    return {str(k): ["AMASS", "BMLrub/s 1/a_poses.npz", 3 * k] for k in range(4)}
+
+
+def posescript_v1_files():
+    return {
+        "v1/ids_2_dataset_sequence_and_frame_index.json": pose_index(),
+        "v1/train_ids.json": [0, 1],
+        "v1/val_ids.json": [2],
+        "v1/automatic_A.json": {"0": "A 0", "1": "A 1", "2": "A 2"},
+        "v1/automatic_B.json": {"0": ["B 0"]},
+        "v1/human6293.json": {"1": ["by hand"]},
+    }
+
+
+def posescript_v2_files():
+    return {
+        V2_INDEX: pose_index(),
+        "v2/train_ids_100k.json": [0, 1],
+        "v2/test_ids_100k.json": [2, 3],
+        V2_TEXTS: dict.fromkeys("0123", ["one", "two", "three"]),
+        "v2/posescript_human_6293.json": {"3": "a person"},
+    }
+
+
+def posefix_files():
+    """Two pairs of poses: of one sequence, and of two sequences."""
+    return {
+        "fix/ids_2_dataset_sequence_and_frame_index_100k.json":
+            pose_index() | {"3": ["AMASS", "CMU/1/b_poses.npz", 9]},
+        PAIRS: [[0, 1], [3, 2]],
+        "fix/train_in_sequence_pair_ids.json": [0],
+        "fix/train_out_sequence_pair_ids.json": [1],
+        "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
+        "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
+    }
+
+
 def jpeg():
     """The bytes of a picture of 100 x 60 pixels."""
-    Image.fromarray(PICTURES[0]).resize((100, 60)).save(file := io.BytesIO(), format="JPEG")
+    file = io.BytesIO()
+    Image.fromarray(PICTURES[0]).resize((100, 60)).save(file, format="JPEG")
     return file.getvalue()
 
 
 def tar(members):
     """{name: bytes} -> the bytes of a tar."""
-    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as made:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
         for name, content in sorted(members.items()):
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            made.addfile(info, io.BytesIO(content))
+            archive.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
 
 def person(rotmat, **changes):
-    """One of the people in 4D-Humans' tars: single numpy numbers, a dict in an array, the root in a camera's axes."""
-    aa = tokenizer.matrix_to_aa(torch.cat([torch.diag(-FLIP) @ rotmat[:1], rotmat[1:]])).flatten()
+    """A person of 4D-Humans' tars: numpy numbers, a dict in an array, root in a camera's axes."""
+    root = torch.diag(-FLIP) @ rotmat[:1]
+    aa = tokenizer.matrix_to_aa(torch.cat([root, rotmat[1:]])).flatten()
     fit = np.array({"reprojection_loss": np.float32(7)}, dtype=object)
-    return {"body_pose": F.pad(aa, (0, 6)).numpy(), "has_body_pose": np.float32(1), "center": np.array([50.0, 30.0]),
-            "scale": np.array([0.1, 0.2]), "keypoints_2d": np.ones((44, 3)), "extra_info": {"fitting_loss": fit},
-            **changes}
-
-
-def in_amass(seen):
-    """Poses (T,22,3,3) as AMASS's SMPL+H keeps them: z up, with fingers (T,156)."""
-    aa = tokenizer.matrix_to_aa(tokenizer.turn_root(seen, tokenizer.Z_UP_TO_Y_UP.T)).double().flatten(1)
-    return F.pad(aa, (0, 90)).numpy()
-
-
-def in_evaluation(seen, **changes):
-    """An evaluation .npz; its scale is in pixels."""
-    return {"imgname": np.array(["ü.jpg", "b.jpg"]), "scale": np.full(2, 40.0), "center": np.full((2, 2), 50.0),
-            "body_pose": np.stack([person(pose)["body_pose"] for pose in seen[:2]])} | changes
-
-
-A_FILE, INDEX = "AMASS/BioMotionLab_NTroje/s 1/a_poses.npz", "ids_2_dataset_sequence_and_frame_index"
-TAR, BUILT = "h36m/0.tar", "built/imagescript.jsonl"
-RELEASES = {"amass": "amass:{}/AMASS/BioMotionLab_NTroje", "smplx": "amass:{}/X", "v1": "posescript_a:{}/v1,{}/AMASS",
-            "v1 human": "posescript_h:{}/v1,{}/AMASS", "v2": "posescript_a:{}/v2,{}/AMASS",
-            "v2 human": "posescript_h:{}/v2,{}/AMASS", "fix": "posefix_h:{}/fix,{}/AMASS", "tars": "tars:{}/h36m",
-            "evaluation": "evaluation:{}/3dpw.npz,{}/Bilder", "images": "images:{}/Bilder", "built": "built:{}/built"}
-
-
-def releases(seen):
-    """{file: what `lay` takes} in exactly the formats of all data sets, of poses (40,22,3,3)."""
-    aa, frames = in_amass(seen), {str(k): ["AMASS", "BMLrub/s 1/a_poses.npz", 3 * k] for k in range(4)}
-    row = json.dumps({"id": "a", "source": "x", "image": "b.jpg", "texts": ["a"], "pose": [0.1] * 66})
     return {
-        A_FILE: dict(poses=aa, gender=np.array(b"m"), mocap_framerate=24.0), "AMASS/CMU/1/b_poses.npz": {"poses": aa},
-        "X/CMU/1/b_stageii.npz": dict(root_orient=aa[:, :3], pose_body=aa[:, 3:66], mocap_frame_rate=120,
-                                      latent_labels=np.array(["a", None], dtype=object)),
-        "AMASS/BioMotionLab_NTroje/s 1/shape.npz": dict(betas=np.zeros(16)), "v1/human6293.json": {"1": ["by hand"]},
-        f"v1/{INDEX}.json": frames, "v1/train_ids.json": [0, 1], "v1/val_ids.json": [2],
-        "v1/automatic_A.json": {str(k): f"A {k}" for k in range(3)}, "v1/automatic_B.json": {"0": ["B 0"]},
-        f"v2/{INDEX}_100k.json": frames, "v2/train_ids_100k.json": [0, 1], "v2/test_ids_100k.json": [2, 3],
-        "v2/posescript_auto_100k.json": dict.fromkeys("0123", ["eins", "zwei", "drei"]),
-        "v2/posescript_human_6293.json": {"3": "ein Mensch"}, "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
-        f"fix/{INDEX}_100k.json": frames | {"3": ["AMASS", "CMU/1/b_poses.npz", 9]},
-        "fix/pair_id_2_pose_ids.json": [[0, 1], [3, 2]], "fix/train_in_sequence_pair_ids.json": [0],
-        "fix/train_out_sequence_pair_ids.json": [1], "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
-        TAR: tar({f"train/{k}.{end}": content for k in range(2) for end, content in (
-            ("jpg", jpeg()), ("data.pyd", pickle.dumps([person(seen[k])], protocol=2 + 3 * k)))}),
-        "3dpw.npz": in_evaluation(seen), "Bilder/ü.jpg": jpeg(), "Bilder/b.jpg": jpeg(), "built/b.jpg": jpeg(),
-        "Bilder/boxes.json": {"ü.jpg": [10, 5, 30, 50]}, BUILT: f"{row}\n{row}"}
+        "body_pose": F.pad(aa, (0, 6)).numpy(),
+        "has_body_pose": np.float32(1),
+        "center": np.array([50.0, 30.0]),
+        "scale": np.array([0.1, 0.2]),
+        "keypoints_2d": np.ones((44, 3)),
+        "extra_info": {"fitting_loss": fit},
+        **changes,
+    }
 
 
-@pytest.fixture(scope="session")
-def real(tmp_path_factory):
-    """Poses of people who look all ways (40,22,3,3), the folder of their releases, {name: the data set it holds}."""
-    seen, folder = data.World("train", 40).camera_poses, tmp_path_factory.mktemp("real") / "groß und klein"
-    return seen, lay(folder, releases(seen)), {name: spec.replace("{}", str(folder)) for name, spec in RELEASES.items()}
+def people_tar(people, members=(), **changes):
+    """A tar with two pictures of one person each. members: other contents; changes: of person 1."""
+    files = {
+        "train/0.jpg": jpeg(),
+        "train/0.data.pyd": pickle.dumps([person(people[0])], protocol=2),
+        "train/1.jpg": jpeg(),
+        "train/1.data.pyd": pickle.dumps([person(people[1], **changes)], protocol=5),
+    }
+    for name, content in dict(members).items():
+        files[f"train/{name}"] = content
+    return tar(files)
 
 
-def test_every_release_is_read_into_the_same_records_in_our_frame(real, tmp_path, capsys):
-    """Poses of all formats come back as they were written; texts, splits, pairs, boxes; --check counts and draws."""
-    (seen, _, specs), rows = real, {
-        "amass": range(8, 32, 2), "smplx": range(8, 32, 10), "v1": [0, 3, 6], "v1 human": [3], "v2": [0, 3, 6, 9],
-        "v2 human": [9], "fix": [3, 6], "tars": [0, 1], "evaluation": [0, 1]}
-    found = {name: data.read_records([spec]) for name, spec in specs.items()}
-    for name, at in rows.items():
-        close(torch.tensor(np.stack([record["pose"] for record in found[name]])), seen[list(at)])
-    assert {record["source"] for record in found["amass"]} == {"amass-BMLrub"}
-    assert [r["texts"] for r in found["v1"]] == [["A 0", "B 0"], ["A 1"], ["A 2"]]
-    assert [r["split"] for r in found["v1"] + found["v2"]] == ["train"] * 2 + ["val"] + ["train"] * 2 + ["test"] * 2
-    one, two = found["fix"]
-    assert one["texts"] == ["Raise it.", "Lift it."] and one["together"] and not two["together"]
-    close(torch.tensor(np.stack([one["start"], two["start"]])), seen[[0, 9]])
-    assert [r["box"] for r in found["tars"]] == [[50, 30, 40]] * 2 and "box" not in found["images"][0]
-    assert found["images"][1]["box"] == [25, 30, 50] and found["evaluation"][0]["box"] == [50, 50, 40 * 4 / 3]
-    assert data.crop_picture(found["tars"][1], 48).size == (48, 48)
-    for sets in (["images"], ["tars", "fix"]):
-        data.main([*(f"--check={specs[name]}" for name in sets), "--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert re.search(r"h36m +2 entries\nposefix +train +2 entries\nwords in a text +3 +2 to 2", said), said
-    assert "pixels, side of a box" in said and np.asarray(Image.open(tmp_path / "check.png")).std() > 20
+def evaluation_arrays(people):
+    """The arrays of an evaluation .npz of two people; its boxes are in pixels."""
+    return {
+        "imgname": np.array(["ü.jpg", "b.jpg"]),
+        "scale": np.full(2, 40.0),
+        "center": np.full((2, 2), 50.0),
+        "body_pose": np.stack([person(pose)["body_pose"] for pose in people[:2]]),
+    }
 
 
-def damages(seen, folder, trap):
-    """(data set, damaged file, its content, how many entries are left or a word of the UserError), one by one."""
-    def people(members=(), **changes):
-        pickles = {f"{k}.data.pyd": pickle.dumps([person(seen[k], **(changes if k else {}))]) for k in range(2)}
-        return tar({"0.jpg": jpeg(), "1.jpg": jpeg()} | pickles | dict(members))
-
-    aa, html, none, cut = in_amass(seen), b"<!DOCTYPE html><html>log in</html>", "holds nothing", jpeg()[:700]
-    ids, texts, boxes = f"v2/{INDEX}_100k.json", "v2/posescript_auto_100k.json", "Bilder/boxes.json"
-    frames, row = json.loads((folder / ids).read_text()), (folder / BUILT).read_text().splitlines()[0]
-    for content in ((folder / A_FILE).read_bytes()[:9000], html, b"", {"trans": aa}, {"poses": aa[:0]},
-                    *({"poses": array} for array in (np.array("a"), aa[:, :60], aa.astype(object), aa * np.nan))):
-        yield from (("amass", A_FILE, content, none), ("v2", A_FILE, content, none))
-    for file, frame in (("a", 999), ("a", -1), ("none", 0), ("a", "one"), ("a", None)):
-        yield "v2", ids, frames | {"3": ["AMASS", f"BMLrub/s 1/{file}_poses.npz", frame]}, 3
-    for file in (ids, texts, "v2/train_ids_100k.json"):
-        yield "v2", file, b'{"0": ["eins"', file.split("/")[1]
-    for pairs, left in (([[0, 1]], 1), ([[0, 1], [0, 7]], 1), ([[0, 1], 5], "cannot be read")):
-        yield "fix", "fix/pair_id_2_pose_ids.json", pairs, left
-    for content in (people([("1.jpg", b"no picture")]), people([("1.jpg", cut)]), people(center="x"),
-                    people([("1.data.pyd", b"no pickle")]), people([("1.data.pyd", pickle.dumps(Evil(trap)))]),
-                    people([("1.data.pyd", pickle.dumps({"a": 1}))]), people(body_pose=None), people(has_body_pose=0),
-                    people(body_pose=np.full(72, np.nan)), people(body_pose=np.zeros(60)), people(scale=np.zeros(2)),
-                    people(keypoints_2d=np.zeros((44, 3))), people()[:people().rindex(b"1.data.pyd") + 900],
-                    people(extra_info={"fitting_loss": np.array({"reprojection_loss": 1e6}, object)})):
-        yield "tars", TAR, content, 1
-    for changes, left in (({"scale": np.zeros(3)}, "cannot be read"), ({"body_pose": np.full((2, 72), np.nan)}, none),
-                          ({"imgname": np.array(["ü.jpg", "c.jpg"])}, 1), ({"center": np.zeros((1, 2))}, 1),
-                          ({"imgname": np.array(["ü.jpg", None])}, "cannot be read"), ({"scale": np.zeros(2)}, none)):
-        yield "evaluation", "3dpw.npz", in_evaluation(seen, **changes), left
-    for line in (row[:-9], row.replace("0.1, ", "", 1), row.replace("0.1, ", "1e9, "), row.replace("b.j", "c.j")):
-        yield "built", BUILT, row + "\n" + line, 1
-    torn = np.where(np.arange(40)[:, None] == 10, np.nan, aa)
-    yield from (("amass", A_FILE, {"poses": torn, "mocap_framerate": 24.0}, 11), ("v2", ids, None, "JSON"),
-                ("amass", A_FILE, {"poses": aa, "mocap_framerate": np.nan}, none), ("v2", texts, [1], "cannot be read"),
-                ("v2", ids, frames | {"3": ["AMASS"]}, 3), ("v2", texts, None, none), ("tars", TAR, html, none),
-                ("evaluation", "3dpw.npz", html, "cannot read"), ("evaluation", "3dpw.npz", {"a": aa}, "it has no"),
-                ("evaluation", "Bilder/b.jpg", cut, 1), ("images", "Bilder/b.jpg", html, 1),
-                ("images", boxes, b"{", "JSON"), ("images", boxes, {"ü.jpg": [1, 2]}, 1),
-                ("images", boxes, {"ü.jpg": [0, 0, -5, -5]}, 1), ("built", "built/b.jpg", html, none))
-
-
-def test_damaged_data_is_left_out_and_counted_or_refused_in_a_sentence(real, tmp_path, capsys):
-    """Cut off, misshapen, NaN, web pages, ids past the end: an entry is lost, or a sentence says what is wrong."""
-    (seen, folder, specs), trap, tried = real, tmp_path / "ran", 0
-    for tried, (name, file, content, left) in enumerate(damages(seen, folder, trap), 1):
-        whole = (folder / file).read_bytes()
-        (folder / file).unlink()
-        lay(folder, {file: content})
-        if isinstance(left, str):
-            refused(left, data.read_records, [specs[name]])
-        else:
-            assert len(data.read_records([specs[name]])) == left and ": 1 entries are left out" in capsys.readouterr().err, file
-        (folder / file).write_bytes(whole)
-    for spec in (*RELEASES.values(), "posefix_a:{}", "world:{}", "world:train", "world:train:3", "dance:{}", "{}", ""):
-        for path in (tmp_path, tmp_path / "nowhere"):      # empty, absent
-            refused("", data.read_records, [spec.replace("{}", str(path))])
-    assert tried > 60 and not trap.exists()
-
-
-def build(kind, out, *flags):
-    """data.py --build in this process -> its rows as the reader gives them, and as they stand in the file."""
-    data.main(["--build", kind, "--out", str(out), "--poses", "world:train:400", *map(str, flags)])
-    return data.read_records([f"built:{out}"]), [json.loads(row) for row in next(out.glob("*.jsonl")).read_text().splitlines()]
-
-
-def test_imagescript_is_built_by_quotas_and_read_back(tmp_path, real):
-    """Farthest poses, three true captions, a picture and a split each; the same seed gives the same file."""
-    flags = ["--poses", real[2]["tars"], *"--quota world=30 --quota world=5:test --quota h36m=2".split()]
-    (found, rows), again = (build("imagescript", tmp_path / name, *flags) for name in "ab")
-    assert rows == again[1] and [row["split"] for row in rows] == ["train"] * 30 + ["test"] * 5 + ["train"] * 2
-    assert len({(row["source"], row["id"]) for row in rows}) == 37 and len(set(rows[0]["texts"])) == 3
-    for record in found[::6]:
-        front = tokenizer.face_front(torch.tensor(record["pose"])[None])[0]
-        assert all(exact for text in record["texts"] for _, exact in captions.check_text(text, front))
-        assert data.crop_picture(record, 336).size == (336, 336)
-    close(torch.tensor(np.stack([record["pose"] for record in found[35:]])).sum(0), real[0][:2].sum(0))
-    for quota in ("world=401", "dance=1", "world", "world=2:exam"):
-        refused(quota, build, "imagescript", tmp_path / "c", "--quota", quota)
-
-
-def test_a_chat_model_may_refine_texts_but_not_lose_a_side(tmp_path, capsys):
-    """Random weights lose every part: the texts are kept, and counted. What keeps all parts and sides is taken."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    llm, flags, spell = tmp_path / "llm", ["--quota=world=4", "--refined=3"], unipose.word_tokenizer(data.vocabulary())
-    spell.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    spell.save_pretrained(llm)
-    LlamaForCausalLM(LlamaConfig(**unipose.SIZES["nano"]["llm"] | {"vocab_size": len(spell)})).save_pretrained(llm)
-    rows = build("imagescript", tmp_path / "a", *flags, "--refine", llm)[1]
-    assert [row.get("refined", row["texts"][0]) for row in rows] == [row["texts"][0] for row in rows]
-    assert "3 refined, 3 kept" in capsys.readouterr().out and len(data.read_records([f"refined:{tmp_path / 'a'}"])) == 3
-    before = data.body_parts_in("Both knees are bent. The left hand is up. The head is low.")
-    assert before == {("left", "knee"), ("right", "knee"), ("left", "hand"), ("", "head")}
-    assert before <= data.body_parts_in("With the left knee and the right knee bent, they raise the left hand over the head.")
-    assert not before <= data.body_parts_in("Both knees are bent and the right hand is up, the head low.")
-    refused("chat model", build, "imagescript", tmp_path / "b", *flags, "--refine", tmp_path)
-
-
-def test_imagediff_pairs_are_near_in_features_and_differ_in_codes(tmp_path, trained):
-    """A is among the 100 nearest by eval.py's features and differs in 10 codes or more; no pair comes twice."""
-    path, people = tmp_path / "f.npy", "world:train:400"
-    evaluation.main(["--weights", str(trained[0]), "--poses", people, "--features", str(path)])
-    found, rows = build("imagediff", tmp_path / "a", "--quota", "world=60", "--features", path)
-    category = captions.posecodes(tokenizer.face_front(data.World("train", 400).camera_poses)).category
-    pairs, features = [(int(row["start_id"]), int(row["id"])) for row in rows], np.load(path)
-    assert len(pairs) > 50 and len({frozenset(pair) for pair in pairs}) == len(pairs)
-    for (a, b), record in list(zip(pairs, found))[::9]:
-        cosine = features @ features[b]
-        assert data.n_different(category[a], category[[b]])[0] >= 10 and (cosine > cosine[a]).sum() <= 100 and a != b
-        start, pose = tokenizer.face_front(torch.tensor(np.stack([record["start"], record["pose"]])))
-        assert all(exact for text in record["texts"] for _, exact in captions.check_text(text, pose, start))
-    np.save(path, features[:9])
-    refused("each of the 400 poses", build, "imagediff", tmp_path / "b", "--quota", "world=60", "--features", path)
-
-
-def test_real_data_is_mixed_by_weight_and_trains_every_stage(real, trained, tmp_path):
-    """Example k is a function of (seed, k); tasks follow from what a record holds; nano takes steps of each stage."""
-    def learn_from(table, stage, out):
-        path = lay(tmp_path, {"data.json": table}) / "data.json"
-        run_train(out, "--init", trained[0], "--steps", 2, "--batch", 4, "--data", path, "--stage", stage)
-
-    specs, eye = real[2], lay(tmp_path, {"eye.npy": np.eye(400)}) / "eye.npy"
-    build("imagescript", tmp_path / "script", "--quota", "world=4")
-    build("imagediff", tmp_path / "diff", "--quota", "world=6", "--features", eye)
-    table = {"tokenizer": {specs["amass"]: 0.8, specs["smplx"]: 0.2}, "retrieval": {specs["v2"]: 1, specs["fix"]: 1},
-             "align": {specs["v2"]: 70, specs["fix"]: 30},
-             "project": {f"built:{tmp_path}/script": 1, f"built:{tmp_path}/diff": 1, specs["tars"]: 2}}
-    one, two = (train.RealData(table["align"], train.POSE_TASKS, seed=3) for _ in range(2))
-    tasks = [one[k][0] for k in range(300)]
-    assert 0.6 < np.mean([task in ("pose2text", "text2pose") for task in tasks]) < 0.8
-    assert str(one[77]) == str(two[77]) and set(tasks) == set(train.POSE_TASKS)
-    for stage in table:
-        learn_from(table, stage, tmp_path / "w")
-    for wrong, told in (({"dance": {}}, "name stages"), ({"align": {}}, "name stages"), ([], "name stages"),
-                        ({"align": {specs["tars"]: 1}}, "offers nothing"), ({"align": {"amass:no": 1}}, "the path"),
-                        ({"align": {specs["v2"]: "a"}}, "name stages"), ({"retrieval": {specs["v2"]: 1}}, "posediff")):
-        refused(told, learn_from, wrong, "retrieval" if "retrieval" in wrong else "align", tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+def built_rows():
+    """Two equal rows of a built data set."""
+    pose = [0.1] * 66
+    row = {"id": "a", "source": "x", "image": "b.jpg", "texts": ["a"], "pose": pose}
+    return f"{json.dumps(row)}\n{json.dumps(row)}"
 
 
 # ---- unipose.py ------------------------------------------------------------------------------------------------------
