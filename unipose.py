@@ -1,27 +1,33 @@
-"""One LLM, three modalities: text, images and 3D human poses in one sequence (UniPose, CVPR 2025, section 3).
+"""Draw the attention mask of UniPose, count its parameters, or convert a checkpoint.
 
-A pose is N code words of a VQ-VAE (tokenizer.py) that live in the LLM's own vocabulary. An image is P patches seen by
-two frozen eyes, CLIP for meaning and a pose ViT for joints, joined channel by channel and projected to the LLM's width.
-Text is read and written causally. A pose that is *asked for* is N learnable queries that see each other in both
-directions, so that the whole pose falls out of one forward step:
+One LLM, three modalities: text, images and 3D human poses in one sequence (UniPose, CVPR 2025,
+section 3). A pose is N code words of a VQ-VAE (tokenizer.py), which are words of the LLM's own
+vocabulary. An image is P patches seen by two frozen encoders, CLIP for meaning and a pose ViT for
+joints, joined channel by channel and projected to the width of the LLM. Text is causal, read and
+written token by token. A pose that is asked for is N learnable queries that attend to each other in
+both directions, so that one forward step predicts the whole pose:
 
     [INST] raise the left arm  <p> c c c c </p> [/INST]  <p> q q q q </p>  </s>
     |------------- prompt, no loss -----------------|     |  | | | |        |
-                                     predicted by the position before it    predicted by </p>
-                                                             at its own position: query i says code i
+                                                          |  | | | |        predicted by </p>
+                                                          |  query i predicts code i itself
+                                                          predicted by [/INST]
 
-    vocabulary    text | pose 0..K-1 | <p> </p> | <img> </img> | N queries          ids by arithmetic, never by strings
-    who sees whom    allowed = (j <= i)  or  (i and j stand in the same pose block)
+    vocabulary    text | pose 0..K-1 | <p> </p> | <img> </img> | N queries      ids by arithmetic
+    mask          allowed = (j <= i)  or  (i and j are in the same pose block)
 
-Letters: B batch, T sequence, J=22 joints, N pose tokens (80), K codes (2048), P image patches (576), D LLM width.
+Letters: B batch, T sequence, J=22 joints, N pose tokens (80), K codes (2048), P image patches
+(576), Dv channels of a patch (2304), D width of the LLM (4096).
 
-    python unipose.py                     # the mask of a small sequence, and the parameter table of weights/tiny
-    python unipose.py --size paper        # the paper's dimensions: 7B Mistral, CLIP-L/14-336, ViT-H, without weights
-    python unipose.py --weights out/tiny --half weights/tiny        # copy a trained folder in float16, LoRA merged
-    python unipose.py --weights cache --merge out/llm               # the released LLM as a plain Hugging Face folder
+Not here: training (train.py) and decoding with a KV cache (sample.py). The model reads images but
+does not generate them. A pose has no hands, no face, no body shape and no place in the room.
+
+    python unipose.py                      # the mask, and the parameters of weights/tiny
+    python unipose.py --size paper         # parameters and memory of the paper's model
+    python unipose.py --weights out/tiny --half weights/tiny  # copy as float16, LoRA merged
+    python unipose.py --weights cache --merge out/llm         # the released LLM, for transformers
 """
 import copy
-import functools
 import json
 import math
 import pathlib
@@ -32,8 +38,8 @@ import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import count, groupby
-from typing import NamedTuple
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -43,190 +49,379 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    PoseTokenizer, Quantizer, TokenizerConfig, UserError, as_user_error, atomic_write, cli,
-    first_line, load_asset, run_main,
+    TINY, PoseTokenizer, TokenizerConfig, UserError, as_user_error, atomic_write, cli,
+    first_line, run_main,
 )
 
-# ---- 1. Sizes ----------------------------------------------------------------------------------------------------
-# What transformers needs to know of the LLM, the two eyes and the tokenizer. `nano` exists for tests, `tiny` ships
-# with the repository, `paper` is LLaVA-1.6-Mistral-7B + CLIP-L/14-336 + ViT-H (the release's LoRA: r 64, alpha 16).
-# code_positions: see `UniPose.embed`; lora_r 0: `instruct` trains all weights, since a tiny LLM leaves nothing to be saved.
-SIZES = load_asset("sizes")
-TINY = str(pathlib.Path(__file__).parent / "weights" / "tiny")  # what ships, and what every script asks by default
-CHOICES = {"attn": ("mixed", "mixed_all", "causal"), "vision": ("both", "clip", "pose"),
-           "projector": ("mlp", "linear")}  # the first is the paper's, of the projector the release's
-PAPER_TEXT = 32000  # text pieces of the Mistral vocabulary; embedded sizes count their own words
+# ---- 1. Sizes ------------------------------------------------------------------------------------
+# A size of your own is one more entry. `llm`, `clip`, `pose_vit` and `tokenizer` are the arguments
+# of LlamaConfig or MistralConfig, CLIPVisionConfig, VitPoseBackboneConfig and TokenizerConfig.
+SIZES = {
+    "nano": {  # for the tests: all six stages train within seconds
+        "llm": {
+            "model_type": "llama",
+            "hidden_size": 32,  # D
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,  # fewer than attention heads: grouped-query attention
+            "intermediate_size": 64,  # width inside an MLP
+            "max_position_embeddings": 1024,  # longest sequence
+        },
+        "clip": {
+            "hidden_size": 32,  # channels of a patch
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 64,  # pixels, square
+            "patch_size": 16,  # pixels, square: 4 x 4 patches, so P = 16
+        },
+        "pose_vit": {
+            "hidden_size": 32,  # channels of a patch
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [64, 48],  # pixels, height and width: upright, as people are
+            "patch_size": [8, 8],  # 8 x 6 patches, resized to the grid of CLIP
+        },
+        "tokenizer": {
+            "codes": 64,  # K
+            "code_dim": 16,  # numbers in a code
+            "hidden": 32,  # channels of the convolutions
+            "upsample_step": 0,  # N = 20 * 2 ** upsample_step
+        },
+        "code_positions": True,  # see UniPose.embed
+        "lora_r": 4,  # rank of the adapters
+        "lora_alpha": 4,  # an adapter's output is scaled by lora_alpha / lora_r
+    },
+    "tiny": {  # ships as weights/tiny: some hours of training on two CPU cores
+        "llm": {
+            "model_type": "llama",
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 384,
+            "max_position_embeddings": 1024,
+        },
+        "clip": {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 192,
+            "image_size": 128,
+            "patch_size": 16,  # 8 x 8 patches, P = 64
+        },
+        "pose_vit": {
+            "hidden_size": 128,  # wider than CLIP: the bottleneck of the image tasks
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": [128, 96],
+            "patch_size": [16, 16],  # 8 x 6 patches
+        },
+        "tokenizer": {
+            "codes": 512,
+            "code_dim": 64,
+            "hidden": 128,
+            "upsample_step": 1,  # N = 40
+        },
+        "code_positions": True,
+        "lora_r": 0,  # no LoRA, `instruct` trains the whole LLM: at this size LoRA saves no memory
+        "lora_alpha": 32,  # for runs with --lora_r
+    },
+    "paper": {
+        "llm": {  # LLaVA-1.6-Mistral-7B, which is Mistral-7B-Instruct-v0.2 inside
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,  # every layer attends to the whole sequence
+        },
+        "clip": {  # CLIP-L/14-336, fine-tuned by LLaVA
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "image_size": 336,
+            "patch_size": 14,  # 24 x 24 patches, P = 576
+        },
+        "pose_vit": {  # ViT-H of TokenHMR
+            "hidden_size": 1280,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "image_size": [256, 192],
+            "patch_size": [16, 16],  # 16 x 12 patches
+        },
+        "tokenizer": {  # the paper's VQ-VAE (section 3.1)
+            "codes": 2048,
+            "code_dim": 256,
+            "hidden": 512,
+            "upsample_step": 2,  # N = 80
+        },
+        "code_positions": False,  # not in the paper
+        "lora_r": 64,  # this and alpha are the release's: LLaVA's defaults
+        "lora_alpha": 16,
+    },
+}
+PAPER_TEXT = 32000  # text tokens of the Mistral vocabulary; smaller models count their own words
+CHOICES = {  # ablations; the first choice is the default, the paper's (`projector`: the release's)
+    "attn": ("mixed", "mixed_all", "causal"),
+    "vision": ("both", "clip", "pose"),
+    "projector": ("mlp", "linear"),
+}
 
 
 def model_config(size, projector="mlp", vision="both", attn="mixed"):
-    """The plain dict that describes a model and is written to config.json. projector: "mlp" as released, "linear" as
-    in the paper's formula; vision: "both" | "clip" | "pose"; attn: "mixed" | "mixed_all" | "causal" (see `encode`)."""
-    return {"size": size, "prompt_style": "templates", "projector": projector, "vision": vision, "attn": attn, "lora": False, **SIZES[size]}
+    """The plain dict that describes a model, written to config.json: an entry of SIZES, `size`, and
 
-
-MODEL_KEYS = tuple(model_config("nano"))  # what config.json must hold of the model; the rest there are notes
-
-
-# ---- 2. One sequence ---------------------------------------------------------------------------------------------
-IGNORE_INDEX, IMAGE_PLACEHOLDER = -100, -1  # a position without a label; a position that an image patch will fill
-
-
-def word_tokenizer(words):
-    """A word-level text tokenizer (a Hugging Face fast tokenizer) for the embedded sizes, over the given word list.
-
-    Case and spacing are normalised away; `tidy` puts them back. Marks of the prompt are words like any other.
+    prompt_style  the wording of the prompts that the model was trained on, which sample.py uses:
+                  "templates", ours, or "released", the official (both: assets/instructions.json)
+    projector     "mlp" as released, "linear" as in the paper's formula
+    vision        which encoders see an image: "both", "clip" or "pose"
+    attn          which poses are bidirectional, see `encode_segments`
+    lora          whether the layers of the LLM carry LoRA adapters
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    special = ["<unk>", "<s>", "</s>", "[inst]", "[/inst]"]
-    table = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
-    text = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    text.normalizer = normalizers.Lowercase()
-    text.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), *(pre_tokenizers.Split(mark, "isolated") for mark in ".,?")])
-    return fast_tokenizer(text)
+    return {
+        "size": size,
+        "prompt_style": "templates",
+        "projector": projector,
+        "vision": vision,
+        "attn": attn,
+        "lora": False,
+        **SIZES[size],
+    }
 
 
-# unknown word, begin, end: of the embedded models, Mistral and Llama 1 and 2; of Llama 3, which knows every word
-SPECIAL_TOKENS = (("<unk>", "<s>", "</s>"), ("<|reserved_special_token_0|>", "<|begin_of_text|>", "<|end_of_text|>"))
+MODEL_KEYS = tuple(model_config("nano"))  # what config.json must have; its other keys are notes
 
 
-def fast_tokenizer(text):
-    """A `tokenizers.Tokenizer` as a Hugging Face one with three marks."""
-    from transformers import PreTrainedTokenizerFast
-    unk, bos, eos = next((marks for marks in SPECIAL_TOKENS if None not in map(text.token_to_id, marks)), SPECIAL_TOKENS[0])
-    return PreTrainedTokenizerFast(tokenizer_object=text, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
-
-
-def tidy_text(text):
-    """Spaces and capitals as in print: "the head . it" -> "The head. It"."""
-    sentences = " ".join(text.split()).replace(" .", ".").replace(" ,", ",").replace(" ?", "?").split(". ")
-    return ". ".join(s[:1].upper() + s[1:] for s in sentences)
+# ---- 2. One sequence -----------------------------------------------------------------------------
+IGNORE_INDEX = -100  # the label of a position that predicts nothing
+IMAGE_PLACEHOLDER = -1  # the id of a position that an image patch fills
 
 
 @dataclass
 class Vocab:
-    """text | pose 0..K-1 | <p> </p> | <img> </img> | N queries: the order of the official release."""
+    """text | pose 0..K-1 | <p> </p> | <img> </img> | N queries: the order of the release."""
     n_text: int
     codes: int  # K
     n_tokens: int  # N
 
     def __post_init__(self):
-        self.pose0, end = self.n_text, self.n_text + self.codes
-        self.p_open, self.p_close, self.img_open, self.img_close, self.query0 = range(end, end + 5)
+        self.pose0 = self.n_text
+        self.p_open = self.pose0 + self.codes
+        self.p_close = self.p_open + 1
+        self.img_open = self.p_open + 2
+        self.img_close = self.p_open + 3
+        self.query0 = self.p_open + 4
         self.size = self.query0 + self.n_tokens
 
 
-class Sequence(NamedTuple):
-    """One row, aligned: ids (T,), labels (T,) = what position t must say or NONE, block (T,) = -1 for a causal token
-    or b for the b-th bidirectional pose, code_index (T,) = which of its pose's N a code is or -1, images: list of features
-    (P,Dv) that fill the IMAGE positions in order."""
-    ids: list
-    labels: list
-    block: list
-    code_index: list
-    images: list
+class Row:
+    """One sequence of T tokens, as lists: four of length T, and its images.
 
-
-def encode(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches, attn="mixed"):
-    """Segments -> ids, labels, block and code_index together, so that nothing is derived a second time.
-
-    segments: (kind, value, is_target) with text: str, pose: N codes (ints), image: features (P,Dv). Everything before
-    the first target is the prompt, wrapped in `[INST]` and `[/INST]` (prompt_marks: the ids of both); targets end with eos.
-    Without targets the row stops where the answer begins. Which poses become blocks: "mixed" target poses (the
-    official rule), "mixed_all" input poses too, "causal" none; a target pose is then its own codes, one after the other
-    (the ablation of Table 7).
+    ids         what position t reads: a token, or IMAGE_PLACEHOLDER
+    labels      what position t predicts, or IGNORE_INDEX
+    block       b where the token belongs to the b-th bidirectional pose, -1 where it is causal
+    code_index  i where the token is the i-th code of a pose that is read, else -1
+    images      features (P,Dv), which fill the placeholders in order
     """
-    # id, label of the position before, own label, block, code_index
-    rows, images, blocks = [(bos, IGNORE_INDEX, IGNORE_INDEX, -1, -1)], [], count()
-    prompt = [s for s in segments if not s[2]]
-    target = [s for s in segments if s[2]]
+
+    def __init__(self):
+        self.ids = []
+        self.labels = []
+        self.block = []
+        self.code_index = []
+        self.images = []
+
+    def add(self, token, predicted=False, label=IGNORE_INDEX, block=-1, code_index=-1):
+        """predicted: the position before predicts this token; label: what this token predicts."""
+        if predicted:
+            self.labels[-1] = token
+        self.ids.append(token)
+        self.labels.append(label)
+        self.block.append(block)
+        self.code_index.append(code_index)
+
+
+def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches, attn="mixed"):
+    """Segments -> Row.
+
+    segments: tuples (kind, value, is_target) of kind "text" (a string), "pose" (N codes), "image"
+    (features (P,Dv)) or "ids" (text, tokenized already). Everything before the first target is the
+    prompt, which stands between prompt_marks, the ids of `[INST]` and of `[/INST]`; the targets end
+    with eos. A row without targets stops where the answer begins.
+
+    attn: which poses are bidirectional blocks. "mixed": target poses (the paper). "mixed_all": all
+    poses. "causal": none; a target pose is then its codes, one predicted after the other (the
+    ablation of Table 7).
+    """
+    prompt = [segment for segment in segments if not segment[2]]
+    target = [segment for segment in segments if segment[2]]
     assert segments == prompt + target, "targets come last"
-    for kind, value, said in [("ids", prompt_marks[0], False), *prompt, ("ids", prompt_marks[1], False), *target]:
+
+    opening, closing = prompt_marks
+    prompt = [("ids", opening, False), *prompt, ("ids", closing, False)]
+    row = Row()
+    row.add(bos)
+    n_blocks = 0
+
+    for kind, value, is_target in prompt + target:
         if kind in ("text", "ids"):
-            rows += [(i, i if said else IGNORE_INDEX, IGNORE_INDEX, -1, -1) for i in (text_ids(value) if kind == "text" else value)]
+            ids = text_ids(value) if kind == "text" else value
+            for token in ids:
+                row.add(token, predicted=is_target)
+
         elif kind == "image":
-            images.append(value)
-            rows += [(i, IGNORE_INDEX, IGNORE_INDEX, -1, -1) for i in (vocab.img_open, *[IMAGE_PLACEHOLDER] * n_patches, vocab.img_close)]
+            row.images.append(value)
+            row.add(vocab.img_open)
+            for _ in range(n_patches):
+                row.add(IMAGE_PLACEHOLDER)
+            row.add(vocab.img_close)
+
         else:
-            codes = [vocab.pose0 + int(code) for code in value]
-            queried = said and attn != "causal"
-            b = next(blocks) if queried or attn == "mixed_all" else -1
-            rows.append((vocab.p_open, vocab.p_open if said else IGNORE_INDEX, IGNORE_INDEX, -1, -1))
-            if queried:  # query i says code i at its own position
-                rows += [(vocab.query0 + i, IGNORE_INDEX, code, b, -1) for i, code in enumerate(codes)]
-            else:
-                rows += [(code, code if said else IGNORE_INDEX, IGNORE_INDEX, b, i) for i, code in enumerate(codes)]
-            rows.append((vocab.p_close, IGNORE_INDEX, IGNORE_INDEX, -1, -1))  # given, never predicted: the length of a pose is known
+            is_query = is_target and attn != "causal"  # asked for in one step, by N queries
+            block = -1
+            if is_query or attn == "mixed_all":
+                block = n_blocks
+                n_blocks += 1
+
+            row.add(vocab.p_open, predicted=is_target)
+            for i, code in enumerate(value):
+                token = vocab.pose0 + int(code)
+                if is_query:
+                    row.add(vocab.query0 + i, label=token, block=block)
+                else:
+                    row.add(token, predicted=is_target, block=block, code_index=i)
+            row.add(vocab.p_close)  # never predicted: the length of a pose is known
+
     if target:
-        rows.append((eos, eos, IGNORE_INDEX, -1, -1))
-    ids, before, own, block, code_index = map(list, zip(*rows))
-    labels = [o if o != IGNORE_INDEX else b for o, b in zip(own, before[1:] + [IGNORE_INDEX])]
-    return Sequence(ids, labels, block, code_index, images)
+        row.add(eos, predicted=True)
+    return row
 
 
-def collate(sequences, side="right"):
-    """Rows of unequal length -> ids, labels, block, code_index, valid (B,T) and images (n,P,Dv) in row order, or None.
+def collate(rows, side="right"):
+    """Rows -> a batch: ids, labels, block, code_index and valid (B,T), images (n,P,Dv) or None.
 
-    side: "right" for training, "left" for answering, so that every row's answer starts in the same column."""
-    longest = max(len(s.ids) for s in sequences)
-
-    def pad(row, fill):
-        gap = [fill] * (longest - len(row))
-        return gap + list(row) if side == "left" else list(row) + gap
-
-    images = [torch.as_tensor(f).float() for s in sequences for f in s.images]
-    batch = {key: torch.tensor([pad(getattr(s, key), fill) for s in sequences])
-             for key, fill in dict(ids=0, labels=IGNORE_INDEX, block=-1, code_index=-1).items()}          # (B,T) each
-    return {**batch, "valid": torch.tensor([pad([True] * len(s.ids), False) for s in sequences]),
-            "images": torch.stack(images) if images else None}
-
-
-# ---- 3. The mask -------------------------------------------------------------------------------------------------
-def mixed_mask(block, valid):
-    """Who may look at whom: everything before, and inside one pose both ways; nobody reads padding (paper eq. 6).
-
-    block (B,T): -1 causal, b >= 0 the b-th pose; valid (B,T) bool. Returns (B,1,T,T) float, 0 or the lowest number.
-    Float on purpose: eager attention of transformers adds the mask, and adds a bool one as 0 and 1 without an error.
+    valid is False where a row is padded; images are those of all rows, in order. side: where the
+    padding goes, "right" to train, "left" to answer, so that all answers start in one column.
     """
-    i = torch.arange(block.size(1), device=block.device)
-    same = (block[:, :, None] == block[:, None, :]) & (block[:, :, None] >= 0)           # (B,T,T)
-    allowed = ((i[None, :] <= i[:, None]) | same) & valid[:, None, :]                    # (B,T,T)
-    allowed = allowed | torch.eye(len(i), dtype=torch.bool, device=i.device)             # padding reads itself: no NaN
-    return float_mask(allowed)[:, None]                                                  # (B,1,T,T)
+    length = max(len(row.ids) for row in rows)
+
+    def pad(values, fill):
+        padding = [fill] * (length - len(values))
+        return padding + values if side == "left" else values + padding
+
+    images = []
+    for row in rows:
+        for features in row.images:
+            images.append(torch.as_tensor(features).float())
+
+    return {
+        "ids": torch.tensor([pad(row.ids, 0) for row in rows]),
+        "labels": torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
+        "block": torch.tensor([pad(row.block, -1) for row in rows]),
+        "code_index": torch.tensor([pad(row.code_index, -1) for row in rows]),
+        "valid": torch.tensor([pad([True] * len(row.ids), False) for row in rows]),
+        "images": torch.stack(images) if images else None,
+    }
+
+
+def word_tokenizer(words):
+    """A Hugging Face fast tokenizer whose tokens are the given words, for the nano and tiny LLMs.
+
+    It drops case and spacing, which `tidy_text` restores. `[INST]` and `[/INST]` are words as well.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    words = ["<unk>", "<s>", "</s>", "[inst]", "[/inst]", *words]
+    table = {word: i for i, word in enumerate(dict.fromkeys(words))}  # each word once
+
+    text = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
+    text.normalizer = normalizers.Lowercase()
+    text.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Split(".", "isolated"),
+        pre_tokenizers.Split(",", "isolated"),
+        pre_tokenizers.Split("?", "isolated"),
+    ])
+    return fast_tokenizer(text)
+
+
+# unknown word, begin and end of a sequence
+SPECIAL_TOKENS = (
+    ("<unk>", "<s>", "</s>"),  # word_tokenizer, Mistral, Llama 1 and 2
+    # Llama 3, whose byte-level tokenizer knows every word
+    ("<|reserved_special_token_0|>", "<|begin_of_text|>", "<|end_of_text|>"),
+)
+
+
+def fast_tokenizer(text):
+    """Wraps a `tokenizers.Tokenizer` as a Hugging Face one, with the special tokens that it has."""
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = text.get_vocab()
+    complete = [marks for marks in SPECIAL_TOKENS if set(marks) <= set(vocabulary)]
+    unk, bos, eos = complete[0] if complete else SPECIAL_TOKENS[0]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=text, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
+
+
+def tidy_text(text):
+    """Spaces and capitals as in print: "the head . it" -> "The head. It"."""
+    text = " ".join(text.split())
+    for mark in (".", ",", "?"):
+        text = text.replace(" " + mark, mark)
+    sentences = text.split(". ")
+    return ". ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
+
+
+# ---- 3. The mask ---------------------------------------------------------------------------------
+def mixed_mask(block, valid):
+    """Which position attends to which: all before it, and all of its own pose block (paper eq. 6).
+
+    block (B,T): -1 causal, b >= 0 the b-th pose; valid (B,T) bool: False for padding, which nothing
+    attends to. Returns (B,1,T,T) float32: 0 where allowed, the lowest number elsewhere. Float on
+    purpose: eager attention of transformers adds the mask, a bool one as 0 and 1 without an error.
+    """
+    i = torch.arange(block.size(1), device=block.device)                             # (T,)
+    causal = i[None, :] <= i[:, None]                                                # (T,T)
+    same_pose = (block[:, :, None] == block[:, None, :]) & (block[:, :, None] >= 0)  # (B,T,T)
+    allowed = (causal | same_pose) & valid[:, None, :]                               # (B,T,T)
+
+    # padding attends to itself: on the left it has nothing else, and an empty softmax can be NaN
+    allowed = allowed | torch.eye(len(i), dtype=torch.bool, device=i.device)         # (B,T,T)
+    return float_mask(allowed)[:, None]                                              # (B,1,T,T)
 
 
 def float_mask(allowed):
     """bool -> 0 where allowed, the lowest float32 elsewhere; any shape."""
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    zeros = torch.zeros(allowed.shape, device=allowed.device)
+    return zeros.masked_fill(~allowed, torch.finfo(torch.float32).min)
 
 
-def show_mask(block, valid=None):
-    """The mask of one row as text, █ for "row may look at column". block: list of ints."""
+def show_mask(block):
+    """The mask of one sequence, a line of text per position, with █ where it attends."""
     block = torch.tensor([block])
-    mask = mixed_mask(block, torch.ones_like(block, dtype=torch.bool) if valid is None else torch.tensor([valid]))
-    return "\n".join("".join("█" if open_ else "·" for open_ in row) for row in (mask[0, 0] == 0).tolist())
+    mask = mixed_mask(block, valid=torch.ones_like(block, dtype=torch.bool))
+    lines = []
+    for row in mask[0, 0].tolist():
+        lines.append("".join("█" if value == 0 else "·" for value in row))
+    return lines
 
 
-# ---- 4. LoRA -----------------------------------------------------------------------------------------------------
-# which parameters learn in each stage, by name (paper §3.3); see `train.STAGES`
-LLM_PARAMETERS = r"llm\."
-LORA_PARAMETERS = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # embeddings, head and LoRA
-TRAINABLE = {
-    "backbones": r"vision\.",
-    "tokenizer": r"pose_tokenizer\.",
-    "retrieval": r"retrieval\.",
-    "align": LORA_PARAMETERS,
-    "project": r"projector\.",
-    "instruct": LORA_PARAMETERS + r"|projector\.",
-}
-
-
+# ---- 4. LoRA -------------------------------------------------------------------------------------
 class LoRALinear(nn.Module):
-    """y = W x + (alpha/r) B A x with W frozen (LoRA, eq. 3). B starts at zero, so step 0 is exactly the base model."""
+    """y = W x + (alpha/r) B A x with W frozen (LoRA, eq. 3).
+
+    B starts at zero, so step 0 is exactly the base model.
+    """
 
     def __init__(self, base, r, alpha):
         super().__init__()
-        self.base, self.scale = base.requires_grad_(False), alpha / r
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / r
         self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -236,8 +431,10 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, r, alpha):
-    """Put a LoRALinear in the place of every nn.Linear below `model`, in place; what `peft` does here in a dozen lines.
-    UniPose adapts all seven projections of every LLM layer, as the official adapter does."""
+    """Replaces every nn.Linear below `model` by a LoRALinear, in place, as `peft` does.
+
+    UniPose adapts all seven projections of every LLM layer, as the official adapter does.
+    """
     for name, child in model.named_children():
         if isinstance(child, nn.Linear):
             setattr(model, name, LoRALinear(child, r, alpha))
@@ -246,7 +443,7 @@ def add_lora(model, r, alpha):
 
 
 def merge_lora(model):
-    """Fold every LoRALinear back into a plain nn.Linear, W + (alpha/r) B A, in place: the same function."""
+    """Folds every LoRALinear back into an nn.Linear, W + (alpha/r) B A, in place."""
     for name, child in model.named_children():
         if isinstance(child, LoRALinear):
             with torch.no_grad():
@@ -256,108 +453,158 @@ def merge_lora(model):
             merge_lora(child)
 
 
-# ---- 5. Two eyes -------------------------------------------------------------------------------------------------
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-POSE_MEAN, POSE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# ---- 5. Two eyes ---------------------------------------------------------------------------------
+# mean and spread of red, green and blue: CLIP's own, and ImageNet's for the pose ViT
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+POSE_MEAN = (0.485, 0.456, 0.406)
+POSE_STD = (0.229, 0.224, 0.225)
 
 
 def preprocess(image, size, mean, std, crop_offset):
-    """PIL RGB image -> (3,size,size) float: shortest side to `size` by bicubic, centre crop, normalised, as released.
+    """PIL RGB image -> (3,size,size): resized by its shortest side, centre crop, normalised.
 
-    crop_offset: margin -> pixels, because the official branches round odd margins differently (CLIP floors, torchvision
-    rounds half to even)."""
-    scale = size / min(image.size)
-    if scale != 1:
-        wide, high = (size if side == min(image.size) else int(size * side / min(image.size)) for side in image.size)
-        image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = (crop_offset((side - size) / 2) for side in image.size)
+    crop_offset: margin -> pixels. The official branches round half a pixel differently: CLIP's down
+    (math.floor), torchvision's to the even number (round).
+    """
+    shortest = min(image.size)
+    width = int(size * image.width / shortest)
+    height = int(size * image.height / shortest)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+
+    left = crop_offset((width - size) / 2)
+    top = crop_offset((height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255            # (3,size,size)
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255        # (3,size,size)
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 class DualVision(nn.Module):
-    """CLIP says what the picture shows, the pose ViT where the joints are; both frozen, joined by channel (paper §3.2).
+    """CLIP for what an image shows, a pose ViT for where the joints are; both frozen (paper §3.2).
 
-    forward: list of B RGB pictures, (H,W,3) uint8 arrays or PIL images -> (B,P,Dv), Dv = CLIP width + ViT width.
+    forward: B RGB pictures, (H,W,3) uint8 arrays or PIL images -> (B,P,Dv), the features of both
+    joined by channel. which: "both", or only "clip" or "pose".
     """
 
     def __init__(self, clip, pose_vit, which="both"):
         super().__init__()
-        from transformers import CLIPVisionConfig, CLIPVisionModel, VitPoseBackbone, VitPoseBackboneConfig
+        from transformers import (
+            CLIPVisionConfig, CLIPVisionModel, VitPoseBackbone, VitPoseBackboneConfig,
+        )
         self.which = which
         self.clip = CLIPVisionModel(CLIPVisionConfig(**clip))
-        self.pose_vit = VitPoseBackbone(VitPoseBackboneConfig(**{"layer_norm_eps": 1e-6} | pose_vit))
-        self.clip_size, self.grid = clip["image_size"], clip["image_size"] // clip["patch_size"]
-        self.pose_size, self.n_patches = pose_vit["image_size"], self.grid**2
-        self.width = (which != "pose") * clip["hidden_size"] + (which != "clip") * pose_vit["hidden_size"]
+        pose_config = VitPoseBackboneConfig(**{"layer_norm_eps": 1e-6} | pose_vit)
+        self.pose_vit = VitPoseBackbone(pose_config)
+
+        self.clip_size = clip["image_size"]  # pixels, square
+        self.pose_size = pose_vit["image_size"]  # pixels, height and width
+        self.grid = self.clip_size // clip["patch_size"]
+        self.n_patches = self.grid ** 2  # P
+
+        widths = {"clip": clip["hidden_size"], "pose": pose_vit["hidden_size"]}
+        self.width = sum(widths.values()) if which == "both" else widths[which]  # Dv
 
     def clip_pixels(self, pictures):
         """Pictures -> (B,3,S,S) for CLIP."""
-        return torch.stack([preprocess(p, self.clip_size, CLIP_MEAN, CLIP_STD, math.floor) for p in as_pil(pictures)])
+        pixels = []
+        for image in as_pil(pictures):
+            pixels.append(preprocess(image, self.clip_size, CLIP_MEAN, CLIP_STD, math.floor))
+        return torch.stack(pixels)
 
     def pose_pixels(self, pictures):
-        """Pictures -> (B,3,H,W) for the pose ViT: a square whose outer columns are then cut off (256 -> 256x192)."""
-        high, wide = self.pose_size
-        margin = (high - wide) // 2
-        square = [preprocess(p, high, POSE_MEAN, POSE_STD, round) for p in as_pil(pictures)]
-        return torch.stack(square)[..., margin:high - margin]
+        """Pictures -> (B,3,H,W) for the pose ViT: squares less their outer columns (256x192)."""
+        height, width = self.pose_size
+        pixels = []
+        for image in as_pil(pictures):
+            pixels.append(preprocess(image, height, POSE_MEAN, POSE_STD, round))
+        margin = (height - width) // 2
+        return torch.stack(pixels)[..., margin:height - margin]
 
     def pose_map(self, pixels):
         """(B,3,H,W) -> patch features (B,C,h,w) of the pose ViT after its last norm."""
-        h, w = (side // patch for side, patch in zip(self.pose_size, self.pose_vit.config.patch_size))
-        tokens = self.pose_vit(pixels).feature_maps[-1]                                  # (B,h*w,C)
-        return tokens.transpose(1, 2).unflatten(2, (h, w))                               # (B,C,h,w)
+        height, width = self.pose_size
+        patch_height, patch_width = self.pose_vit.config.patch_size
+        grid = (height // patch_height, width // patch_width)                        # h, w
+        tokens = self.pose_vit(pixels).feature_maps[-1]                              # (B,h*w,C)
+        return tokens.transpose(1, 2).unflatten(2, grid)                             # (B,C,h,w)
+
+    def clip_features(self, pictures):
+        """Pictures -> (B,P,C): the patches, without class token, before CLIP's last layer."""
+        # to the device and the dtype of the weights
+        pixels = self.clip_pixels(pictures).to(self.pose_vit.layernorm.weight)       # (B,3,S,S)
+        states = self.clip(pixels, output_hidden_states=True).hidden_states[-2]      # (B,1+P,C)
+        return states[:, 1:]                                                         # (B,P,C)
+
+    def pose_features(self, pictures):
+        """Pictures -> (B,P,C): the features of the pose ViT, resized to the grid of CLIP."""
+        pixels = self.pose_pixels(pictures).to(self.pose_vit.layernorm.weight)       # (B,3,H,W)
+        features = self.pose_map(pixels)                                             # (B,C,h,w)
+        margin = (features.size(2) - features.size(3)) // 2
+        features = F.pad(features, (margin, margin))                                 # (B,C,h,h)
+        grid = (self.grid, self.grid)
+        features = F.interpolate(features, grid, mode="bilinear", align_corners=True)
+        return features.flatten(2).transpose(1, 2)                                   # (B,P,C)
 
     def forward(self, pictures):
-        like, parts = self.pose_vit.layernorm.weight, []                                 # device and dtype
+        features = []
         if self.which != "pose":
-            states = self.clip(self.clip_pixels(pictures).to(like), output_hidden_states=True).hidden_states
-            parts.append(states[-2][:, 1:])                                              # (B,P,Dc), class token off
+            features.append(self.clip_features(pictures))
         if self.which != "clip":
-            seen = self.pose_map(self.pose_pixels(pictures).to(like))                    # (B,Dp,h,w)
-            margin = (seen.size(2) - seen.size(3)) // 2
-            seen = F.pad(seen, (margin, margin))                                         # (B,Dp,h,h) square again
-            seen = F.interpolate(seen, (self.grid, self.grid), mode="bilinear", align_corners=True)  # CLIP's grid
-            parts.append(seen.flatten(2).transpose(1, 2))                                # (B,P,Dp)
-        return torch.cat(parts, -1)                                                      # (B,P,Dv)
+            features.append(self.pose_features(pictures))
+        return torch.cat(features, -1)                                               # (B,P,Dv)
 
 
 def as_pil(pictures):
     """uint8 arrays or PIL images -> PIL RGB images."""
-    return [p if isinstance(p, Image.Image) else Image.fromarray(np.asarray(p)) for p in pictures]
+    images = []
+    for picture in pictures:
+        if not isinstance(picture, Image.Image):
+            picture = Image.fromarray(np.asarray(picture))
+        images.append(picture)
+    return images
 
 
 def make_projector(kind, width, llm_width):
-    """Patch features -> LLM embeddings: "mlp" as in the release (mlp2x_gelu), "linear" as in the paper's formula."""
+    """Patch features -> LLM embeddings: "mlp" as released (mlp2x_gelu), "linear" as in paper."""
     if kind == "linear":
         return nn.Linear(width, llm_width)
     return nn.Sequential(nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
 
 
-# ---- 6. UniPose --------------------------------------------------------------------------------------------------
+# ---- 6. UniPose ----------------------------------------------------------------------------------
 class UniPose(nn.Module):
-    """The whole model: pose tokenizer, two eyes, projector, and a Hugging Face Llama or Mistral.
+    """Pose tokenizer, two vision encoders, projector, and a Hugging Face Llama or Mistral.
 
-    config: see `model_config`; text: a Hugging Face tokenizer, or None to look at sizes only (PAPER_TEXT pieces).
+    config: see `model_config`; text: a Hugging Face tokenizer, or None to count parameters only.
     """
 
     def __init__(self, config, text=None):
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM
-        self.config, self.text_tokenizer = dict(config), text
-        self.is_word_level = text is None or text.convert_tokens_to_ids("[inst]") != text.unk_token_id  # see word_tokenizer
+        self.config = dict(config)
+        self.text_tokenizer = text
+        self.is_word_level = True
+        if text:  # only `word_tokenizer` has a word for this mark
+            self.is_word_level = text.convert_tokens_to_ids("[inst]") != text.unk_token_id
+
         self.pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
         self.vision = DualVision(config["clip"], config["pose_vit"], config["vision"])
-        self.vocab = Vocab(len(text) if text else PAPER_TEXT, self.pose_tokenizer.config.codes, self.pose_tokenizer.n_tokens)
-        llm = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False, **config["llm"])
-        self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=self.vocab.size, **llm))
-        self.projector = make_projector(config["projector"], self.vision.width, self.llm.config.hidden_size)
+
+        n_text = len(text) if text else PAPER_TEXT
+        n_codes = self.pose_tokenizer.config.codes
+        self.vocab = Vocab(n_text, n_codes, self.pose_tokenizer.n_tokens)
+        special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False)
+        llm = dict(vocab_size=self.vocab.size, **special, **config["llm"])
+        self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm))
+
+        llm_width = self.llm.config.hidden_size
+        self.projector = make_projector(config["projector"], self.vision.width, llm_width)
         if config["lora"]:
             add_lora(self.llm.model.layers, config["lora_r"], config["lora_alpha"])
 
     def grow_lora(self):
-        """Freeze the LLM's layers and give each projection a LoRA pair, once."""
+        """Freezes the layers of the LLM and gives them LoRA adapters, unless they have some."""
         if not self.config["lora"]:
             add_lora(self.llm.model.layers, self.config["lora_r"], self.config["lora_alpha"])
             self.config["lora"] = True
@@ -366,590 +613,994 @@ class UniPose(nn.Module):
     def device(self):
         return self.llm.lm_head.weight.device
 
-    def prepare(self, segments):
-        """Raw values -> what a sequence holds: pose rotmat (22,3,3) -> N codes, picture -> features (P,Dv).
-        Values that were prepared already (integer codes, float features of rank 2) pass through."""
-        ready = []
-        with torch.no_grad():
-            for kind, value, said in segments:
-                if kind == "pose" and torch.is_tensor(value) and value.is_floating_point():
-                    value = self.pose_tokenizer.encode(value[None].to(self.device))[0].tolist()  # N codes
-                elif kind == "image" and not (torch.is_tensor(value) and value.dim() == 2):
-                    value = self.vision([value])[0]                                      # (P,Dv)
-                ready.append((kind, value, said))
-        return ready
+    # -- from segments to a Row, and back to text --
 
-    def text_ids(self, text):
-        """Text -> ids. A `</s>` or `[/INST]` that somebody typed is an unknown word, not a mark of the sequence."""
-        marks = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id, *(ids[0] for ids in self.prompt_marks if len(ids) == 1)}
-        ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
-        return [self.text_tokenizer.unk_token_id if i in marks else i for i in ids]
+    @torch.no_grad()
+    def prepare(self, segments):
+        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv).
+
+        Values that are prepared already (integer codes, features of rank 2) stay as they are.
+        """
+        prepared = []
+        for kind, value, is_target in segments:
+            is_tensor = torch.is_tensor(value)
+            if kind == "pose" and is_tensor and value.is_floating_point():
+                rotmat = value[None].to(self.device)                                 # (1,22,3,3)
+                value = self.pose_tokenizer.encode(rotmat)[0].tolist()               # N codes
+            elif kind == "image" and not (is_tensor and value.dim() == 2):
+                value = self.vision([value])[0]                                      # (P,Dv)
+            prepared.append((kind, value, is_target))
+        return prepared
+
+    def encode(self, segments):
+        """Segments, prepared or not -> Row; see `encode_segments`."""
+        segments = self.prepare(segments)
+        prompt_marks = self.prompt_marks
+        if not self.is_word_level:
+            segments = self.tokenize_official(segments)
+            prompt_marks = ([], [])  # they are in the text now
+        bos = self.text_tokenizer.bos_token_id
+        eos = self.text_tokenizer.eos_token_id
+        return encode_segments(segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
+                               self.vision.n_patches, self.config["attn"])
 
     @property
     def prompt_marks(self):
-        """The ids of what opens and closes a prompt."""
-        return [self.text_tokenizer(mark, add_special_tokens=False).input_ids for mark in ("[INST] ", " [/INST]")]
+        """The ids of `[INST]` and the ids of `[/INST]`."""
+        opening = self.text_tokenizer("[INST] ", add_special_tokens=False).input_ids
+        closing = self.text_tokenizer(" [/INST]", add_special_tokens=False).input_ids
+        return opening, closing
 
-    def encode(self, segments):
-        """Segments -> Sequence; see the function `encode`."""
-        segments, prompt_marks = self.prepare(segments), self.prompt_marks
-        if not self.is_word_level:
-            segments, prompt_marks = self.tokenize_official(segments), ([], [])
-        return encode(segments, self.vocab, self.text_ids, prompt_marks, self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id,
-                      self.vision.n_patches, self.config["attn"])
+    def text_ids(self, text):
+        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
+        reserved = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id}
+        for mark in self.prompt_marks:
+            if len(mark) == 1:  # word pieces spell `[INST]` with several ordinary tokens
+                reserved.add(mark[0])
+        ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
+        return [self.text_tokenizer.unk_token_id if i in reserved else i for i in ids]
 
     def tokenize_official(self, segments):
-        """What a model of word pieces reads: every text as ids, joined and cut as in the official training.
+        """Turns texts into ids as the official training does, for a model of word pieces.
 
-        The row is `[INST] prompt [/INST] answer </s>` with the spaces that stand here. Texts side by side are one
-        string, since pieces may span them, and a string that follows a pose or picture begins anew, with its own `▁`.
-        A target pose is said as `<p> … </p>.`
+        The row is `[INST] prompt [/INST] answer </s>`, with these spaces, and a full stop after a
+        target pose. Consecutive texts are tokenized as one string, since a piece may span two of
+        them; a string that follows a pose or an image starts anew, with a `▁` of its own.
         """
-        given, said = ([s for s in segments if s[2] is target] for target in (False, True))
-        if said:
-            full_stop = [("text", ".", True)] * (said[-1][0] == "pose")
-            said = [("text", " ", True), *said, *full_stop, ("text", " ", True)]
-        rules = str(self.text_tokenizer.backend_tokenizer.normalizer)
-        first = " " if "Replace" in rules and "Prepend" not in rules else ""  # see word_pieces
-        row = [("text", first + "[INST] ", False), *given, ("text", " [/INST]", False), *said]
-        spelled = []
-        for is_text, run in groupby(row, lambda segment: segment[0] == "text"):
+        prompt = [segment for segment in segments if not segment[2]]
+        target = [segment for segment in segments if segment[2]]
+        if target:
+            full_stop = [("text", ".", True)] if target[-1][0] == "pose" else []
+            target = [("text", " ", True), *target, *full_stop, ("text", " ", True)]
+
+        # with `legacy` false the tokenizer makes `▁` of spaces but prepends none: type one more
+        normalizer = str(self.text_tokenizer.backend_tokenizer.normalizer)
+        prepends_none = "Replace" in normalizer and "Prepend" not in normalizer
+        opening = " [INST] " if prepends_none else "[INST] "
+        row = [("text", opening, False), *prompt, ("text", " [/INST]", False), *target]
+
+        tokenized = []
+        for kind, run in groupby(row, key=itemgetter(0)):
+            if kind != "text":
+                tokenized += run
+                continue
             run = list(run)
-            if is_text:
-                ids = self.text_ids("".join(value for _, value, _ in run))
-                n = len(self.text_ids("".join(value for _, value, target in run if not target)))
-                run = [("ids", part, target) for part, target in ((ids[:n], False), (ids[n:], True)) if part]
-            spelled += run
-        return spelled
+            prompt_text = "".join(text for _, text, is_target in run if not is_target)
+            target_text = "".join(text for _, text, is_target in run if is_target)
+            ids = self.text_ids(prompt_text + target_text)
+            n_prompt = len(self.text_ids(prompt_text))
+            if n_prompt:
+                tokenized.append(("ids", ids[:n_prompt], False))
+            if n_prompt < len(ids):
+                tokenized.append(("ids", ids[n_prompt:], True))
+        return tokenized
 
     @property
     def answer_prefix(self):
-        """The ids that an answer says before a pose: the space after `[/INST]` is a piece of its own, `▁`."""
-        return [] if self.is_word_level else self.text_ids(" [/INST] ")[len(self.text_ids(" [/INST]")):]
+        """The ids before a pose in an answer: of word pieces `▁`, the space after `[/INST]`."""
+        if self.is_word_level:
+            return []
+        n_closing = len(self.text_ids(" [/INST]"))
+        return self.text_ids(" [/INST] ")[n_closing:]
 
     def decode_text(self, ids):
         """Text ids -> text."""
         text = self.text_tokenizer.decode(ids)
         return tidy_text(text) if self.is_word_level else text.strip()
 
-    def embed(self, ids, code_index, images=None):
-        """ids, code_index (B,T), images (n,P,Dv) or None -> (B,T,D); projected patches fill the IMAGE positions in order.
+    # -- from a batch of rows to the loss --
 
-        A code word means another thing at every place of a pose, and rotary positions are relative: a 7B model works
-        the place out, a model of four layers hardly does. With config["code_positions"] a code that is read also carries the
-        embedding of the query of its place, which costs no parameter (not in the paper; off in its size)."""
-        x = self.llm.model.embed_tokens(ids.clamp(min=0))                                # (B,T,D)
+    def embed(self, ids, code_index, images=None):
+        """ids, code_index (B,T), images (n,P,Dv) or None -> (B,T,D).
+
+        Projected image patches take the places of IMAGE_PLACEHOLDER, in order.
+
+        The meaning of a code depends on its index in the pose. Rotary positions are relative, and
+        an LLM of four layers cannot recover the index from them, so with config["code_positions"]
+        code i of an input pose also carries the embedding of query i, which costs no parameters
+        (not in the paper, so off in its size).
+        """
+        embed_tokens = self.llm.model.embed_tokens
+        x = embed_tokens(ids.clamp(min=0))                                           # (B,T,D)
         if self.config["code_positions"]:
-            places = self.llm.model.embed_tokens(self.vocab.query0 + code_index.clamp(min=0))  # (B,T,D)
-            x = x + places * (code_index >= 0)[..., None]
+            queries = embed_tokens(self.vocab.query0 + code_index.clamp(min=0))      # (B,T,D)
+            x = x + queries * (code_index >= 0)[..., None]
+
         if images is not None:
-            patches = self.projector(images.to(x))                                       # (n,P,D)
-            x = x.masked_scatter((ids == IMAGE_PLACEHOLDER)[..., None], patches.to(x.dtype))
+            patches = self.projector(images.to(x))                                   # (n,P,D)
+            is_patch = (ids == IMAGE_PLACEHOLDER)[..., None]                         # (B,T,1)
+            x = x.masked_scatter(is_patch, patches.to(x.dtype))
         return x
 
     def hidden(self, x, mask, positions, cache=None):
-        """Embeddings (B,q,D), float mask (B,1,q,past+q), positions (B,q) -> last hidden states (B,q,D)."""
-        return self.llm.model(inputs_embeds=x, attention_mask=mask.to(x.dtype).clamp(min=torch.finfo(x.dtype).min),
-                              position_ids=positions, past_key_values=cache,
-                              use_cache=cache is not None).last_hidden_state
+        """Embeddings (B,q,D), mask (B,1,q,past+q), positions (B,q) -> hidden states (B,q,D)."""
+        lowest = torch.finfo(x.dtype).min  # in half precision the lowest float32 would be -inf
+        mask = mask.to(x.dtype).clamp(min=lowest)
+        output = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
+                                past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
 
     def forward(self, batch):
-        """A collated batch -> (loss, logs). Cross-entropy summed over labelled positions / how many there are.
+        """A batch of `collate` -> (loss, logs): the mean cross-entropy over labelled positions.
 
-        batch: ids, labels, block, code_index, valid (B,T), images (n,P,Dv) or None, as `collate` makes it. `lm_head` runs on
-        labelled positions only. Every target pose's `</p>` counts in the denominator though nothing predicts it, as in
-        the official loss. logs: "terms" that number, and (how many right, of how many) codes and words.
+        As in the official loss, the `</p>` of a target pose counts in the mean although no position
+        predicts it. logs: "terms", the number of terms of that mean; "pose_acc" and "text_acc", a
+        pair each: how many codes or words are right, of how many.
         """
-        batch = {k: v if v is None else v.to(self.device) for k, v in batch.items()}
-        positions = (batch["valid"].cumsum(1) - 1).clamp(min=0)                          # (B,T)
-        x = self.embed(batch["ids"], batch["code_index"], batch["images"])                     # (B,T,D)
-        h = self.hidden(x, mixed_mask(batch["block"], batch["valid"]), positions)        # (B,T,D)
-        said = batch["labels"] != IGNORE_INDEX
-        labels = batch["labels"][said]                                                   # (n,)
-        logits = self.llm.lm_head(h[said]).float()                                       # (n,vocabulary)
-        terms = len(labels) + (labels == self.vocab.p_open).sum()
+        batch = {name: value.to(self.device) for name, value in batch.items() if value is not None}
+        valid = batch["valid"]
+        positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
+        mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
+        x = self.embed(batch["ids"], batch["code_index"], batch.get("images"))       # (B,T,D)
+        h = self.hidden(x, mask, positions)                                          # (B,T,D)
+
+        # logits are wide and most positions have no label: lm_head runs on the others only
+        is_labelled = batch["labels"] != IGNORE_INDEX                                # (B,T)
+        labels = batch["labels"][is_labelled]                                        # (n,)
+        logits = self.llm.lm_head(h[is_labelled]).float()                            # (n,vocab)
+
+        n_poses = (labels == self.vocab.p_open).sum()
+        terms = len(labels) + n_poses
         loss = F.cross_entropy(logits, labels, reduction="sum") / terms
-        right = logits.detach().argmax(-1) == labels
-        pose = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)
-        return loss, {"terms": terms, "pose_acc": (right[pose].sum(), pose.sum()),
-                      "text_acc": (right[~pose].sum(), (~pose).sum())}
+
+        is_right = logits.detach().argmax(-1) == labels                              # (n,)
+        is_code = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)        # (n,)
+        logs = {
+            "terms": terms,
+            "pose_acc": (is_right[is_code].sum(), is_code.sum()),
+            "text_acc": (is_right[~is_code].sum(), (~is_code).sum()),
+        }
+        return loss, logs
 
 
-# ---- 7. Checkpoints ----------------------------------------------------------------------------------------------
-RETRIEVAL_PREFIX = "retrieval."  # keys of the evaluation's retrieval_model, which travels in the same file (eval.py)
+# Which parameters each stage trains, as patterns of their names (paper §3.3). train.py has the rest
+# of a stage; to train the whole LLM it puts LLM_PARAMETERS in the place of LORA_PARAMETERS.
+LLM_PARAMETERS = r"llm\."
+LORA_PARAMETERS = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # and embeddings, head
+TRAINABLE = {
+    "backbones": r"vision\.",
+    "tokenizer": r"pose_tokenizer\.",
+    "retrieval": r"retrieval\.",  # the retrieval model of eval.py
+    "align": LORA_PARAMETERS,
+    "project": r"projector\.",
+    "instruct": LORA_PARAMETERS + r"|projector\.",
+}
+
+
+# ---- 7. Checkpoints ------------------------------------------------------------------------------
+# A folder of config.json, model.safetensors and tokenizer.json. The retrieval model of eval.py
+# travels in the same file, under names that begin so:
+RETRIEVAL_PREFIX = "retrieval."
+
+
+def git_hash():
+    """The short hash of the commit that this code is at, or "none" outside a git repository."""
+    if not shutil.which("git"):
+        return "none"
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    here = pathlib.Path(__file__).parent
+    result = subprocess.run(command, cwd=here, text=True, capture_output=True)
+    return result.stdout.strip() or "none"
 
 
 def provenance():
-    """What made this file: command, git hash where there is one, package versions."""
+    """What made a checkpoint, for its config.json: the command, the git hash, package versions."""
     import safetensors
     import transformers
-    here = pathlib.Path(__file__).parent
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    git = shutil.which("git") and subprocess.run(asked, cwd=here, text=True, capture_output=True).stdout.strip()
-    return {"command": " ".join(["python", pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "git": git or "none", "torch": torch.__version__, "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__, "python": sys.version.split()[0]}
+    script = pathlib.Path(sys.argv[0]).name
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "git": git_hash(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def to_half(state):
+    """State dict -> float16, but for the codebook's running sums, which would overflow."""
+    half = {}
+    for name, tensor in state.items():
+        is_running_sum = ".code_" in name
+        half[name] = tensor.half() if tensor.is_floating_point() and not is_running_sum else tensor
+    return half
 
 
 def save(model, folder, half=False, extra=None, **notes):
-    """Write config.json, model.safetensors and tokenizer.json to `folder`: all are complete before one is renamed.
+    """Writes config.json, model.safetensors and tokenizer.json, all complete before one is renamed.
 
-    half: float16, but for the tokenizer's running sums, which outgrow it. extra: more tensors by name (the retrieval_model's).
-    notes: anything for config.json (stages, seed, …). Raises UserError when the disk is full or the folder is none.
+    half: store float16. extra: more tensors by name (the retrieval model). notes: more entries of
+    config.json (stages, seed, ...). Raises UserError if the disk is full or `folder` is not a
+    directory.
     """
     from safetensors.torch import save_file
-    folder, state = pathlib.Path(folder), {**model.state_dict(), **(extra or {})}
+    folder = pathlib.Path(folder)
+    state = model.state_dict() | (extra or {})
     if half:
-        state = {k: v.half() if v.is_floating_point() and ".code_" not in k else v for k, v in state.items()}
+        state = to_half(state)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = {**model.config, "float16": half, **provenance(), **notes}
-    with (atomic_write(folder / "config.json") as words, atomic_write(folder / "tokenizer.json") as text,
-          atomic_write(folder / "model.safetensors") as weights):
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, weights)
-        model.text_tokenizer.backend_tokenizer.save(str(text))
-        words.write_text(json.dumps(config, indent=1) + "\n")
+
+    with (atomic_write(folder / "config.json") as config_file,
+          atomic_write(folder / "tokenizer.json") as tokenizer_file,
+          atomic_write(folder / "model.safetensors") as weights_file):
+        save_file(state, weights_file)
+        model.text_tokenizer.backend_tokenizer.save(str(tokenizer_file))
+        config_file.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read_config(folder):
-    """config.json of a weights folder as a dict; UserError when the folder or the file is not there or not readable.
-    The official cache folder has none: what its files tell."""
+    """config.json of a weights folder as a dict; inferred for the official folder, which has none.
+
+    Raises UserError if the folder or one of its files is missing or unreadable.
+    """
     folder = pathlib.Path(folder)
     if is_official(folder):
         return official_config(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no weights folder at {folder}; give --weights, or run `python train.py --stage all`")
+        raise UserError(f"there is no weights folder at {folder}; give --weights, "
+                        "or run `python train.py --stage all`")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise UserError(f"the weights folder {folder} has no {name}; it is not a finished checkpoint of train.py")
-    config = read_json(folder / "config.json")
+            raise UserError(f"the weights folder {folder} has no {name}; "
+                            "it is not a finished checkpoint of train.py")
+
+    path = folder / "config.json"
+    config = read_json(path)
     missing = [key for key in MODEL_KEYS if key not in config]
     if missing:
-        raise UserError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it does not describe a UniPose model")
+        raise UserError(f"{path} lacks {', '.join(missing)}; it does not describe a UniPose model")
     for key, choices in CHOICES.items():
         if config[key] not in choices:
-            raise UserError(f"{folder / 'config.json'} says {key} {config[key]!r}, not one of {', '.join(choices)}")
+            raise UserError(f"{path} says {key} {config[key]!r}, not one of {', '.join(choices)}")
     return config
 
 
 def read_tensors(path):
-    """Every tensor of a safetensors file, float16 turned to float32. Raises UserError when it is truncated, something
-    else, or holds NaN."""
+    """{name: tensor} of a safetensors file, float16 turned to float32.
+
+    Raises UserError if the file is truncated or of another kind, or holds NaN or infinity.
+    """
     from safetensors.torch import load_file
     with as_user_error(f"{path} is not a complete safetensors file (", "); copy or train it again"):
-        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{broken[0]} in {path} holds NaN or infinite numbers; train it again with a lower --lr")
+        state = load_file(path)
+
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = tensor.float()
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} in {path} holds NaN or infinite numbers; "
+                            "train it again with a lower --lr")
     return state
 
 
 def load(folder, device="cpu"):
-    """A weights folder -> UniPose in eval mode, float32. Strict: raises UserError with the difference where names or
-    shapes do not fit. Tensors of the retrieval_model (`retrieval.`) are left to eval.py. The official folder is read as bfloat16
-    on a GPU."""
+    """A weights folder -> UniPose in eval mode, float32 (the official folder on a GPU: bfloat16).
+
+    Raises UserError if a file is missing or damaged, or if names or shapes differ from what
+    config.json describes. The tensors of the retrieval model are left to eval.py.
+    """
     if is_official(folder):
-        return load_official(folder, device, torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+        dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+        return load_official(folder, device, dtype)
+
     from tokenizers import Tokenizer
-    config, folder = read_config(folder), pathlib.Path(folder)
-    with blame_description(folder), torch.random.fork_rng():  # building draws random numbers; loading must not disturb others
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    # building a model draws random weights; the caller's random numbers must not depend on that
+    with blame_description(folder), torch.random.fork_rng():
         text = fast_tokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    state = {k: v for k, v in read_tensors(folder / "model.safetensors").items() if not k.startswith(RETRIEVAL_PREFIX)}
-    load_strictly(model, state, folder / "model.safetensors")
+
+    path = folder / "model.safetensors"
+    tensors = read_tensors(path)
+    names = [name for name in tensors if not name.startswith(RETRIEVAL_PREFIX)]
+    load_strictly(model, {name: tensors[name] for name in names}, path)
     return model.to(device).eval()
 
 
 def find_device(name=""):
-    """"" -> the GPU where there is one, else the CPU; any other name -> itself. Raises UserError where there is none."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """A device by name; "": the GPU if there is one, else the CPU. Raises UserError if unusable."""
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     with as_user_error(f"--device {name} cannot be used here (", "); leave it out"):
         return str(torch.zeros(1, device=name).device)
 
 
 def load_strictly(model, state, where):
-    """`load_state_dict` that says what differs, in one sentence (UserError)."""
-    compare(*({name: tensor.shape for name, tensor in side.items()} for side in (model.state_dict(), state)), where)
+    """`load_state_dict` whose error is one sentence about the file `where` (UserError)."""
+    want = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    have = {name: tensor.shape for name, tensor in state.items()}
+    compare(want, have, where)
     model.load_state_dict(state)
 
 
 def compare(want, have, where):
-    """Raises UserError where names or shapes, {name: shape}, are not as wanted: the first three differences."""
-    wrong = [f"{k} is {tuple(have[k])}, expected {tuple(v)}" for k, v in want.items() if k in have and have[k] != v]
-    wrong += [f"{k} is missing" for k in want if k not in have] + [f"{k} is unknown" for k in have if k not in want]
-    if wrong:
-        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
-        raise UserError(f"{where} does not fit its config.json: {'; '.join(wrong[:3])}{more}")
+    """Raises UserError, with the first three differences, unless both {name: shape} are equal."""
+    differences = []
+    for name in want:
+        if name in have and have[name] != want[name]:
+            differences.append(f"{name} is {tuple(have[name])}, expected {tuple(want[name])}")
+    differences += [f"{name} is missing" for name in want if name not in have]
+    differences += [f"{name} is unknown" for name in have if name not in want]
+    if differences:
+        n_more = len(differences) - 3
+        more = f" and {n_more} more differences" if n_more > 0 else ""
+        raise UserError(f"{where} does not fit its config.json: {'; '.join(differences[:3])}{more}")
 
 
-# ---- 8. Other people's weights: how their names map to ours ------------------------------------------------------
-key_tables = functools.partial(load_asset, "names")  # a table a kind of file: how a name begins there -> here; and inside it
-COMPUTED = ("rotary_emb.inv_freq", "position_ids")  # constants that old files carry along
-TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # one row for each id of the vocabulary
-NOT_IN_TENSORS = {"num_attention_heads", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
-        "attention_bias", "mlp_bias", "hidden_act"}  # what no tensor tells
-BASE = "llava-v1.6-mistral-7b"
+# ---- 8. Other people's weights: how their names map to ours --------------------------------------
+# Folders of Llama, Mistral, LLaVA, CLIP and VitPose are read by transformers (`load_pretrained`).
+# It does not know the release's own files nor those of HMR2 and TokenHMR: `rename_keys` maps their
+# names by the tables below. Both give {our name: tensor}, which `assign_weights` puts into a model.
+LLAVA = "llava-v1.6-mistral-7b"
+CLIP = "clip-vit-large-patch14-336"
+ORIGINS = {  # the parts of the official folder `cache`, and where each comes from
+    LLAVA: "huggingface.co/liuhaotian/llava-v1.6-mistral-7b",
+    "unipose": "huggingface.co/L-yiheng/UniPose",
+    CLIP: "huggingface.co/openai/clip-vit-large-patch14-336",
+    "pose_vqvae": "the Google Drive link of its README",
+    "tokenhmr_model.ckpt": "TokenHMR's download page",
+}
+
+# How a name starts there -> here; the first match counts. None: UniPose has no use for it.
+UNIPOSE_NAMES = {
+    "base_model.model.model.mm_projector.": "projector.",
+    "base_model.model.": "llm.",
+}
+VQVAE_NAMES = {
+    "loss.": None,
+    "": "pose_tokenizer.",
+}
+VIT_NAMES = {  # of HMR2 and TokenHMR
+    "backbone.": "vision.pose_vit.",
+    "": None,  # the heads, which predict a body
+}
+INNER_NAMES = {  # inside a name: there -> here
+    ".pos_embed": ".embeddings.position_embeddings",
+    ".patch_embed.proj.": ".embeddings.patch_embeddings.projection.",
+    ".blocks.": ".encoder.layer.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    ".attn.proj.": ".attention.output.dense.",
+    ".attn.qkv.": ".attention.attention.qkv.",
+    ".last_norm.": ".layernorm.",
+    ".lora_A.weight": ".A",
+    ".lora_B.weight": ".B",
+}
+OFFICIAL_FILES = {  # path in `cache`: how its names map to ours
+    "unipose/non_lora_trainables.bin": UNIPOSE_NAMES,
+    "unipose/adapter_model.safetensors": UNIPOSE_NAMES,
+    "pose_vqvae/best_MPJPE.ckpt": VQVAE_NAMES,
+    "tokenhmr_model.ckpt": VIT_NAMES,
+}
+
+SETTINGS = (  # what our config.json keeps of a config of transformers
+    "model_type", "hidden_size", "intermediate_size", "mlp_ratio", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "attention_bias",
+    "mlp_bias", "qkv_bias", "rms_norm_eps", "layer_norm_eps", "max_position_embeddings",
+    "rope_parameters", "sliding_window", "image_size", "patch_size",
+)
 
 
 def blame_description(folder):
-    """`with described(folder):` what goes wrong in here is the fault of the descriptions in `folder` (UserError)."""
-    return as_user_error(f"the JSON files in {folder} do not describe a model (", "); copy it again")
-
-
-def official_path(cache, *names):
-    """The path of a file in the official folder; UserError, with its origin, where it is missing."""
-    path = pathlib.Path(cache, *names)
-    if not path.exists():
-        raise UserError(f"{path} is missing; get it from {key_tables()['origins'][names[0]]}")
-    return path
+    """`with blame_description(folder):` turns any exception into a UserError about its config."""
+    return as_user_error(f"the JSON files in {folder} do not describe a model (",
+                         "); copy it again")
 
 
 def read_json(path):
-    """A JSON object -> dict. Raises UserError."""
+    """A file with a JSON object -> dict. Raises UserError."""
     with as_user_error(f"{path} cannot be read as JSON (", "); copy the folder again"):
-        return {**json.loads(pathlib.Path(path).read_text())}
+        return dict(json.loads(pathlib.Path(path).read_text()))
 
 
-def shards(folder):
-    """The weight files of a Hugging Face folder, in order. Raises UserError where one is missing."""
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    named = {name for index in folder.glob("*.index.json") for name in read_json(index).get("weight_map", {}).values()
-             if not found or name.endswith(found[0].suffix)}
-    missing = sorted(named - {path.name for path in found}) if found else ["model.safetensors"]
-    if missing:
-        origin = key_tables()["origins"].get(folder.name, "its first place")
-        raise UserError(f"{folder / missing[0]} is missing; get it from {origin}")
-    return [path for path in found if path.name in named or not named]
+def explain_unreadable(error):
+    """Why a file of weights cannot be read, in a few words."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))  # refused by torch.load(weights_only=True)
+    return f"it asks to run {code[1]}" if code else first_line(error)[:300]
 
 
-def read_file(path):
-    """{name: tensor} of a safetensors or torch file, mapped into memory: what nobody touches stays on disk.
+def map_tensors(path):
+    """{name: tensor} of a safetensors or torch file, mapped into memory: read once it is used.
 
-    A torch file is a pickle: nothing in it runs, and the yacs settings that TokenHMR keeps beside its weights become a
-    plain dict. Raises UserError."""
+    A torch file is a pickle. None of its code runs, and the yacs settings that TokenHMR stores
+    beside its weights become a plain dict. Raises UserError.
+    """
     from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            held = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {name: tensor for name, tensor in held.get("state_dict", held).items() if torch.is_tensor(tensor)}
+            content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = content.get("state_dict", content)
+        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
     except Exception as error:  # a damaged or hostile file can fail anywhere
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it asks to run {asked[1]}" if asked else first_line(error)[:100]
-        raise UserError(f"{path} is not a complete file of weights ({why}); get it again, from whom you trust") from None
+        raise UserError(f"{path} is not a complete file of weights ({explain_unreadable(error)}); "
+                        "get it again, from a source you trust") from None
 
 
 def rename_keys(path, names):
-    """The tensors of a file under our names. Raises UserError at a name that the table does not know."""
-    ours = {}
-    for theirs, tensor in read_file(path).items():
-        begin = next((begin for begin in names if theirs.startswith(begin)), None)
-        if begin is None:
-            raise UserError(f"{path} holds {theirs}, which no part of UniPose is called; is it another model's file?")
-        if not names[begin] or theirs.endswith(COMPUTED):
+    """{our name: tensor} of a file, by one of the tables above. Raises UserError."""
+    renamed = {}
+    for name, tensor in map_tensors(path).items():
+        start = next((start for start in names if name.startswith(start)), None)
+        if start is None:
+            raise UserError(f"{path} holds {name}, which is no part of UniPose; "
+                            "is it the file of another model?")
+        if names[start] is None:
             continue
-        name = names[begin] + theirs.removeprefix(begin)
-        for inner, mine in key_tables()["inner"].items():
-            name = name.replace(inner, mine)
-        cut = ("query", "key", "value") if ".qkv." in name else ("qkv",)  # three matrices in one
-        ours |= {name.replace("qkv", one): rows for one, rows in zip(cut, tensor.chunk(len(cut)))}
-    if "tied" in names and TABLES[0] in ours:
-        ours[TABLES[1]] = ours[TABLES[0]]  # small Llamas read and say with one table
-    return ours
+
+        ours = names[start] + name.removeprefix(start)
+        for theirs, replacement in INNER_NAMES.items():
+            ours = ours.replace(theirs, replacement)
+
+        if ".qkv." in ours:  # one matrix there, three here
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3)):
+                renamed[ours.replace("qkv", part)] = rows
+        else:
+            renamed[ours] = tensor
+    return renamed
 
 
-def tensor_shapes(files):
-    """What files hold together: {our name: (shape, path of the last file that has it)}. files: (path, names) pairs."""
-    return {name: (tensor.shape, path) for path, names in files for name, tensor in rename_keys(path, names).items()}
+def infer_vit_settings(path):
+    """config["pose_vit"] of an HMR2 or TokenHMR checkpoint, which describes nothing but tensors.
 
-
-def load_weights(model, files, device, dtype, made=(), text_rows=0):
-    """Give a model built on the meta device its weights, file by file: memory holds the model and one file, no more.
-
-    files: (path, names) pairs, the last that holds a tensor counts. made: beginnings of names that are in no file.
-    text_rows: take so many rows of embedding and head; the others begin at their mean. Strict both ways: raises UserError
-    where names, shapes or values are not as they must be.
+    None of them shows the number of heads: ViT-H has 16, smaller ViTs are assumed to have 16
+    channels a head. Raises UserError.
     """
-    homes = {name.replace(".base.", "."): name for name in model.state_dict() if not name.startswith(made)}
-    want, held = {name: model.state_dict()[home].shape for name, home in homes.items()}, tensor_shapes(files)
-    have = {name: want[name] if text_rows and name in TABLES else shape for name, (shape, _) in held.items()}
-    compare(want, have, ", ".join(dict.fromkeys(str(path) for path, _ in files)))
+    tensors = rename_keys(path, VIT_NAMES)
+    with as_user_error(f"{path} is not a checkpoint of HMR2 or TokenHMR (", ")"):
+        width = tensors["vision.pose_vit.layernorm.weight"].numel()
+    return SIZES["paper"]["pose_vit"] | {
+        "hidden_size": width,
+        "num_hidden_layers": sum(name.endswith(".layernorm_before.weight") for name in tensors),
+        "num_attention_heads": min(16, width // 16),
+    }
 
-    def settled(name, tensor, path):
+
+def infer_vqvae_config(path):
+    """config["tokenizer"] of the official pose tokenizer. Raises UserError."""
+    tensors = rename_keys(path, VQVAE_NAMES)
+    with as_user_error(f"{path} is not a pose tokenizer of the release (", ")"):
+        codes, code_dim = tensors["pose_tokenizer.quantizer.codebook"].shape
+        hidden = tensors["pose_tokenizer.encoder.encoder.0.bias"].numel()
+    return SIZES["paper"]["tokenizer"] | {
+        "codes": codes, "code_dim": code_dim, "hidden": hidden, "z_up": True}
+
+
+def read_backbone_config(folder, part, model_types):
+    """The config of transformers that describes a folder, or one part of a composite model there.
+
+    Raises UserError unless its model_type is among model_types.
+    """
+    from transformers import AutoConfig
+
+    description = read_json(folder / "config.json")
+    with blame_description(folder):
+        settings = dict(description.get(part, description))
+        model_type = settings.pop("model_type", model_types[0])
+        model_type = model_type.removeprefix("llava_")  # LLaVA's authors rename Llama and Mistral
+        if model_type in model_types:
+            return AutoConfig.for_model(model_type, **settings)
+    raise UserError(f"{folder} holds a model of type {model_type}, expected "
+                    f"{' or '.join(model_types)}; see --llm, --clip and --pose_vit")
+
+
+def read_llm_config(folder):
+    """LlamaConfig or MistralConfig of a folder of Llama, Mistral or LLaVA. Raises UserError."""
+    config = read_backbone_config(folder, "text_config", ["llama", "mistral"])
+    config.sliding_window = None  # our sequences are shorter, and `mixed_mask` knows no window
+    return config
+
+
+def read_clip_config(folder):
+    """CLIPVisionConfig of a folder of CLIP or of transformers' LLaVA. Raises UserError."""
+    return read_backbone_config(folder, "vision_config", ["clip_vision_model"])
+
+
+def pick_settings(config):
+    """What our config.json keeps of a config of transformers."""
+    settings = config.to_dict()
+    return {name: settings[name] for name in SETTINGS if name in settings}
+
+
+def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
+    """{prefix + name: tensor} of a model that transformers reads from a local folder.
+
+    names: {regex: replacement} for folders where it is a part of another model; unused: regex of
+    what else is in these. Tensors stay mapped from their files where dtype is the files' own.
+    Raises UserError, also for what transformers only warns of: tensors that are missing, unknown
+    or of another shape.
+    """
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # its warnings become errors below
+
+    try:
+        model, report = model_class.from_pretrained(
+            folder, config=config, key_mapping=names, dtype=dtype, local_files_only=True,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:  # a damaged or hostile file can fail anywhere
+        origin = ORIGINS.get(folder.name, "its source")
+        raise UserError(f"the weights in {folder} cannot be loaded ({explain_unreadable(error)}); "
+                        f"get them again from {origin}") from None
+
+    problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    for name in sorted(report["unexpected_keys"]):
+        if not re.match(unused, name):
+            problems.append(f"{name} is unknown")
+    for name, shape, expected in report["mismatched_keys"]:
+        problems.append(f"{name} is {tuple(shape)}, expected {tuple(expected)}")
+    if problems:
+        raise UserError(f"the weights in {folder} do not fit its config.json: {problems[0]} "
+                        f"({len(problems)} such tensors)")
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def load_llm(folder, config, dtype=torch.float32):
+    """The tensors of the LLM in a folder of Llama, Mistral or LLaVA, by our names."""
+    from transformers import AutoModelForCausalLM
+
+    # older and newer LLaVA of transformers; LLaVA's authors call the LLM as Llama does
+    names = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+    unused = r"(model\.)?(vision_tower|mm_projector|multi_modal_projector|image_newline)"
+    return load_pretrained("llm.", AutoModelForCausalLM, folder, config, names, unused, dtype)
+
+
+def load_clip(folder, config, dtype=torch.float32):
+    """The tensors of the vision tower in a folder of CLIP or LLaVA, by our names."""
+    from transformers import CLIPVisionModel
+
+    # LLaVA's authors nest it as vision_tower.vision_tower.vision_model
+    names = {r"^(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?": ""}
+    unused = (r"text_model|text_projection|visual_projection|logit_scale|"
+              r"model\.|language_model|lm_head|multi_modal_projector|image_newline")
+    return load_pretrained("vision.clip.", CLIPVisionModel, folder, config, names, unused, dtype)
+
+
+def load_vitpose(folder, config, dtype=torch.float32):
+    """The tensors of the backbone in a folder of VitPose, by our names."""
+    from transformers import VitPoseBackbone
+
+    names = {r"^backbone\.": ""}  # VitPoseForPoseEstimation
+    return load_pretrained(
+        "vision.pose_vit.", VitPoseBackbone, folder, config, names, r"head\.", dtype)
+
+
+def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
+    """Give `model`, built on the meta device, its weights {name: tensor}; returns it in eval mode.
+
+    Tensors that are mapped from files are read here, one by one. The pose tokenizer stays in
+    float32. Raises UserError where names or shapes do not fit, or a tensor holds NaN.
+    """
+    # between meta tensors this compares names and shapes and copies nothing
+    load_strictly(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, where)
+
+    state = {}
+    for name in tqdm(list(tensors), desc="weights", leave=False, delay=2):
+        tensor = tensors.pop(name)  # a file that no tensor needs any more leaves memory
         if not tensor.isfinite().all():
-            raise UserError(f"{name} in {path} holds NaN or infinite numbers; get the file again")
-        if text_rows and name in TABLES:
-            tensor = tensor[:text_rows]
-            tensor = torch.cat([tensor, tensor.mean(0, keepdim=True).expand(want[name][0] - len(tensor), -1)])
-        return tensor.to(device, torch.float32 if name.startswith("pose_tokenizer.") else dtype, copy=True)
+            raise UserError(f"{name} in {where} holds NaN or infinite numbers; get the file again")
+        if tensor.is_floating_point() and not name.startswith("pose_tokenizer."):
+            tensor = tensor.to(dtype)
+        state[name] = tensor.to(device)
+    model.load_state_dict(state, assign=True)
 
-    for path, names in tqdm(files, desc="weights", leave=False, delay=2):  # any tensor left over would hold its file
-        part = {homes[name]: settled(name, tensor, path) for name, tensor in rename_keys(path, names).items()
-                if held[name][1] == path}
-        model.load_state_dict(part, strict=False, assign=True)
-    rotary, eye = model.llm.model.rotary_emb, model.vision.clip.embeddings  # constants, which the meta device lacks
-    model.llm.model.rotary_emb = type(rotary)(model.llm.config)
-    eye.position_ids = torch.arange(eye.position_embedding.weight.size(0))[None]
+    # constants that no file holds and that the meta device left empty
+    rotary = type(model.llm.model.rotary_emb)
+    model.llm.model.rotary_emb = rotary(model.llm.config)
+    embeddings = model.vision.clip.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
     return model.to(device).eval()
 
 
-def infer_config(files, llm, clip, vit):
-    """Sizes of LLM and eyes for config.json, from the tensors in `files`. Raises UserError where a part is missing.
+def load_text_tokenizer(folder):
+    """The text tokenizer of a Hugging Face folder, from tokenizer.json or else tokenizer.model.
 
-    llm, clip, vit: what their own config.json says, for what no tensor tells. A pose ViT often comes without one: ViT-H
-    has 16 heads, and of smaller ones no head is taken to have less than 16 channels."""
-    from transformers import AutoConfig
-    shape, eye, pose, first = tensor_shapes(files), "vision.clip.", "vision.pose_vit.", "llm.model.layers.0."
-
-    def size(name, axis=0):
-        if name not in shape:
-            raise UserError(f"{', '.join(str(path) for path, _ in files)}: none of them holds {name}")
-        return shape[name][0][axis]
-
-    def depth(begin):
-        return len({name[len(begin):].split(".")[0] for name in shape if name.startswith(begin)})
-
-    llm, clip = llm.get("text_config", llm), clip.get("vision_config", clip)
-    kind = str(llm.get("model_type")).removeprefix("llava_")
-    if kind not in ("llama", "mistral"):
-        raise UserError(f"config.json beside {files[0][0]} says model_type {kind}; Llama, Mistral and LLaVA are read")
-    llm = AutoConfig.for_model(kind, **{key: value for key, value in llm.items() if key != "model_type"}).to_dict()
-    llm, clip, vit = ({key: value for key, value in told.items() if key in NOT_IN_TENSORS} for told in (llm, clip, vit))
-    channels = size(first + "self_attn.q_proj.weight") // llm["num_attention_heads"]
-    patch, high, wide = (size(name, axis) for name, axis in (
-        (eye + "embeddings.patch_embedding.weight", 2), (pose + "embeddings.patch_embeddings.projection.weight", 2),
-        (pose + "embeddings.patch_embeddings.projection.weight", 3)))
-    side = math.isqrt(size(eye + "embeddings.position_embedding.weight"))  # one place more, for the class
-    width, unit = size(pose + "layernorm.weight"), math.isqrt(size(pose + "embeddings.position_embeddings", 1) // 12)
-    heads = next(n for n in (16, 12, 8, 4, 2, 1) if width % (16 * n) == 0 or n == 1)
-    return {"llm": {"model_type": kind, "hidden_size": size("llm.model.norm.weight"), "head_dim": channels,
-                    "num_hidden_layers": depth("llm.model.layers."), "sliding_window": None,
-                    "num_key_value_heads": size(first + "self_attn.k_proj.weight") // channels,
-                    "intermediate_size": size(first + "mlp.up_proj.weight"), **llm},
-            "clip": {"hidden_size": size(eye + "pre_layrnorm.weight"), "image_size": side * patch, "patch_size": patch,
-                     "num_hidden_layers": depth(eye + "encoder.layers."),
-                     "intermediate_size": size(eye + "encoder.layers.0.mlp.fc1.weight"), **clip},
-            "pose_vit": {"hidden_size": width, "num_hidden_layers": depth(pose + "encoder.layer."),
-                         "image_size": [4 * unit * high, 3 * unit * wide], "patch_size": [high, wide],  # people stand
-                         "mlp_ratio": size(pose + "encoder.layer.0.mlp.fc1.weight") // width,
-                         "num_attention_heads": heads, **vit}}
-
-
-def word_pieces(folder):
-    """The text tokenizer of a Hugging Face folder, from tokenizer.json, else from tokenizer.model by `sentencepiece`.
-
-    A sentencepiece model is taken as the official slow tokenizer reads it: each string that it is given gets a `▁` in
-    front, or with `legacy` false only the first one does (`UniPose.tokenize_official`). Raises UserError."""
+    A sentencepiece model is applied as by the official slow tokenizer: every string gets a `▁` in
+    front, or with `legacy: false` only the first one (see `UniPose.tokenize_official`).
+    AutoTokenizer would give other ids for some official prompts. Raises UserError.
+    """
     from tokenizers import Tokenizer, decoders, normalizers
-    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+
+    path = folder / "tokenizer.json"
     with blame_description(folder):
-        text = Tokenizer.from_str(file.read_text()) if file.exists() else sentence_pieces(folder / "tokenizer.model")
+        if path.exists():
+            text = Tokenizer.from_str(path.read_text())
+        else:
+            text = read_sentencepiece(folder / "tokenizer.model")
     if text.token_to_id("▁") is None:
         return fast_tokenizer(text)
-    text, anew = Tokenizer(text.model), not settings.exists() or read_json(settings).get("legacy") is not False
-    text.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * anew + [normalizers.Replace(" ", "▁")])
-    text.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return fast_tokenizer(text)  # without the added tokens of the file: our vocabulary puts its own after the text
+
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
+    normalizer = [normalizers.Replace(" ", "▁")]
+    if settings.get("legacy") is not False:
+        normalizer.insert(0, normalizers.Prepend("▁"))
+    decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+
+    # only the pieces: the ids of added tokens belong to our codes and queries
+    text = Tokenizer(text.model)
+    text.normalizer = normalizers.Sequence(normalizer)
+    text.decoder = decoders.Sequence(decoder)
+    return fast_tokenizer(text)
 
 
-def sentence_pieces(path):
-    """tokenizer.model -> the same byte pair encoding in `tokenizers`: two pieces that make a third may merge, those of
-    high rank first. Raises UserError where the package or the file is missing, or where the two disagree."""
+def read_sentencepiece(path):
+    """tokenizer.model -> the same byte pair encoding as a `tokenizers.Tokenizer`.
+
+    Any two pieces that together are a third may merge; the merge into the highest-scored piece
+    comes first. Raises UserError where the package or the file is missing, or the two disagree.
+    """
     from tokenizers import Tokenizer, models
+
     with as_user_error(f"{path} cannot be read (",
-                    "); it takes the file and `pip install sentencepiece`, or else a tokenizer.json beside it"):
+                       "); install sentencepiece, or put a tokenizer.json beside it"):
         import sentencepiece
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    plain = [i for i in ids.values() if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))]
+
+    ids = {}
+    plain = []
+    for i in range(len(pieces)):
+        ids[pieces.id_to_piece(i)] = i
+        if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i)):
+            plain.append(i)
+
     ranked = [pieces.id_to_piece(i) for i in sorted(plain, key=pieces.get_score, reverse=True)]
-    merges = [(p[:k], p[k:]) for p in ranked for k in range(1, len(p)) if p[:k] in ids and p[k:] in ids]
+    merges = []
+    for piece in ranked:
+        for cut in range(1, len(piece)):
+            if piece[:cut] in ids and piece[cut:] in ids:
+                merges.append((piece[:cut], piece[cut:]))
     text = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+
+    # every piece once, and between them a letter and spaces that may be no pieces
     probe = "é  ".join(ranked).replace("▁", " ")
     if text.encode("▁" + probe.replace(" ", "▁")).ids != pieces.encode(probe):
-        raise UserError(f"{path} is not a byte pair encoding like Llama's; give a folder with tokenizer.json")
+        raise UserError(f"{path} is not a byte pair encoding like Llama's; "
+                        "give a folder with tokenizer.json")
     return text
 
 
-def added_token_names(vocab):
-    """What the official tokenizer calls the ids after the text, in order."""
-    return [*(f"<pose_id_{i}>" for i in range(vocab.codes + 2)), "<im_start>", "<im_end>",
-            *(f"<pose_query_{i}>" for i in range(vocab.n_tokens))]
-
-
 def is_official(folder):
-    """Is this the official folder `cache`? Known by what lies in it, also where a part is missing."""
+    """Whether this is the folder `cache` of the official release, complete or not."""
     folder = pathlib.Path(folder)
-    return not (folder / "config.json").exists() and any((folder / name).exists() for name in key_tables()["origins"])
+    if (folder / "config.json").exists():
+        return False
+    return any((folder / name).exists() for name in ORIGINS)
 
 
-def official_files(cache):
-    """The weights of the release as (path, names) pairs. The CLIP folder's are not among them: LLaVA tuned its own."""
-    names = key_tables()
-    return [*((path, names["llm"]) for path in shards(official_path(cache, BASE))),
-            *((official_path(cache, "unipose", name), names["unipose"])
-              for name in ("non_lora_trainables.bin", "adapter_model.safetensors")),
-            (official_path(cache, "pose_vqvae", "best_MPJPE.ckpt"), names["codes"]),
-            (official_path(cache, "tokenhmr_model.ckpt"), names["vit"])]
+def official_path(cache, name):
+    """The path of a file in the official folder. Raises UserError, with its origin, if missing."""
+    path = pathlib.Path(cache, name)
+    if not path.exists():
+        raise UserError(f"{path} is missing; get it from {ORIGINS[name.split('/')[0]]}")
+    return path
+
+
+def read_official_configs(cache):
+    """The configs (of transformers) of the release's LLM and CLIP. Raises UserError."""
+    llm = read_llm_config(official_path(cache, f"{LLAVA}/config.json").parent)
+    clip = read_clip_config(official_path(cache, f"{CLIP}/config.json").parent)
+    return llm, clip
 
 
 def official_config(cache, **vit):
-    """What config.json would say of the release in `cache`; vit as in `measure`. Raises UserError."""
-    files, clip = official_files(cache), official_path(cache, "clip-vit-large-patch14-336", "config.json")
-    lora, held = read_json(official_path(cache, "unipose", "adapter_config.json")), tensor_shapes(files[-2:-1])
-    with blame_description(cache):
-        sizes = infer_config(files, read_json(official_path(cache, BASE, "config.json")), read_json(clip), vit)
-    home = pathlib.Path(str(lora.get("base_model_name_or_path"))).name
-    if home != BASE or lora.get("use_dora") or lora.get("use_rslora"):
-        raise UserError(f"the adapter in {pathlib.Path(cache, 'unipose')} is for {home}, and plain LoRA for {BASE} is "
-                      f"wanted; get the folder from {key_tables()['origins']['unipose']}")
-    codes, code_dim = held["pose_tokenizer.quantizer.codebook"][0]
-    layers = max(int(name.split(".")[3]) for name in held if name.startswith("pose_tokenizer.encoder."))
-    tokens = dict(hidden=held["pose_tokenizer.encoder.encoder.0.bias"][0][0], code_dim=code_dim, codes=codes,
-                  upsample_step=(layers - 7) // 3, z_up=True)  # three layers each time the axis is doubled
-    return {"size": "paper", "prompt_style": "released", "projector": "mlp", "vision": "both", "attn": "mixed", **sizes, "tokenizer": tokens,
-            "code_positions": False, "lora": True, "lora_r": lora.get("r"), "lora_alpha": lora.get("lora_alpha"),
-            "stages": ["backbones", "tokenizer", "align", "project", "instruct"], "seconds": {}, "commands": {}}
+    """What config.json would say of the official release in `cache`. Raises UserError.
+
+    vit: settings of the pose ViT that its file does not show (see `infer_vit_settings`).
+    """
+    adapter = read_json(official_path(cache, "unipose/adapter_config.json"))
+    base = pathlib.Path(str(adapter.get("base_model_name_or_path"))).name
+    if base != LLAVA or adapter.get("use_dora") or adapter.get("use_rslora"):
+        raise UserError(f"the adapter in {pathlib.Path(cache, 'unipose')} is for {base}, not plain "
+                        f"LoRA for {LLAVA}; get the folder from {ORIGINS['unipose']}")
+
+    llm, clip = read_official_configs(cache)
+    return model_config("paper") | {
+        "prompt_style": "released",
+        "llm": pick_settings(llm),
+        "clip": pick_settings(clip),
+        "pose_vit": infer_vit_settings(official_path(cache, "tokenhmr_model.ckpt")) | vit,
+        "tokenizer": infer_vqvae_config(official_path(cache, "pose_vqvae/best_MPJPE.ckpt")),
+        "lora": True,
+        "lora_r": adapter.get("r"),
+        "lora_alpha": adapter.get("lora_alpha"),
+        "stages": ["backbones", "tokenizer", "align", "project", "instruct"],
+        "seconds": {},
+        "commands": {},
+    }
+
+
+def added_token_names(vocab):
+    """The official names of the ids after the text, in order."""
+    names = [f"<pose_id_{i}>" for i in range(vocab.codes + 2)]  # the last two are our <p> and </p>
+    names += ["<im_start>", "<im_end>"]
+    names += [f"<pose_query_{i}>" for i in range(vocab.n_tokens)]
+    return names
 
 
 def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
     """The folder `cache` of the official release -> UniPose in eval mode. Raises UserError.
 
-    merge: fold LoRA in, or keep it to train on. vit: see `measure`. The pose tokenizer stays in float32. Official
-    poses live in AMASS's world, z up; this model takes and gives ours, y up: its tokenizer turns them."""
-    config, text = official_config(cache, **vit), word_pieces(official_path(cache, "unipose"))
+    merge: fold LoRA into the weights, or keep it to train on. vit: see `official_config`. Official
+    codes stand for poses in AMASS's frame, z up; the pose tokenizer turns ours, y up, on their way
+    in and out.
+    """
+    config = official_config(cache, **vit)
+    text = load_text_tokenizer(official_path(cache, "unipose"))
     with blame_description(cache), torch.device("meta"):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    added = read_json(official_path(cache, "unipose", "added_tokens.json"))
-    rows = tensor_shapes(official_files(cache))[TABLES[0]][0][0]
-    astray = [name for i, name in enumerate(added_token_names(model.vocab), model.vocab.n_text) if added.get(name) != i]
-    if astray or rows != model.vocab.size:
-        raise UserError(f"{pathlib.Path(cache, 'unipose')}: the embedding has {rows} rows, text, codes and marks need "
-                      f"{model.vocab.size}" + "".join(f", and {name} is not where it must be" for name in astray[:1]))
-    model.pose_tokenizer.quantizer = quantizer = Quantizer(model.pose_tokenizer.config)  # their file has forgotten the sums
-    load_weights(model, official_files(cache), device, dtype, ("pose_tokenizer.quantizer.code_", "pose_tokenizer.quantizer.initialised"))
-    quantizer.code_sum.copy_(quantizer.codebook)
-    quantizer.initialised.fill_(True)
+
+    # ours are counted, theirs are listed: a release in another order would decode to garbage
+    path = official_path(cache, "unipose/added_tokens.json")
+    ids = {name: i for i, name in enumerate(added_token_names(model.vocab), model.vocab.n_text)}
+    if not ids.items() <= read_json(path).items():
+        raise UserError(f"{path} does not list the tokens of poses and images in the order of "
+                        f"UniPose's vocabulary; get it from {ORIGINS['unipose']}")
+
+    # LLaVA fine-tuned its CLIP: the weights are LLaVA's, CLIP's own folder describes them
+    llava = official_path(cache, LLAVA)
+    llm_config, clip_config = read_official_configs(cache)
+    tensors = load_llm(llava, llm_config, dtype) | load_clip(llava, clip_config, dtype)
+    for name, names in OFFICIAL_FILES.items():
+        # the embeddings and the head replace LLaVA's
+        tensors |= rename_keys(official_path(cache, name), names)
+
+    # the official file stores no EMA statistics: each code starts with a count of one
+    codebook = tensors["pose_tokenizer.quantizer.codebook"]
+    tensors["pose_tokenizer.quantizer.code_sum"] = codebook.clone()
+    tensors["pose_tokenizer.quantizer.code_count"] = torch.ones(len(codebook))
+    tensors["pose_tokenizer.quantizer.initialised"] = torch.tensor(True)
+
+    for name in model.state_dict():  # a LoRALinear keeps W as `base`
+        if ".base." in name:
+            tensors[name] = tensors.pop(name.replace(".base.", "."))
+    assign_weights(model, tensors, cache, device, dtype)
+
     if merge:
         merge_lora(model.llm.model.layers)
         model.config["lora"] = False
     return model
 
 
-def base_model(config, llm, clip, pose_vit):
-    """config's model with downloads for its LLM and eyes, in float32; the rest starts untrained (paper §3.3).
+def extend_vocabulary(table, vocab):
+    """A table with a row for each id of the LLM -> (vocab.size,D): new rows are the texts' mean."""
+    text = table[:vocab.n_text]
+    mean = text.mean(0, keepdim=True)
+    return torch.cat([text, mean.expand(vocab.size - len(text), -1)])
 
-    llm: a folder of Llama, Mistral or LLaVA; clip: a CLIP folder, "" for LLaVA's own; pose_vit: an HMR2 or TokenHMR
-    checkpoint, or a VitPoseBackbone folder. Raises UserError."""
-    llm, eye, pose_vit = pathlib.Path(llm), pathlib.Path(clip or llm), pathlib.Path(pose_vit)
-    told, vit = read_json(llm / "config.json"), read_json(pose_vit / "config.json") if pose_vit.is_dir() else {}
-    vit = vit.get("backbone_config", vit)
-    names, tied = key_tables(), {"tied": ""} if told.get("tie_word_embeddings") else {}
-    files = [*((path, names["llm"] | tied) for path in shards(llm)),
-             *((path, names["clip"]) for path in (shards(eye) if clip else [])),
-             *((path, names["vit"]) for path in (shards(pose_vit) if pose_vit.is_dir() else [pose_vit]))]
-    with blame_description(f"{llm}, {eye} or {pose_vit}"), torch.device("meta"):
-        model = UniPose(config | infer_config(files, told, read_json(eye / "config.json"), vit), word_pieces(llm))
-    model.pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
-    model.projector = make_projector(config["projector"], model.vision.width, model.llm.config.hidden_size)
-    return load_weights(model, files, "cpu", torch.float32, ("pose_tokenizer.", "projector."), model.vocab.n_text)
+
+def base_model(config, llm, clip, pose_vit):
+    """The model of `config` with downloaded backbones, in float32; the rest is untrained (§3.3).
+
+    llm: a folder of Llama, Mistral or LLaVA; clip: a folder of CLIP, or "" for LLaVA's own;
+    pose_vit: a checkpoint of HMR2 or TokenHMR, or a folder of VitPose. Their sizes replace those of
+    `config`. Raises UserError.
+    """
+    from transformers import CLIPVisionConfig
+
+    llm = pathlib.Path(llm)
+    clip = pathlib.Path(clip or llm)
+    pose_vit = pathlib.Path(pose_vit)
+
+    llm_config = read_llm_config(llm)
+    tensors = load_llm(llm, llm_config)
+    if "mm_vision_tower" in read_json(clip / "config.json"):
+        clip_config = CLIPVisionConfig(**config["clip"])  # LLaVA's authors save it undescribed
+    else:
+        clip_config = read_clip_config(clip)
+    tensors |= load_clip(clip, clip_config)
+
+    if pose_vit.is_dir():
+        vit_config = read_backbone_config(pose_vit, "backbone_config", ["vitpose_backbone"])
+        vit = pick_settings(vit_config)
+        tensors |= load_vitpose(pose_vit, vit_config)
+    else:
+        vit = infer_vit_settings(pose_vit)
+        tensors |= rename_keys(pose_vit, VIT_NAMES)
+
+    where = f"{llm}, {clip} or {pose_vit}"
+    sizes = {"llm": pick_settings(llm_config), "clip": pick_settings(clip_config), "pose_vit": vit}
+    with blame_description(where), torch.device("meta"):
+        model = UniPose(config | sizes, load_text_tokenizer(llm))
+
+    for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+        tensors[name] = extend_vocabulary(tensors[name], model.vocab)
+    pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+    projector = make_projector(
+        config["projector"], model.vision.width, model.llm.config.hidden_size)
+    for prefix, untrained in {"pose_tokenizer.": pose_tokenizer, "projector.": projector}.items():
+        tensors |= {prefix + name: value for name, value in untrained.state_dict().items()}
+    return assign_weights(model, tensors, where)
 
 
 def write_llm(model, folder):
-    """The LLM alone, LoRA merged, as a folder that AutoModelForCausalLM and AutoTokenizer read. Raises UserError."""
+    """The LLM alone, LoRA merged, as a folder for AutoModelForCausalLM and AutoTokenizer.
+
+    Raises UserError.
+    """
     from safetensors.torch import save_file
+
+    folder = pathlib.Path(folder)
     merge_lora(model.llm.model.layers)
-    model.llm.config.architectures = [type(model.llm).__name__]
+    state = {name: tensor.contiguous() for name, tensor in model.llm.state_dict().items()}
     text = copy.deepcopy(model.text_tokenizer)
     text.add_tokens(added_token_names(model.vocab))
-    with atomic_write(pathlib.Path(folder) / "model.safetensors") as weights:
-        save_file({k: v.contiguous() for k, v in model.llm.state_dict().items()}, weights, {"format": "pt"})
+
+    with atomic_write(folder / "model.safetensors") as path:
+        save_file(state, path, {"format": "pt"})
+    model.llm.config.architectures = [type(model.llm).__name__]
     model.llm.config.save_pretrained(folder)
     text.save_pretrained(folder)
     print(f"wrote the LLM to {folder}")
 
 
-# ---- 9. Look at it -----------------------------------------------------------------------------------------------
+# ---- 9. Look at it -------------------------------------------------------------------------------
 def parameter_table(model):
-    """Rows (part, parameters, of them in LoRA) of the model's top-level parts, largest last row the sum."""
+    """Rows (part, parameters, of them in LoRA) of the parts of a model; the last row is the sum."""
+    parts = {
+        "pose tokenizer": model.pose_tokenizer,
+        "CLIP": model.vision.clip,
+        "pose ViT": model.vision.pose_vit,
+        "projector": model.projector,
+        "embeddings": model.llm.model.embed_tokens,
+        "LLM layers": model.llm.model.layers,
+        "LM head": model.llm.lm_head,
+    }
     rows = []
-    parts = {"pose tokenizer": model.pose_tokenizer, "CLIP": model.vision.clip, "pose ViT": model.vision.pose_vit,
-             "projector": model.projector, "embeddings": model.llm.model.embed_tokens,
-             "LLM layers": model.llm.model.layers, "LM head": model.llm.lm_head}
-    for name, part in parts.items():
-        lora = sum(p.numel() for n, p in part.named_parameters() if n.endswith((".A", ".B")))
-        rows.append((name, sum(p.numel() for p in part.parameters()), lora))
-    return rows + [("all", sum(r[1] for r in rows), sum(r[2] for r in rows))]
+    for part, module in parts.items():
+        n = 0
+        n_lora = 0
+        for name, parameter in module.named_parameters():
+            n += parameter.numel()
+            if name.endswith((".A", ".B")):
+                n_lora += parameter.numel()
+        rows.append((part, n, n_lora))
+
+    n_all = sum(n for _, n, _ in rows)
+    n_all_lora = sum(n_lora for _, _, n_lora in rows)
+    return [*rows, ("all", n_all, n_all_lora)]
 
 
 def memory_table(model, tokens=1024):
-    """Rows (stage, numbers that learn, GB of the model, GB more for each row of so many tokens), in bfloat16.
+    """Memory in bfloat16: rows (stage, trained parameters, GB of the model, GB more per sequence).
 
-    A number takes 2 bytes, 4 in the pose tokenizer, and 16 where it learns: itself, its gradient, AdamW's memories, all
-    float32. A row takes its keys and values, or in training (--checkpointing) all layers' inputs and one's inside."""
-    llm, sizes, rows = model.llm.config, {name: p.numel() for name, p in model.named_parameters()}, []
-    depth, width = llm.num_hidden_layers, llm.hidden_size
-    keys = 2 * depth * llm.num_key_value_heads * width // llm.num_attention_heads
-    for stage in ("answer", "tokenizer", "align", "project", "instruct"):
-        pattern = TRAINABLE.get(stage, "$")            # an answer trains nothing
-        learning = sum(n for name, n in sizes.items() if re.match(pattern, name))
-        held = sum(n * (16 if re.match(pattern, name) else 4 if name.startswith("pose_tokenizer.") else 2)
-                   for name, n in sizes.items())
-        row = {"answer": keys, "tokenizer": 0}.get(stage, (depth + 8) * width + 4 * llm.intermediate_size)
-        rows.append((stage, learning, held / 1e9, 2 * tokens * row / 1e9))
+    A frozen parameter takes 2 bytes, or 4 in the pose tokenizer, which stays in float32. A trained
+    one takes 16: itself, its gradient and the two moments of AdamW, all float32. A sequence of
+    `tokens` tokens takes its keys and values in an answer; in training with --checkpointing, the
+    input of every layer and the activations inside of one.
+    """
+    llm = model.llm.config
+    head_dim = llm.hidden_size // llm.num_attention_heads
+    keys_and_values = 2 * llm.num_hidden_layers * llm.num_key_value_heads * head_dim
+    activations = (llm.num_hidden_layers + 8) * llm.hidden_size + 4 * llm.intermediate_size
+    numbers_per_token = {
+        "answer": keys_and_values,
+        "tokenizer": 0,  # it runs without the LLM
+        "align": activations,
+        "project": activations,
+        "instruct": activations,
+    }
+
+    rows = []
+    for stage, numbers in numbers_per_token.items():
+        trained = 0
+        n_bytes = 0
+        for name, parameter in model.named_parameters():
+            n = parameter.numel()
+            if stage in TRAINABLE and re.match(TRAINABLE[stage], name):
+                trained += n
+                n_bytes += 16 * n
+            elif name.startswith("pose_tokenizer."):
+                n_bytes += 4 * n
+            else:
+                n_bytes += 2 * n
+        rows.append((stage, trained, n_bytes / 1e9, 2 * numbers * tokens / 1e9))
     return rows
 
 
 @dataclass
 class Config:
-    """Draw the mask of a small sequence, count the parameters of a model and its memory; or copy a checkpoint."""
-    weights: str = TINY  # a trained folder to count, or to copy with --half
-    size: str = ""  # nano | tiny | paper: count this size instead, without weights and with 32,000 text pieces
+    """Draw the mask, count the parameters of a model and its memory; or convert a checkpoint."""
+    weights: str = TINY  # a trained folder: count its parameters, or convert it
+    size: str = ""  # nano | tiny | paper: count this size instead, with 32,000 text tokens
     half: str = ""  # write the folder --weights here in float16, LoRA merged
     merge: str = ""  # write the LLM of --weights here as a plain Hugging Face folder, LoRA merged
 
 
 def copy_half(source, target):
-    """Copy a checkpoint: LoRA merged, float16, the retrieval_model and the notes of config.json kept."""
-    config, model = read_config(source), load(source)
+    """Copies a checkpoint, with its retrieval model and notes, as float16 with LoRA merged."""
+    config = read_config(source)
+    model = load(source)
     merge_lora(model.llm.model.layers)
     model.config["lora"] = False
-    state = read_tensors(pathlib.Path(source) / "model.safetensors") if "retrieval" in config else {}
-    extra = {k: v for k, v in state.items() if k.startswith(RETRIEVAL_PREFIX)}
-    notes = {k: v for k, v in config.items() if k not in {*model.config, "float16"}}
-    save(model, target, half=True, extra=extra, **notes)
-    print(f"wrote {target}: {sum(f.stat().st_size for f in pathlib.Path(target).iterdir()) / 1e6:.1f} MB")
+
+    retrieval = {}
+    if "retrieval" in config:
+        tensors = read_tensors(pathlib.Path(source) / "model.safetensors")
+        names = [name for name in tensors if name.startswith(RETRIEVAL_PREFIX)]
+        retrieval = {name: tensors[name] for name in names}
+    notes = {key: value for key, value in config.items() if key not in {*model.config, "float16"}}
+    save(model, target, half=True, extra=retrieval, **notes)
+
+    n_bytes = sum(file.stat().st_size for file in pathlib.Path(target).iterdir())
+    print(f"wrote {target}: {n_bytes / 1e6:.1f} MB")
+
+
+def untrained(size):
+    """A model of one of SIZES without weights, which takes no memory. Raises UserError."""
+    if size not in SIZES:
+        raise UserError(f"--size {size} is not one of {', '.join(SIZES)}")
+    with torch.device("meta"):
+        model = UniPose(model_config(size))
+        if model.config["lora_r"]:
+            model.grow_lora()
+    return model
+
+
+def draw_mask():
+    """Prints the mask of a sequence with one target pose of four tokens."""
+    names = ["a word", "a word", "<p>", "query", "query", "query", "query", "</p>", "a word"]
+    block = [0 if name == "query" else -1 for name in names]
+    print("█: the position of the row attends to the position of the column\n")
+    for name, line in zip(names, show_mask(block)):
+        print(f"{line}   {name}")
+
+
+def print_parameters(model):
+    """Prints the vocabulary of a model and the parameters of its parts."""
+    v = model.vocab
+    print(f"\nvocabulary  text 0..{v.n_text - 1} | pose {v.pose0}..{v.p_open - 1} | "
+          f"<p> {v.p_open} </p> {v.p_close} | <img> {v.img_open} </img> {v.img_close} | "
+          f"queries {v.query0}..{v.size - 1}\n")
+    print(f"{'part':<16}{'parameters':>16}{'of them LoRA':>16}")
+    for part, n, n_lora in parameter_table(model):
+        print(f"{part:<16}{n:>16,}{n_lora:>16,}")
+
+
+def print_memory(model):
+    """Prints what an answer and each stage of training take in memory."""
+    print(f"\n{'bfloat16':<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
+    for stage, trained, gigabytes, per_row in memory_table(model):
+        print(f"{stage:<16}{trained:>16,}{gigabytes:>16.2f}{per_row:>16.2f}")
 
 
 def main():
-    """Draws the mask and counts, or copies a checkpoint."""
+    """Converts a checkpoint, or draws the mask and counts."""
     config = cli(Config)
     if config.half:
-        return copy_half(config.weights, config.half)
-    if config.merge:
-        return write_llm(load(config.weights), config.merge)
-    if config.size and config.size not in SIZES:
-        raise UserError(f"--size {config.size} is not one of {', '.join(SIZES)}")
-    names = ["a word", "a word", "<p>", *["query"] * 4, "</p>", "a word"]
-    print("who (row) may look at whom (column)\n")
-    for name, row in zip(names, show_mask([-1, -1, -1, 0, 0, 0, 0, -1, -1]).split("\n")):
-        print(f"{row}   {name}")
-    if config.size:
-        with torch.device("meta"):
-            model = UniPose(model_config(config.size))
-            if model.config["lora_r"]:
-                model.grow_lora()
+        copy_half(config.weights, config.half)
+    elif config.merge:
+        write_llm(load(config.weights), config.merge)
     else:
-        model = load(config.weights)
-    v = model.vocab
-    print(f"\nvocabulary  text 0..{v.n_text - 1} | pose {v.pose0}..{v.p_open - 1} | <p> {v.p_open} </p> {v.p_close} | "
-          f"<img> {v.img_open} </img> {v.img_close} | queries {v.query0}..{v.size - 1}\n")
-    print(f"{'part':<16}{'parameters':>16}{'of them LoRA':>16}")
-    for name, n, lora in parameter_table(model):
-        print(f"{name:<16}{n:>16,}{lora:>16,}")
-    if config.size:
-        print(f"\n{'bfloat16':<16}{'numbers learn':>16}{'GB':>16}{'a row of 1,024':>16}")
-        for stage, learning, held, row in memory_table(model):
-            print(f"{stage:<16}{learning:>16,}{held:>16.2f}{row:>16.2f}")
+        model = untrained(config.size) if config.size else load(config.weights)
+        draw_mask()
+        print_parameters(model)
+        if config.size:
+            print_memory(model)
 
 
 if __name__ == "__main__":
