@@ -4500,69 +4500,381 @@ def add_yacs_settings(path, monkeypatch):
         torch.save(torch.load(path) | {"hyper_parameters": settings}, path)
 
 
-# ---- sample.py -------------------------------------------------------------------------------------------------------
+# ---- sample.py -----------------------------------------------------------------------------------
+MISTRAL = unipose.SIZES["nano"]["llm"] | {
+    "model_type": "mistral", "num_key_value_heads": 1, "sliding_window": None,
+}
+
+
+def answer_to(model, task, want, decode="argmax", **options):
+    """The answer to the prompt of one task."""
+    [answer] = sample.generate(model, [PROMPTS[task]], [want], decode, **options)
+    return answer
+
+
+def uncached_logits(model, task, *targets, ids):
+    """Reads prompt and answer in one pass -> logits of a slice of ids where labels are in it."""
+    batch = unipose.collate([model.encode([*PROMPTS[task], *targets])])
+    labels = batch["labels"]
+    is_chosen = (labels >= ids.start) & (labels < ids.stop)
+    states = reread(model, batch)
+    return model.llm.lm_head(states[is_chosen])[:, ids]
+
+
+def code_logits(model, task, codes):
+    """The logits (N,K) of an answer's codes, without a cache."""
+    ids = slice(model.vocab.pose0, model.vocab.p_open)
+    return uncached_logits(model, task, ("pose", codes, True), ids=ids)
+
+
+def text_argmax(model, task, *targets):
+    """The likeliest text at each place of an answer's text, without a cache."""
+    ids = slice(0, model.vocab.n_text)
+    return uncached_logits(model, task, *targets, ids=ids).argmax(-1).tolist()
+
+
+def nano_engine(decode="argmax"):
+    """The greedy engine of an untrained model."""
+    return sample.Engine(nano(), decode, temperature=0, generator=None, max_tokens=60)
+
+
+def allowed_after(engine, want, tokens=()):
+    """The ids that may come next in a row that wants this and holds these tokens."""
+    row = engine.new_row(want)
+    for token in tokens:
+        engine.append_token(row, token)
+    return engine.allowed_tokens(row).nonzero().flatten().tolist()
+
+
+def step_widths(model, monkeypatch):
+    """A list that grows by the number of columns of every later step of the model."""
+    widths = []
+    hidden = model.hidden
+
+    def counted(x, *rest):
+        widths.append(x.size(1))
+        return hidden(x, *rest)
+
+    monkeypatch.setattr(model, "hidden", counted)
+    return widths
+
+
 @pytest.mark.parametrize("task, changes", [
-    ("edit", {}), ("edit", {"attn": "mixed_all"}), ("edit", {"attn": "causal"}), ("posediff", {}),
-    ("posediff", {"attn": "causal"}), ("imagediff", {}), ("imagediff", {"vision": "clip"}),
-    ("image2pose", {"vision": "pose", "projector": "linear"}), ("edit", {"llm": unipose.SIZES["nano"]["llm"] | dict(
-        model_type="mistral", num_key_value_heads=1, sliding_window=None)})])
-def test_cached_decoding_is_uncached_decoding_with_other_masks_eyes_and_llms(task, changes):
-    """One reading of the whole answer has its argmax where the labels are; a pose is one, though words be likelier."""
-    model, kind = nano(4, **changes), QUESTIONS[task][-1][0]
-    v, n, room = model.vocab, model.pose_tokenizer.n_tokens, 60 if "attn" in changes else 12
-    model.llm.lm_head.weight.data[:v.pose0] *= 50 if kind == "pose" else 1
-    answer = sample.generate(model, [PROMPTS[task]], [kind], max_new=room)[0]
-    said = ("pose", answer.codes) if kind == "pose" else ("ids", answer.ids)
-    batch = unipose.collate([model.encode([*PROMPTS[task], (*said, True)])])
-    logits, labels = model.llm.lm_head(reread(model, batch))[0], batch["labels"][0]
-    if kind == "text":
-        at = (labels != unipose.IGNORE_INDEX).nonzero().flatten()[:len(answer.ids)]                    # without </s>
-        assert logits[at, :v.pose0].argmax(-1).tolist() == answer.ids and len(at) > 1
-    else:
-        at = (labels >= v.pose0) & (labels < v.p_open)
-        assert logits[at, v.pose0:v.p_open].argmax(-1).tolist() == answer.codes
-        assert answer.ids[:n + 2] == [v.p_open, *(v.pose0 + code for code in answer.codes), v.p_close]
-        assert torch.equal(answer.pose, model.pose_tokenizer.decode(torch.tensor([answer.codes]))[0])
+    pytest.param("edit", {}, id="edit"),
+    pytest.param("edit", {"attn": "mixed_all"}, id="edit-mixed_all"),
+    pytest.param("edit", {"attn": "causal"}, id="edit-causal"),
+    pytest.param("edit", {"llm": MISTRAL}, id="edit-mistral"),
+    pytest.param("image2pose", {"vision": "pose", "projector": "linear"}, id="image2pose-pose_vit"),
+])
+def test_cached_codes_are_the_argmax_of_one_uncached_pass(task, changes):
+    """Text never takes the place of a code, even where it is likelier."""
+    model = nano(4, **changes)
+    model.llm.lm_head.weight.data[:model.vocab.n_text] *= 50
+
+    answer = answer_to(model, task, "pose", max_new=60)
+
+    expected = code_logits(model, task, answer.codes).argmax(-1)
+    assert answer.codes == expected.tolist()
+
+
+@pytest.mark.parametrize("task, changes", [
+    pytest.param("posediff", {}, id="posediff"),
+    pytest.param("posediff", {"attn": "causal"}, id="posediff-causal"),
+    pytest.param("imagediff", {}, id="imagediff"),
+    pytest.param("imagediff", {"vision": "clip"}, id="imagediff-clip"),
+])
+def test_a_cached_text_is_the_argmax_of_one_uncached_pass(task, changes):
+    model = nano(4, **changes)
+
+    answer = answer_to(model, task, "text", max_new=30)
+
+    expected = text_argmax(model, task, ("ids", answer.ids, True))
+    assert len(answer.ids) > 1
+    assert answer.ids == expected[:len(answer.ids)]     # `encode` adds a </s> of its own
+
+
+@pytest.mark.parametrize("attn", unipose.CHOICES["attn"])
+def test_text_after_a_pose_is_the_argmax_of_one_uncached_pass(attn):
+    model = nano(4, attn=attn)
+    n = model.pose_tokenizer.n_tokens
+
+    answer = answer_to(model, "edit", "pose", max_new=n + 12)
+
+    text_ids = answer.ids[n + 2:]
+    pose = ("pose", answer.codes, True)
+    expected = text_argmax(model, "edit", pose, ("ids", text_ids, True))
+    assert len(text_ids) > 1
+    assert text_ids == expected[:len(text_ids)]
 
 
 @pytest.mark.parametrize("decode", sample.DECODINGS)
-def test_every_row_gets_the_answer_it_gets_alone(decode):
-    """Rows that differ in task, in length and in what they make do not disturb each other, in any order."""
-    model, wants, prompts = nano(5), [s[-1][0] for s in QUESTIONS.values()], list(PROMPTS.values())
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_every_row_gets_the_answer_it_gets_alone(decode, order):
+    """Rows that differ in task, in length and in what they answer do not disturb each other."""
+    model = nano(5)
     for layer in model.llm.model.layers:
-        layer.self_attn.q_proj.weight.data *= 50           # an untrained model hardly minds who stands where
-    alone = [sample.generate(model, [p], [w], decode, max_new=30)[0] for p, w in zip(prompts, wants)]
-    for order in (list(range(7)), [6, 1, 5, 0, 3, 2, 4]):
-        together = sample.generate(model, [prompts[i] for i in order], [wants[i] for i in order], decode, max_new=30)
-        for i, answer in zip(order, together):
-            assert (answer.ids, answer.text, answer.pose is None) == (alone[i].ids, alone[i].text, wants[i] == "text")
-            if answer.pose is not None:
-                close(answer.pose, alone[i].pose, atol=1e-4)
+        layer.self_attn.q_proj.weight.data *= 50        # else an untrained model ignores positions
+    tasks = list(QUESTIONS)
+    if order == "backward":
+        tasks.reverse()
+    prompts = [PROMPTS[task] for task in tasks]
+    wants = [data.TASKS[task].target for task in tasks]
+
+    answers = sample.generate(model, prompts, wants, decode, max_new=30)
+
+    for task, want, answer in zip(tasks, wants, answers):
+        alone = answer_to(model, task, want, decode, max_new=30)
+        assert answer.ids == alone.ids, task
+        assert answer.text == alone.text, task
+        assert (answer.pose is not None) == (want == "pose"), task
+        if want == "pose":
+            close(answer.pose, alone.pose, atol=1e-4)
 
 
-def test_samples_repeat_with_their_seed_and_a_vote_goes_to_what_most_draws_say():
-    """A temperature gives different poses; a torn distribution becomes what the majority says."""
-    model, codes = nano(8), []
-    for generator in map(torch.Generator().manual_seed, (1, 1, 2)):
-        answers = sample.generate(model, [PROMPTS["text2pose"]] * 3, ["pose"] * 3, "argmax", 1.0, generator, max_new=2)
-        codes.append([tuple(answer.codes) for answer in answers])
-    assert codes[0] == codes[1] != codes[2] and len(set(codes[0])) == 3
-    model.pose_tokenizer.quantizer.codebook.normal_()           # untrained codes are all alike
-    torn = torch.full((model.pose_tokenizer.n_tokens, 64), -30.0)
-    torn[:, 5], torn[0, 9] = 0, -1                         # only the first query is torn
-    draws = sample.sample_token(torn.expand(sample.DRAWS, -1, -1), 1.0, torch.Generator().manual_seed(0))[:, 0]
-    assert sample.medoid_pose(model, torn).tolist() == [draws.mode().values] + 19 * [5]
+def test_a_pose_takes_one_step(monkeypatch):
+    """After the prompt, <p>, N queries and </p> go through the model together."""
+    model = nano()
+    widths = step_widths(model, monkeypatch)
+
+    answer_to(model, "text2pose", "pose", max_new=3)
+
+    assert widths[1:] == [model.pose_tokenizer.n_tokens + 2]
 
 
-def test_a_voted_text_keeps_what_other_draws_say_too_and_never_falls_silent():
-    """Each sentence once, in its place; a draw that says a sentence twice has one vote."""
-    text, few = "A b. C d. A b. E f.", sample.ENOUGH - 1
-    others = ["A b. A b."] * few + ["E f. C d."] * few + ["X y. E f."]
-    assert sample.majority_sentences(text, others) == "E f." and sample.majority_sentences(text, [*others, "A b."]) == "A b. E f."
-    assert sample.majority_sentences(text, ["A b. C d."]) == "A b. C d." and sample.majority_sentences("", others) == ""
-    model, prompt = nano(6), PROMPTS["pose2text"]
-    plain, voted = (sample.generate(model, [prompt], ["text"], decode)[0].text for decode in ("argmax", "vote"))
-    assert 0 < len(voted) < len(plain)                     # an untrained model says most things once, or twice
+def test_a_causal_model_takes_a_step_for_each_code(monkeypatch):
+    model = nano(attn="causal")
+    n = model.pose_tokenizer.n_tokens
+    widths = step_widths(model, monkeypatch)
+
+    answer_to(model, "text2pose", "pose", max_new=n + 2)
+
+    assert widths[1:] == [1] * (n + 1)                  # <p> and the codes; </p> is the last token
+
+
+@pytest.mark.parametrize("attn", unipose.CHOICES["attn"])
+def test_a_pose_answer_is_its_codes_between_two_marks_and_their_rotations(attn):
+    model = nano(attn=attn)
+    vocab = model.vocab
+    n = model.pose_tokenizer.n_tokens
+
+    answer = answer_to(model, "edit", "pose", max_new=n + 2)
+
+    code_ids = [vocab.pose0 + code for code in answer.codes]
+    assert answer.ids == [vocab.p_open, *code_ids, vocab.p_close]
+    [expected] = model.pose_tokenizer.decode(torch.tensor([answer.codes]))
+    assert torch.equal(answer.pose, expected)
+    assert answer.value is answer.pose
+
+
+def test_soft_decoding_averages_the_codebook_under_each_querys_distribution():
+    model = nano(4)
+    model.pose_tokenizer.quantizer.codebook.normal_()   # the codes of an untrained one are alike
+
+    hard = answer_to(model, "text2pose", "pose", "argmax")
+    soft = answer_to(model, "text2pose", "pose", "soft")
+
+    probs = code_logits(model, "text2pose", hard.codes).softmax(-1)
+    expected = model.pose_tokenizer.decode_soft(probs[None])[0]
+    close(soft.pose, expected)
+    assert soft.codes == hard.codes
+    assert not torch.allclose(soft.pose, hard.pose, atol=1e-3)
+
+
+def test_soft_decoding_is_refused_for_a_model_without_queries():
+    causal = nano(attn="causal")
+
+    refused("--attn mixed", sample.validate_decoding, causal, "argmax", "soft")
+    sample.validate_decoding(causal, "argmax", "ar")
+    sample.validate_decoding(nano(), *sample.DECODINGS)
+
+
+def test_a_row_that_wants_a_text_never_opens_a_pose():
+    engine = nano_engine()
+    text_ids = list(range(engine.vocab.n_text))
+
+    assert allowed_after(engine, "text") == text_ids
+
+
+def test_a_row_that_wants_a_pose_opens_it_at_once():
+    engine = nano_engine()
+
+    assert allowed_after(engine, "pose") == [engine.vocab.p_open]
+
+
+def test_a_free_row_may_open_one_pose_and_no_second():
+    engine = nano_engine()
+    vocab = engine.vocab
+    text_ids = list(range(vocab.n_text))
+    codes = [vocab.pose0] * engine.n_tokens
+    pose = [vocab.p_open, *codes, vocab.p_close]
+
+    assert allowed_after(engine, None) == [*text_ids, vocab.p_open]
+    assert allowed_after(engine, None, pose) == text_ids
+
+
+def test_n_codes_follow_an_opened_pose_and_then_its_end():
+    engine = nano_engine("ar")
+    vocab = engine.vocab
+    code_ids = list(range(vocab.pose0, vocab.p_open))
+
+    tokens = [vocab.p_open]
+    for _ in range(engine.n_tokens):
+        assert allowed_after(engine, None, tokens) == code_ids
+        tokens.append(vocab.pose0)
+    assert allowed_after(engine, None, tokens) == [vocab.p_close]
+
+
+def test_a_row_is_done_and_finished_at_the_end_mark():
+    engine = nano_engine()
+    row = engine.new_row("text")
+
+    engine.append_token(row, engine.eos)
+
+    assert row.state is sample.State.DONE
+    assert engine.finish_row(row).finished
+
+
+def test_a_row_is_done_and_unfinished_at_the_length_limit():
+    answer = answer_to(nano(4), "posediff", "text", max_new=2)
+
+    assert len(answer.ids) == 2
+    assert not answer.finished
+    assert answer.pose is None
+    assert answer.value == answer.text
+
+
+def test_sampling_repeats_with_its_seed_and_differs_between_rows():
+    model = nano(8)
+
+    def codes_of(seed):
+        generator = torch.Generator().manual_seed(seed)
+        prompts = [PROMPTS["text2pose"]] * 3
+        answers = sample.generate(model, prompts, ["pose"] * 3, "argmax", 1.0, generator, max_new=2)
+        return [tuple(answer.codes) for answer in answers]
+
+    assert codes_of(seed=1) == codes_of(seed=1)
+    assert codes_of(seed=1) != codes_of(seed=2)
+    assert len(set(codes_of(seed=1))) == 3
+
+
+@pytest.mark.parametrize("temperature, odds", [
+    (0.5, 9),
+    (1.0, 3),
+    (2.0, 1.73),
+])
+def test_draws_follow_the_softmax_at_their_temperature(temperature, odds):
+    """The model gives odds of 3 to 1."""
+    logits = torch.tensor([3.0, 1.0]).log().expand(10_000, 2)
+    generator = torch.Generator().manual_seed(0)
+
+    draws = sample.sample_token(logits, temperature, generator)
+
+    first, second = draws.bincount().tolist()
+    assert first / second == pytest.approx(odds, rel=0.1)
+
+
+def check_wording(task, template, model):
+    """The prompt of a task is this template, filled in."""
+    inputs = ["..."] * len(data.TASKS[task].inputs)
+    example = data.render_template(task, [*inputs, "answer"], template)
+    assert sample.question(task, inputs, model) == example[:-1]
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_the_official_model_is_asked_in_its_own_words(task):
+    released = tokenizer.load_asset("instructions")["released"]
+    official = types.SimpleNamespace(config={"prompt_style": "released"})
+
+    check_wording(task, released[task], official)
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_our_models_are_asked_in_the_plain_words(task):
+    plain = data.templates(task)[0]
+
+    check_wording(task, plain, nano())
+    check_wording(task, plain, None)
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_a_task_is_inferred_from_its_inputs_unless_two_take_the_same(task):
+    kinds = data.TASKS[task].inputs
+
+    assert sample.infer_task(kinds, task) == task
+    if kinds == ("image",):
+        refused("--task image2text or --task image2pose", sample.infer_task, kinds)
+    else:
+        assert sample.infer_task(kinds[::-1]) == task   # the order of the flags is free
+
+
+def test_inputs_that_no_task_takes_are_answered_by_what_the_tasks_take():
+    sentence = refused("no task takes 2 images and 1 text", sample.infer_task,
+                       ["image", "text", "image"])
+    for task in data.TASKS:
+        assert f"{task} takes" in sentence
+
+
+def test_a_given_pose_is_turned_to_face_front(tmp_path):
+    quarter_turn = tokenizer.aa_to_matrix(torch.tensor([0, np.pi / 2, 0]))
+    path = tmp_path / "turned.npz"
+    data.write_pose(path, tokenizer.turn_root(A, quarter_turn))
+
+    config = sample.Config(pose=[str(path)])
+
+    task, inputs = sample.read_inputs(config, nano())
+
+    assert task == "pose2text"
+    close(inputs[0], tokenizer.face_front(A[None])[0])
+
+
+def test_a_photograph_is_turned_upright_as_its_exif_data_says(tmp_path):
+    picture = Image.new("RGB", (40, 20), "black")
+    exif = picture.getexif()
+    exif[0x0112] = 6                                    # orientation: turned by a quarter
+    picture.save(tmp_path / "turned.png", exif=exif)
+
+    assert sample.read_image(tmp_path / "turned.png").size == (20, 40)
+
+
+def test_transparent_parts_of_a_picture_become_white():
+    transparent_red = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+
+    picture = sample.to_rgb(transparent_red)
+
+    assert picture.mode == "RGB"
+    assert picture.getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_deep_greys_of_a_picture_are_scaled_to_8_bits(dtype):
+    values = np.linspace(0, 60_000, 400).astype(dtype)
+    deep = Image.fromarray(values.reshape(20, 20))
+
+    picture = sample.to_rgb(deep)
+
+    assert picture.mode == "RGB"
+    assert picture.getextrema() == ((0, 255),) * 3
+
+
+def test_a_text_that_is_not_utf_8_is_refused():
+    refused("not valid UTF-8", sample.validate_text, nano(), "the left \udcff knee")
+
+
+def test_words_that_the_model_does_not_know_are_mentioned_once(capsys):
+    sample.validate_text(nano(), "The left knee waltzes, the right knee waltzes.")
+
+    assert capsys.readouterr().err == "note: the model does not know 1 of the words: waltzes\n"
+
+
+def test_the_python_lines_of_the_lesson_give_a_pose(monkeypatch):
+    import doctest
+
+    monkeypatch.chdir(HERE)                             # where weights/tiny is
+
+    result = doctest.testmod(sample)
+
+    assert result.attempted == 6
+    assert result.failed == 0
 
 
 # ---- eval.py ---------------------------------------------------------------------------------------------------------
