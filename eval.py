@@ -1,24 +1,28 @@
-"""How good, how fast: every number of this project comes from here.
+"""Measures a model: how far its poses are off, how true its texts are, how fast it answers.
 
-A task is an exam. The model sees the question, and its answer is marked against the truth with plain retrieval models:
+Every task is evaluated on people of the test split, whose poses and captions are known:
 
-    made pose   MPJPE, PA-MPJPE        how far the joints are off                                   (mm)
-                statements             how much of what the caption says is true of the made pose   (share)
-    made text   precision              how much of what it says is true of the pose                 (share)
-                recall                 how much of what the reference says it says too              (share)
-                BLEU-4, ROUGE-L        how much it sounds like the reference                        (share)
-    both        R-precision, FID       what a separately trained retrieval model thinks of it
+    generated pose   MPJPE, PA-MPJPE    how far the joints are off, in mm
+                     statements         share of the caption's statements that hold for the pose
+    generated text   precision          share of its statements that are true of the pose
+                     recall             share of the reference's statements that it makes too
+                     BLEU-4, ROUGE-L    overlap with the wording of the reference
+    both             R-precision, FID   distances in the space of a separate retrieval model
 
-A caption here is a list of statements that can be checked, so "is it true" needs no judge: `data.check` looks at the
-joints. Beside each number stand a baseline (what must be beaten) and a ceiling (what cannot be):
+A caption is a list of statements about joints (captions.py), so whether it is true is measured, not
+judged. Beside the figures of the model stand baselines, which it must beat, and upper bounds, which
+it cannot:
 
-    text2pose    mean pose . nearest caption . [ model ] . the tokenizer's own round trip . the truth itself
+    text2pose    mean pose, nearest caption  <  model  <  tokenizer's round trip, ground truth
 
-Letters: B batch, T words, J=22 joints, N pose tokens, d width of an embedding, n questions of an exam.
+Not here: metrics of motion, and metrics that need a large language model as a judge.
 
-    python eval.py                                   # the shipped weights on the test split
+Letters: B batch, T words, J=22 joints, N pose tokens, K codes, P patches, d width of an embedding,
+n questions.
+
+    python eval.py  # the shipped weights on the test split
     python eval.py --tasks text2pose --n 64 --decode argmax,soft --json out/eval.json
-    python eval.py --speed                           # all N codes of a pose in one step, against one by one
+    python eval.py --speed  # all N codes of a pose in one step, against one by one
 """
 import copy
 import functools
@@ -38,7 +42,8 @@ from torch import nn
 from tqdm import tqdm
 
 from captions import (
-    add_view, caption, check_statements, difference, paircodes, posecodes, statements, view_in,
+    VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, statements,
+    view_in,
 )
 from data import TASKS, World, records_with_pose, vocabulary
 from sample import DECODINGS, CachedModel, generate, question, validate_decoding
@@ -52,41 +57,52 @@ from unipose import (
 )
 
 
-# ---- 1. Poses: how far the joints are off --------------------------------------------------------------------------
-def mpjpe(made, truth):
-    """Mean distance of the joints with both pelvises put at the origin, no rotation taken out.
+# ---- 1. Poses: how far the joints are off --------------------------------------------------------
+def mpjpe(pred, target):
+    """Mean per-joint position error: pelvises at the origin, no rotation removed.
 
-    made, truth: (B,J,3) metres. Returns (B,) mm. The paper's text2pose figures average 52 joints, 30 of them rigid
-    fingers, so they are not comparable joint for joint.
+    pred, target: (B,J,3) metres. Returns (B,) mm. The paper's text2pose figures average 52 joints,
+    30 of them rigid fingers, so they are not comparable joint for joint.
     """
-    made, truth = made - made[:, :1], truth - truth[:, :1]
-    return 1000 * (made - truth).norm(dim=-1).mean(-1)
+    pred = pred - pred[:, :1]
+    target = target - target[:, :1]
+    return 1000 * (pred - target).norm(dim=-1).mean(-1)
 
 
 def project_rotation(matrix):
-    """The rotation nearest to any (...,3,3) matrix; of an average of rotations, their chordal mean."""
+    """The rotation nearest to any (...,3,3) matrix. Of an average of rotations this is their
+    chordal mean."""
     u, _, vt = torch.linalg.svd(matrix)
+
+    # a reflection is not a rotation: flip the axis with the smallest singular value
     sign = torch.ones_like(matrix[..., 0])
-    sign[..., 2] = torch.linalg.det(u @ vt).sign()         # a mirror image is not a turn: the weakest axis gives way
+    sign[..., 2] = torch.linalg.det(u @ vt).sign()
     return u @ (sign[..., None] * vt)
 
 
-def similarity_align(made, truth):
-    """The copy of `made` (B,J,3) that is turned, scaled and moved to lie closest to `truth` (Umeyama 1991). Float64."""
-    made, truth = made.double(), truth.double()
-    a, b = made - made.mean(1, keepdim=True), truth - truth.mean(1, keepdim=True)
-    turned = a @ project_rotation(a.mT @ b)                                              # (B,J,3)
-    scale = (turned * b).sum((1, 2)) / a.square().sum((1, 2)).clamp(min=1e-12)           # (B,)
-    return scale[:, None, None] * turned + truth.mean(1, keepdim=True)
+def similarity_align(pred, target):
+    """pred (B,J,3), rotated, scaled and moved to lie closest to target (Umeyama 1991). In float64.
+    """
+    pred = pred.double()
+    target = target.double()
+    pred_centred = pred - pred.mean(1, keepdim=True)
+    target_centred = target - target.mean(1, keepdim=True)
+
+    rotation = project_rotation(pred_centred.mT @ target_centred)                     # (B,3,3)
+    rotated = pred_centred @ rotation                                                 # (B,J,3)
+    variance = pred_centred.square().sum((1, 2)).clamp(min=1e-12)
+    scale = (rotated * target_centred).sum((1, 2)) / variance                         # (B,)
+    return scale[:, None, None] * rotated + target.mean(1, keepdim=True)
 
 
-def pa_mpjpe(made, truth):
-    """MPJPE after the best similarity per sample: the error of the pose alone. (B,J,3) metres -> (B,) mm."""
-    return 1000 * (similarity_align(made, truth) - truth).norm(dim=-1).mean(-1)
+def pa_mpjpe(pred, target):
+    """MPJPE after the best similarity transform per sample. (B,J,3) metres -> (B,) mm."""
+    return 1000 * (similarity_align(pred, target) - target).norm(dim=-1).mean(-1)
 
 
-# ---- 2. Texts: how much it sounds like the reference ---------------------------------------------------------------
-PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\d)-|[!-&(-+/:-@\[-`{-~]")     # "1.5", "half-bent" stay whole
+# ---- 2. Texts: overlap with the wording of the reference -----------------------------------------
+# "1.5" and "half-bent" stay whole
+PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|(?<=\d)-|[!-&(-+/:-@\[-`{-~]")
 
 
 def bleu_words(text):
@@ -94,515 +110,801 @@ def bleu_words(text):
     return PUNCTUATION.sub(r" \g<0> ", text).split()
 
 
-def bleu4(made, truth):
-    """Corpus BLEU with 1- to 4-grams, one reference each, no smoothing (Papineni 2002). Two lists of str -> 0..1."""
-    hits, total, longer = np.zeros(4), np.zeros(4), np.zeros(2)
-    for a, b in zip(made, truth):
-        a, b = bleu_words(a), bleu_words(b)
-        longer += len(a), len(b)
-        for n in range(4):
-            grams_a, grams_b = (Counter(zip(*(words[k:] for k in range(n + 1)))) for words in (a, b))
-            hits[n] += (grams_a & grams_b).total()
-            total[n] += grams_a.total()
-    if not hits.all():                                     # one order without a single hit: the geometric mean is 0
-        return 0.0
-    brevity = min(0.0, 1 - longer[1] / longer[0])          # being short is the only way to cheat precision
-    return math.exp(brevity + np.log(hits / total).mean())
+def ngrams(words, n):
+    """How often each run of n words occurs in a list -> Counter."""
+    shifted = [words[start:] for start in range(n)]
+    return Counter(zip(*shifted))
+
+
+def bleu4(pred, target):
+    """Corpus BLEU with 1- to 4-grams, one reference each, no smoothing (Papineni 2002). Lists of
+    str -> 0..1."""
+    matches = np.zeros(4)
+    totals = np.zeros(4)
+    pred_length = 0
+    target_length = 0
+    for pred_text, target_text in zip(pred, target):
+        pred_words = bleu_words(pred_text)
+        target_words = bleu_words(target_text)
+        pred_length += len(pred_words)
+        target_length += len(target_words)
+        for n in range(1, 5):
+            pred_ngrams = ngrams(pred_words, n)
+            matches[n - 1] += (pred_ngrams & ngrams(target_words, n)).total()
+            totals[n - 1] += pred_ngrams.total()
+
+    if not matches.all():
+        return 0.0  # a geometric mean with a zero in it
+
+    # precision alone would favour short texts
+    brevity = min(0.0, 1 - target_length / pred_length)
+    return math.exp(brevity + np.log(matches / totals).mean())
 
 
 def common_subsequence(a, b):
-    """Length of the longest common subsequence of two word lists, one bit per word of `a` (Hyyro 2004).
-
-    A zero bit marks where the best match so far grew; the addition carries each growth to the next free word.
-    """
-    where = {}
-    for k, word in enumerate(a):
-        where[word] = where.get(word, 0) | 1 << k
-    full = state = (1 << len(a)) - 1
-    for word in b:
-        hit = state & where.get(word, 0)
-        state = ((state + hit) | (state - hit)) & full
-    return len(a) - state.bit_count()
+    """Length of the longest common subsequence of two word lists, by dynamic programming."""
+    best = [0] * (len(b) + 1)  # best[j]: of the words of a so far, and b[:j]
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = best[j]
+            best[j] = diagonal + 1 if word == other else max(above, best[j - 1])
+            diagonal = above
+    return best[-1]
 
 
-def rouge_l(made, truth):
-    """Mean ROUGE-L F1 (Lin 2004): lower case, letters and digits only, no stemming. Two lists of str -> 0..1."""
+def rouge_l(pred, target):
+    """Mean ROUGE-L F1 (Lin 2004): lower case, letters and digits only, no stemming. Lists of str ->
+    0..1."""
     scores = []
-    for a, b in zip(made, truth):
-        a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (a, b))
-        scores.append(2 * common_subsequence(a, b) / max(len(a) + len(b), 1))
+    for pred_text, target_text in zip(pred, target):
+        pred_words = re.findall(r"[a-z0-9]+", pred_text.lower())
+        target_words = re.findall(r"[a-z0-9]+", target_text.lower())
+        length = len(pred_words) + len(target_words)
+        scores.append(2 * common_subsequence(pred_words, target_words) / max(length, 1))
     return float(np.mean(scores))
 
 
-# ---- 3. Statements: is it true? ------------------------------------------------------------------------------------
+# ---- 3. Statements: what is true -----------------------------------------------------------------
 def codes_of(poses, sources=None):
-    """The codes of poses (n,22,3,3) that face +z, or of the ways there from sources (n,22,3,3)."""
-    return posecodes(poses) if sources is None else paircodes(sources, poses)
+    """The posecodes of poses (n,22,3,3) that face +z, or the paircodes from sources (n,22,3,3) to
+    them."""
+    if sources is None:
+        return posecodes(poses)
+    return paircodes(sources, poses)
 
 
 def true_texts(poses, sources, seed):
-    """True texts of the embedded world: captions of poses (n,22,3,3), or how to get there from sources (n,22,3,3)."""
-    codes, say = codes_of(poses, sources), caption if sources is None else difference
-    return [say(codes, k, np.random.default_rng((seed, k))) for k in range(len(poses))]
+    """n true texts: captions of poses (n,22,3,3), or differences from sources (n,22,3,3) to them.
+    """
+    codes = codes_of(poses, sources)
+    write = caption if sources is None else difference
+    return [write(codes, k, np.random.default_rng((seed, k))) for k in range(len(poses))]
 
 
-def shares(marks):
-    """Marks [(within tolerance, exactly), …] -> both shares of True. Saying nothing scores 0."""
-    return [sum(column) / len(marks) for column in zip(*marks)] if marks else [0.0, 0.0]
+def share_true(verdicts):
+    """Verdicts [(within tolerance, exactly), ...] -> the share of True of each; 0 for no verdicts.
+    """
+    if not verdicts:
+        return 0.0, 0.0
+    within = sum(near for near, _ in verdicts) / len(verdicts)
+    exact = sum(exactly for _, exactly in verdicts) / len(verdicts)
+    return within, exact
 
 
 def pose_statement_metrics(texts, poses, sources=None):
-    """Made poses (n,22,3,3), facing +z, against their captions, or against differences from sources (n,22,3,3).
+    """Generated poses (n,22,3,3) that face +z against their captions, or against differences from
+    sources.
 
-    Returns the share of all statements that hold: statement_accuracy within the tolerance of the captioning pipeline
-    (a category that its noise could have reached), statement_accuracy_exact without it.
+    Returns the share of all statements that hold: statement_accuracy within the tolerance of the
+    captioning pipeline (a category that its noise could have reached), statement_accuracy_exact
+    without it.
     """
     codes = codes_of(poses, sources)
-    within, exact = shares([mark for k, text in enumerate(texts) for mark in check_statements(text, codes, k)])
+    verdicts = []
+    for k, text in enumerate(texts):
+        verdicts += check_statements(text, codes, k)
+
+    within, exact = share_true(verdicts)
     return {"statement_accuracy": within, "statement_accuracy_exact": exact}
 
 
-def text_statement_metrics(made, truth, poses, sources=None):
-    """Made texts against the poses they speak of, and against what the references say.
+def text_statement_metrics(pred, target, poses, sources=None):
+    """Generated texts against the poses that they describe, and against the statements of the
+    references.
 
-    precision, precision_exact: share of the statements made that hold; a sentence outside the grammar never holds, and
-    one said twice in a text counts once. recall: share of the references' statements that were made. f1: of both.
+    precision, precision_exact: share of the generated statements that hold; a sentence outside the
+    grammar never holds, and a repeated sentence counts once. recall: share of the references'
+    statements that were generated. f1: of both.
     """
-    codes, marks, recalled = codes_of(poses, sources), [], []
-    for k, (text, reference) in enumerate(zip(made, truth)):
-        once = dict.fromkeys(line.strip() for line in text.lower().split("."))
-        marks += check_statements(". ".join(once), codes, k)
-        said = set(statements(text))
-        recalled += [statement in said for statement in set(statements(reference))]
-    (precision, exact), recall = shares(marks), sum(recalled) / max(len(recalled), 1)
-    return {"precision": precision, "precision_exact": exact, "recall": recall,
-            "f1": 2 * precision * recall / max(precision + recall, 1e-9)}
+    codes = codes_of(poses, sources)
+    verdicts = []
+    recalled = []
+    for k, (text, reference) in enumerate(zip(pred, target)):
+        lines = [line.strip() for line in text.lower().split(".")]
+        verdicts += check_statements(". ".join(dict.fromkeys(lines)), codes, k)
+
+        found = set(statements(text))
+        recalled += [statement in found for statement in set(statements(reference))]
+
+    precision, exact = share_true(verdicts)
+    recall = sum(recalled) / max(len(recalled), 1)
+    f1 = 2 * precision * recall / max(precision + recall, 1e-9)
+    return {"precision": precision, "precision_exact": exact, "recall": recall, "f1": f1}
 
 
-def view_metrics(made, views):
-    """view_accuracy: share of texts that say from which side the picture shows the person, where that can be said;
-    view_balanced: mean over the sides of the share of each. Paper §4.3: general models mistake the orientation."""
-    right = {view: [view_in(text) == view for text, own in zip(made, views) if own == view] for view in set(views)}
-    right.pop("", None)
-    return {"view_accuracy": float(np.mean(sum(right.values(), []))),
-            "view_balanced": float(np.mean([np.mean(marks) for marks in right.values()]))} if right else {}
+def view_metrics(texts, views):
+    """Do texts name the side from which a photograph shows the person? views: the true side of
+    each, "" for none.
+
+    view_accuracy: share of correct texts; view_balanced: mean over the sides of the share of each.
+    {} without views. UniPose §4.3: general models often mistake the orientation.
+    """
+    correct = {}
+    for view in VIEWS:
+        own_texts = [text for text, true_view in zip(texts, views) if true_view == view]
+        if own_texts:
+            correct[view] = [view_in(text) == view for text in own_texts]
+    if not correct:
+        return {}
+    return {
+        "view_accuracy": float(np.mean(sum(correct.values(), []))),
+        "view_balanced": float(np.mean([np.mean(hits) for hits in correct.values()])),
+    }
 
 
-# ---- 4. Embeddings: what a retrieval_model that has seen many poses and texts thinks -----------------------------------------
+# ---- 4. Embeddings: distances in the space of the retrieval model --------------------------------
 def rank_of_own(similarity):
-    """(n,n) -> (n,) how many columns beat each row's own. A tie counts half: equal answers must not all win."""
-    own = similarity.diagonal()[:, None]
-    return (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
+    """(n,n) -> (n,): how many columns beat the diagonal of each row. A tie counts half: equal
+    answers must not all win."""
+    own = similarity.diagonal()[:, None]                                              # (n,1)
+    better = (similarity > own).sum(1)
+    ties = (similarity == own).sum(1) - 1
+    return better + ties / 2
 
 
 def r_precision(query, answer, top=3, group=32):
-    """Share of queries whose own answer is among the best k of its group, k = 1..top. (n,d) unit vectors -> list.
+    """Share of queries whose own answer is among the best k of its group, k = 1..top. (n,d) unit
+    vectors -> list.
 
-    Groups are consecutive rows, so shuffle first if the order means anything; the incomplete last one is dropped.
+    Groups are consecutive rows, so shuffle first if the order means anything; an incomplete last
+    group is dropped.
     """
-    whole = len(query) // group * group
-    similarity = query[:whole].view(-1, group, query.size(1)) @ answer[:whole].view(-1, group, answer.size(1)).mT
-    rank = torch.cat([rank_of_own(block) for block in similarity]) if whole else torch.empty(0)
-    return [(rank < k).float().mean().item() for k in range(1, top + 1)] if whole else []
+    complete = len(query) // group * group
+    if not complete:
+        return []
+    query = query[:complete].view(-1, group, query.size(1))                 # (n/group,group,d)
+    answer = answer[:complete].view(-1, group, answer.size(1))
+    rank = torch.cat([rank_of_own(similarity) for similarity in query @ answer.mT])   # (n,)
+    return [(rank < k).float().mean().item() for k in range(1, top + 1)]
 
 
 def recall_at(query, answer, tops=(1, 5, 10, 20)):
-    """Share of queries whose own answer is among the best k of the whole set. (n,d) unit vectors -> list."""
+    """Share of queries whose own answer is among the best k of the whole set. (n,d) unit vectors ->
+    list."""
     rank = rank_of_own(query @ answer.mT)
     return [(rank < k).float().mean().item() for k in tops]
 
 
 def frechet(a, b):
-    """FID (Heusel 2017): distance of two clouds (n,d) as if both were Gaussian, float64.
+    """FID (Heusel 2017): distance of two clouds (n,d) as if both were Gaussian, in float64.
 
-    tr (A B)^1/2 is the sum of the roots of the eigenvalues of A^1/2 B A^1/2, which is symmetric even where A and B are
-    singular (fewer samples than dimensions): no matrix root of a product, no complex numbers.
+    tr (A B)^1/2 is the sum of the roots of the eigenvalues of A^1/2 B A^1/2, which is symmetric
+    even where A and B are singular (fewer samples than dimensions): no matrix root of a product, no
+    complex numbers.
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                                       # (d,d) each
+    a = a.double()
+    b = b.double()
+    cov_a = torch.cov(a.T)                                                            # (d,d)
+    cov_b = torch.cov(b.T)                                                            # (d,d)
+
     values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                             # (d,d)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                           # (d,d)
     overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
-    return max(0.0, distance.item())                        # rounding can leave -1e-16
+    return max(0.0, distance.item())  # rounding can leave -1e-16
 
 
-# ---- 5. The retrieval model: a retrieval_model, not a part of UniPose --------------------------------------------------------
+# ---- 5. The retrieval model: a measuring device, not a part of UniPose ---------------------------
 class Retrieval(nn.Module):
-    """Poses and captions, or pose pairs and differences, in one space of unit vectors (UniPose appendix B.2).
+    """Poses and captions, or pose pairs and differences, as unit vectors in one space (UniPose
+    appendix B.2).
 
-    pose   the tokenizer's encoder -> 40 places of d channels; the pair version joins A and B place by place;
-           a convolution that takes the places as channels leaves one vector
-    text   word embeddings -> biGRU with a learned start -> one vector
-    One module carries both retrieval models: encoder, text side and scale are shared (the official code trains two networks).
-    words: size of the text vocabulary (official: frozen DistilBERT embeddings; here learned); d: 512 in the paper.
+    pose   the tokenizer's encoder -> 40 positions of d channels; the pair version joins A and B
+           position by position; a convolution with the positions as channels leaves one vector
+    text   word embeddings -> biGRU with a learned initial state -> one vector
+
+    One module serves poses and pairs: pose encoder, text side and scale are shared (the official
+    code trains two networks). words: size of the text vocabulary (the official code uses frozen
+    DistilBERT embeddings, here they are learned); d: width, 512 in the paper.
     """
 
     def __init__(self, words, d=128):
         super().__init__()
         self.config = {"words": words, "d": d}
-        shape = TokenizerConfig(code_dim=d, hidden=d, upsample_step=1)
-        self.pose_encoder = Encoder(shape)
-        self.pair_encoder = nn.Sequential(nn.Conv1d(2 * d, 2 * d, 3, padding=1), nn.ReLU(), nn.Conv1d(2 * d, d, 3, padding=1),
-                                  nn.ReLU(), nn.Conv1d(d, d, 3, padding=1))
-        self.pool = nn.Conv1d(shape.n_tokens, 1, 3, padding=1)
+        encoder_config = TokenizerConfig(code_dim=d, hidden=d, upsample_step=1)
+        self.pose_encoder = Encoder(encoder_config)
+        self.pair_encoder = nn.Sequential(
+            nn.Conv1d(2 * d, 2 * d, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(2 * d, d, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(d, d, 3, padding=1),
+        )
+        self.pool = nn.Conv1d(encoder_config.n_tokens, 1, 3, padding=1)
         self.word_embedding = nn.Embedding(words, d)
         self.text_input = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.Linear(d, d))
         self.gru = nn.GRU(d, d, batch_first=True, bidirectional=True)
         self.gru_state = nn.Parameter(torch.randn(2, 1, d))
-        self.text_output = nn.Sequential(nn.Linear(2 * d, d), nn.LayerNorm(d), nn.LeakyReLU(0.2), nn.Linear(d, d))
+        self.text_output = nn.Sequential(
+            nn.Linear(2 * d, d), nn.LayerNorm(d), nn.LeakyReLU(0.2), nn.Linear(d, d))
         self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def encode_pose(self, pose):
+        """pose (B,22,3,3) -> (B,d,40): one vector for each of 40 positions."""
+        return self.pose_encoder(matrix_to_sixd(pose))
 
     def embed_pose(self, pose):
         """pose (B,22,3,3) -> (B,d), length 1."""
-        return F.normalize(self.pool(self.places(pose).mT).squeeze(1), dim=-1)           # (B,d)
+        pooled = self.pool(self.encode_pose(pose).mT)                                 # (B,1,d)
+        return F.normalize(pooled.squeeze(1), dim=-1)                                 # (B,d)
 
     def embed_pair(self, pair):
         """pair (B,2,22,3,3), A then B -> (B,d), length 1."""
-        both = torch.cat([self.places(pair[:, 0]), self.places(pair[:, 1])], 1)          # (B,2d,40)
-        return F.normalize(self.pool(self.pair_encoder(both).mT).squeeze(1), dim=-1)             # (B,d)
-
-    def places(self, pose):
-        return self.pose_encoder(matrix_to_sixd(pose))                                        # (B,d,40)
+        a = self.encode_pose(pair[:, 0])                                              # (B,d,40)
+        b = self.encode_pose(pair[:, 1])                                              # (B,d,40)
+        fused = self.pair_encoder(torch.cat([a, b], 1))                               # (B,d,40)
+        pooled = self.pool(fused.mT)                                                  # (B,1,d)
+        return F.normalize(pooled.squeeze(1), dim=-1)                                 # (B,d)
 
     def embed_text(self, ids, mask):
         """ids (B,T) long, mask (B,T) True on words, padding on the right -> (B,d), length 1."""
-        length = mask.sum(1).clamp(min=1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(self.text_input(self.word_embedding(ids)), length, True, enforce_sorted=False)
-        _, last = self.gru(packed, self.gru_state.expand(-1, len(ids), -1).contiguous())     # (2,B,d) one per direction
-        return F.normalize(self.text_output(torch.cat([last[0], last[1]], -1)), dim=-1)         # (B,d)
+        lengths = mask.sum(1).clamp(min=1).cpu()
+        words = self.text_input(self.word_embedding(ids))                             # (B,T,d)
+        packed = nn.utils.rnn.pack_padded_sequence(words, lengths, True, enforce_sorted=False)
+        _, last = self.gru(packed, self.gru_state.expand(-1, len(ids), -1).contiguous())
+        both_directions = torch.cat([last[0], last[1]], -1)                           # (B,2d)
+        return F.normalize(self.text_output(both_directions), dim=-1)                 # (B,d)
 
     def forward(self, pose, ids, mask):
-        """pose (B,22,3,3) or pairs (B,2,22,3,3) with their texts -> loss, {"top1", "scale"}.
+        """pose (B,22,3,3), or pairs (B,2,22,3,3), with their texts -> loss, {"top1", "scale"}.
 
-        Cross-entropy over the batch on scaled cosines, both directions: the own text must win among B, and back.
+        Cross-entropy on scaled cosines in both directions: of B texts the own one must win, and of
+        B poses.
         """
-        bodies = self.embed_pair(pose) if pose.dim() == 5 else self.embed_pose(pose)     # (B,d)
-        similarity = self.scale * bodies @ self.embed_text(ids, mask).T                  # (B,B)
+        embed = self.embed_pair if pose.dim() == 5 else self.embed_pose
+        similarity = self.scale * embed(pose) @ self.embed_text(ids, mask).T          # (B,B)
         own = torch.arange(len(pose), device=pose.device)
         loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
-        return loss, {"top1": (similarity.argmax(1) == own).float().mean(), "scale": self.scale.detach()}
+        top1 = (similarity.argmax(1) == own).float().mean()
+        return loss, {"top1": top1, "scale": self.scale.detach()}
 
 
-def tokenize_texts(text, captions, limit=196):
-    """Captions -> ids (B,T), mask (B,T) for `Retrieval.embed_text`. text: the Hugging Face tokenizer of the model."""
-    rows = [text(caption, add_special_tokens=False).input_ids[:limit] for caption in captions]
-    longest = max(1, *map(len, rows))
+def tokenize_texts(text_tokenizer, texts, limit=196):
+    """Texts -> ids (B,T) and mask (B,T) for `Retrieval.embed_text`. text_tokenizer: the Hugging
+    Face one of the model."""
+    rows = [text_tokenizer(text, add_special_tokens=False).input_ids[:limit] for text in texts]
+    lengths = [len(row) for row in rows]
+    longest = max(1, *lengths)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return ids, mask
 
 
 def load_retrieval_model(folder, device="cpu"):
-    """The retrieval model that travels in a weights folder, or None where none was trained. Raises UserError."""
+    """The retrieval model that travels in a weights folder, or None where none was trained. Raises
+    UserError."""
     config = read_config(folder).get("retrieval")
     if not config:
         return None
+
     path = pathlib.Path(folder) / "model.safetensors"
-    with torch.random.fork_rng():
-        retrieval_model = Retrieval(**config)
-    load_strictly(retrieval_model, {k.removeprefix(RETRIEVAL_PREFIX): v for k, v in read_tensors(path).items() if k.startswith(RETRIEVAL_PREFIX)}, path)
-    return retrieval_model.to(device).eval()
+    state = {}
+    for name, tensor in read_tensors(path).items():
+        if name.startswith(RETRIEVAL_PREFIX):
+            state[name.removeprefix(RETRIEVAL_PREFIX)] = tensor
+
+    with torch.random.fork_rng():  # layers draw random weights; loading must not disturb others
+        model = Retrieval(**config)
+    load_strictly(model, state, path)
+    return model.to(device).eval()
 
 
-# ---- 6. Exams: what is asked, and what is true ---------------------------------------------------------------------
-
+# ---- 6. What is asked, and what is true ----------------------------------------------------------
 class EvalSet:
     """n questions of one task over the first 2n people of a world, where every two make a pair.
 
-    poses (n,22,3,3): the pose to be made or told of, as the answer should show it; sources (n,22,3,3): pose A of the
-    pair tasks, else None; texts: n true texts, views: the sides that image2text can see; target: "pose" | "text".
+    poses (n,22,3,3): ground truth, in the frame of the answer; sources (n,22,3,3): pose A of the
+    pair tasks, else None; texts: n true texts; views: the sides that image captions can name;
+    target: "pose" | "text".
     """
 
     def __init__(self, world, task, n, seed=0):
-        self.world, self.task, self.seed, row = world, task, seed, TASKS[task]
+        row = TASKS[task]
+        self.world = world
+        self.task = task
         self.target = row.target
-        self.starts = 2 * torch.arange(n)                  # person A, or the only one
-        self.rows = self.starts + int(row.pair)            # whom the answer is about
+        self.seed = seed
+
+        starts = 2 * torch.arange(n)  # person A, or the only one
+        self.rows = starts + int(row.pair)  # the person that the answer is about
         self.poses = world.poses[self.rows]
-        self.sources = world.poses[self.starts] if row.pair else None
-        self.views = [world.views[i] if row.text == "image_caption" else "" for i in self.rows]
+        self.sources = world.poses[starts] if row.pair else None
         self.texts = [world.text(task, 2 * k, self.rng(k)) for k in range(n)]
-        self.turns = torch.eye(3).expand(n, 3, 3)          # from the body's frame to the answer's
+        self.views = [""] * n
+        if row.text == "image_caption":
+            self.views = [world.views[i] for i in self.rows]
+
+        self.body_to_answer = torch.eye(3).expand(n, 3, 3)
         if row.frame == "camera":
+            body_poses = self.poses
             self.poses = world.camera_poses[self.rows]
-            self.turns = self.poses[:, 0] @ world.poses[self.rows, 0].mT
+            self.body_to_answer = self.poses[:, 0] @ body_poses[:, 0].mT
 
     def rng(self, k):
-        """The generator of the k-th text."""
+        """The generator that words the k-th text."""
         return np.random.default_rng((self.seed, k))
 
     def question(self, k, model=None):
-        """The k-th prompt: the task's plain template (of that model), filled in, without its answer."""
+        """The k-th prompt, in the plain wording that `model` was trained on."""
         *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k))
         return question(self.task, inputs, model)
 
-    def facing(self, poses):
-        """Poses in the answer's frame, turned back to face +z, which is where statements are made."""
-        return turn_root(poses, self.turns.mT)                                           # (n,22,3,3)
+    def facing_front(self, poses):
+        """Poses (n,22,3,3) in the frame of the answer, turned back to face +z, where statements are
+        defined."""
+        return turn_root(poses, self.body_to_answer.mT)
 
 
 class Evaluator(NamedTuple):
-    """Marks answers. body: whose joints are measured; retrieval_model: a Retrieval or None; text: the model's HF tokenizer."""
+    """Computes the metrics of answers. body: whose joints are measured; retrieval_model: a
+    Retrieval or None; text_tokenizer: the Hugging Face tokenizer of the model."""
     body: object
     retrieval_model: object
-    text: object
+    text_tokenizer: object
 
-    def metrics(self, exam, made):
-        """made: n poses (n,22,3,3) or n texts, as the exam asks -> {name of a figure: value}."""
-        if exam.target == "text":
-            marks = {"bleu4": bleu4(made, exam.texts), "rouge_l": rouge_l(made, exam.texts)}
-            marks |= text_statement_metrics(made, exam.texts, exam.poses, exam.sources)
-            marks |= view_metrics(made, exam.views)
-            return marks | self.retrieval_metrics(exam, exam.poses, made)
-        joints, truth = self.body.joints(made), self.body.joints(exam.poses)             # (n,22,3) each
-        marks = {"mpjpe": mpjpe(joints, truth).mean().item(), "pa_mpjpe": pa_mpjpe(joints, truth).mean().item()}
-        marks |= pose_statement_metrics(exam.texts, exam.facing(made), exam.sources)
-        return marks | self.retrieval_metrics(exam, made, exam.texts)
+    def metrics(self, evalset, pred):
+        """pred: n poses (n,22,3,3) or n texts, as the task asks -> {metric: value}."""
+        if evalset.target == "text":
+            return self.text_metrics(evalset, pred)
+        return self.pose_metrics(evalset, pred)
+
+    def text_metrics(self, evalset, texts):
+        """Metrics of n generated texts -> {metric: value}."""
+        return {
+            "bleu4": bleu4(texts, evalset.texts),
+            "rouge_l": rouge_l(texts, evalset.texts),
+            **text_statement_metrics(texts, evalset.texts, evalset.poses, evalset.sources),
+            **view_metrics(texts, evalset.views),
+            **self.retrieval_metrics(evalset, evalset.poses, texts),
+        }
+
+    def pose_metrics(self, evalset, poses):
+        """Metrics of generated poses (n,22,3,3) -> {metric: value}."""
+        joints = self.body.joints(poses)                                              # (n,22,3)
+        target = self.body.joints(evalset.poses)                                      # (n,22,3)
+        return {
+            "mpjpe": mpjpe(joints, target).mean().item(),
+            "pa_mpjpe": pa_mpjpe(joints, target).mean().item(),
+            **pose_statement_metrics(evalset.texts, evalset.facing_front(poses), evalset.sources),
+            **self.retrieval_metrics(evalset, poses, evalset.texts),
+        }
 
     @torch.no_grad()
-    def retrieval_metrics(self, exam, poses, texts):
-        """What the retrieval_model thinks of made poses with true texts, or the reverse; nothing without a retrieval_model.
+    def retrieval_metrics(self, evalset, poses, texts):
+        """Metrics of generated poses with true texts, or the reverse; {} without a retrieval model.
 
-        r_precision: own answer among the best 1, 2, 3 of 32; recall_at: among the best 1, 5, 10, 20 of all n; matching:
-        mean cosine; fid: between the clouds of made and true poses.
+        r_precision: own answer among the best 1, 2, 3 of 32; recall_at: among the best 1, 5, 10, 20
+        of all n; matching: mean cosine; fid: between generated and true poses.
         """
         if self.retrieval_model is None:
             return {}
 
-        def embed(poses):
-            poses = exam.facing(poses)
-            if exam.sources is None:
-                return self.retrieval_model.embed_pose(poses)
-            return self.retrieval_model.embed_pair(torch.stack([exam.sources, poses], 1))
-        told, shown = self.retrieval_model.embed_text(*tokenize_texts(self.text, texts)), embed(poses)  # (n,d) each
-        asked, made = (told, shown) if exam.target == "pose" else (shown, told)
-        marks = {"r_precision": r_precision(asked, made), "recall_at": recall_at(asked, made),
-                 "matching": (told * shown).sum(-1).mean().item()}
-        return marks | ({"fid": frechet(shown, embed(exam.poses))} if exam.target == "pose" else {})
+        ids, mask = tokenize_texts(self.text_tokenizer, texts)
+        text_vectors = self.retrieval_model.embed_text(ids, mask)                     # (n,d)
+        pose_vectors = self.embed_poses(evalset, poses)                               # (n,d)
+        if evalset.target == "text":
+            return self.ranking_metrics(pose_vectors, text_vectors)
+        fid = frechet(pose_vectors, self.embed_poses(evalset, evalset.poses))
+        return {**self.ranking_metrics(text_vectors, pose_vectors), "fid": fid}
+
+    def embed_poses(self, evalset, poses):
+        """Poses (n,22,3,3) in the frame of the answer -> (n,d); those of a pair task together with
+        their sources."""
+        poses = evalset.facing_front(poses)
+        if evalset.sources is None:
+            return self.retrieval_model.embed_pose(poses)
+        return self.retrieval_model.embed_pair(torch.stack([evalset.sources, poses], 1))
+
+    def ranking_metrics(self, query, answer):
+        """Unit vectors (n,d) of questions and of their answers -> {metric: value}."""
+        return {
+            "r_precision": r_precision(query, answer),
+            "recall_at": recall_at(query, answer),
+            "matching": (query * answer).sum(-1).mean().item(),
+        }
 
 
-# ---- 7. What must be beaten, what cannot be ------------------------------------------------------------------------
-def nearest_by_statements(asked, known):
-    """For each asked caption the index of the known one that says most nearly the same: cosine of statement sets."""
-    said = [dict.fromkeys(statements(text)) for text in [*known, *asked]]
-    column = {statement: i for i, statement in enumerate(dict.fromkeys(s for one in said for s in one))}
-    bags = torch.zeros(len(said), len(column))
-    for row, one in zip(bags, said):
-        row[[column[s] for s in one]] = 1
-    bags = F.normalize(bags)                               # (known+asked,statements)
-    return (bags[len(known):] @ bags[:len(known)].T).argmax(1)
+# ---- 7. Baselines and upper bounds ---------------------------------------------------------------
+def nearest_by_statements(texts, train_texts):
+    """For each text the index of the training text whose statements are most alike: cosine of
+    statement sets."""
+    said = [dict.fromkeys(statements(text)) for text in [*train_texts, *texts]]
+    column = {}
+    for row in said:
+        for statement in row:
+            column.setdefault(statement, len(column))
+
+    bags = torch.zeros(len(said), len(column))                              # (train+n,statements)
+    for bag, row in zip(bags, said):
+        bag[[column[statement] for statement in row]] = 1
+    bags = F.normalize(bags)
+
+    train_bags = bags[:len(train_texts)]
+    return (bags[len(train_texts):] @ train_bags.T).argmax(1)
 
 
 @torch.no_grad()
-def nearest_by_features(asked, known, vision):
-    """For each picture of exam `asked` the index of the picture of exam `known` most alike to the frozen eyes."""
-    def look(exam):
-        rows = exam.rows.tolist()
-        return torch.cat([vision([exam.world.image(i) for i in rows[k:k + 32]]).mean(1).cpu()   # (32,Dv) over patches
-                          for k in tqdm(range(0, len(rows), 32), desc=f"{exam.task}: frozen features", leave=False)])
-    theirs, ours = look(known), look(asked)
-    middle, spread = theirs.mean(0), theirs.std(0) + 1e-6  # what all pictures share tells nobody apart
-    theirs, ours = (F.normalize((features - middle) / spread, dim=1) for features in (theirs, ours))
-    return (ours @ theirs.T).argmax(1)
+def image_features(evalset, vision):
+    """The frozen eyes' features of each photograph of an EvalSet, averaged over its patches ->
+    (n,Dv)."""
+    rows = evalset.rows.tolist()
+    features = []
+    batches = tqdm(range(0, len(rows), 32), desc=f"{evalset.task}: frozen features", leave=False)
+    for start in batches:
+        pictures = [evalset.world.image(i) for i in rows[start:start + 32]]
+        features.append(vision(pictures).mean(1).cpu())                               # (32,Dv)
+    return torch.cat(features)
 
 
-def baselines(exam, known, model, seed):
-    """name -> answers made without a language model, out of the training people of the exam `known`."""
-    chosen, row = {}, TASKS[exam.task]                     # name -> which training person's answer is copied
-    if exam.target == "text":
-        chosen["random_caption"] = np.random.default_rng(seed).integers(len(known.texts), size=len(exam.texts))
+def nearest_by_features(evalset, train_set, vision):
+    """For each photograph of `evalset` the index of the photograph of `train_set` most alike to the
+    frozen eyes."""
+    train_features = image_features(train_set, vision)                                # (train,Dv)
+    features = image_features(evalset, vision)                                        # (n,Dv)
+
+    # what all photographs share would drown what sets them apart
+    mean = train_features.mean(0)
+    std = train_features.std(0) + 1e-6
+    train_features = F.normalize((train_features - mean) / std, dim=1)
+    features = F.normalize((features - mean) / std, dim=1)
+    return (features @ train_features.T).argmax(1)
+
+
+def baselines(evalset, train_set, model, seed):
+    """name -> answers that need no language model, taken from the people of `train_set`."""
+    row = TASKS[evalset.task]
+    copied = {}  # name -> whose answer is copied
+    if row.target == "text":
+        rng = np.random.default_rng(seed)
+        copied["random_caption"] = rng.integers(len(train_set.texts), size=len(evalset.texts))
     if row.inputs == ("text",):
-        chosen["nearest_caption"] = nearest_by_statements(exam.texts, known.texts)
+        copied["nearest_caption"] = nearest_by_statements(evalset.texts, train_set.texts)
     if row.inputs == ("image",):
-        chosen["nearest_feature"] = nearest_by_features(exam, known, model.vision)
-    if exam.target == "text":
-        return {who: [known.texts[k] for k in rows] for who, rows in chosen.items()}
-    answers = {"mean_pose": project_rotation(known.poses.mean(0)).expand_as(exam.poses)}
-    answers |= {who: known.poses[rows] for who, rows in chosen.items()}
-    return answers | ({"input_pose": exam.sources} if row.pair else {})
+        copied["nearest_feature"] = nearest_by_features(evalset, train_set, model.vision)
+
+    answers = {}
+    if row.target == "pose":
+        answers["mean_pose"] = project_rotation(train_set.poses.mean(0)).expand_as(evalset.poses)
+    for name, rows in copied.items():
+        if row.target == "pose":
+            answers[name] = train_set.poses[rows]
+        else:
+            answers[name] = [train_set.texts[k] for k in rows]
+    if row.target == "pose" and row.pair:
+        answers["input_pose"] = evalset.sources
+    return answers
 
 
 @torch.no_grad()
 def round_trip(model, poses):
-    """Poses (n,22,3,3) -> codes (n,N) and what the tokenizer makes of them (n,22,3,3)."""
+    """Poses (n,22,3,3) -> their codes (n,N), and the poses decoded from them (n,22,3,3)."""
     codes = model.pose_tokenizer.encode(poses.to(model.device))
     return codes.cpu(), model.pose_tokenizer.decode(codes).cpu()
 
 
-def upper_bounds(exam, model, seed):
-    """name -> answers that no speaker of code words can beat: the truth, and the truth seen through the tokenizer.
+def upper_bounds(evalset, model, seed):
+    """name -> answers that no model of pose tokens can beat: the truth, and the truth through the
+    tokenizer.
 
-    A true text is told a second time with other dice, which is the BLEU and the recall of a perfect speaker.
+    For texts: another true text with another seed, which is the BLEU and the recall of a perfect
+    model.
     """
-    truth = {"tokenizer": round_trip(model, exam.poses)[1], "ground_truth": exam.poses}
-    if exam.target == "pose":
-        return truth
-    return {who: [*map(add_view, exam.views, true_texts(p, exam.sources, seed + 1))] for who, p in truth.items()}
+    _, decoded = round_trip(model, evalset.poses)
+    bounds = {"tokenizer": decoded, "ground_truth": evalset.poses}
+    if evalset.target == "pose":
+        return bounds
+
+    texts = {}
+    for name, poses in bounds.items():
+        plain = true_texts(poses, evalset.sources, seed + 1)
+        texts[name] = [add_view(view, text) for view, text in zip(evalset.views, plain)]
+    return texts
 
 
-# ---- 8. The whole report -------------------------------------------------------------------------------------------
-def answer_all(model, exam, decode, batch):
-    """The model's answers to an exam: poses (n,22,3,3) or a list of n texts."""
-    made, n = [], len(exam.texts)
-    for k in tqdm(range(0, n, batch), desc=f"{exam.task}: {decode}", leave=False):
-        questions = [exam.question(i, model) for i in range(k, min(k + batch, n))]
-        made += generate(model, questions, [exam.target] * len(questions), decode=decode)
-    return torch.stack([a.pose for a in made]) if exam.target == "pose" else [a.text for a in made]
+# ---- 8. The whole report -------------------------------------------------------------------------
+def answer_all(model, evalset, decode, batch):
+    """The model's answers to an EvalSet: poses (n,22,3,3) or a list of n texts."""
+    n = len(evalset.texts)
+    answers = []
+    for start in tqdm(range(0, n, batch), desc=f"{evalset.task}: {decode}", leave=False):
+        prompts = [evalset.question(k, model) for k in range(start, min(start + batch, n))]
+        answers += generate(model, prompts, [evalset.target] * len(prompts), decode=decode)
+
+    if evalset.target == "pose":
+        return torch.stack([answer.pose for answer in answers])
+    return [answer.text for answer in answers]
 
 
-def evaluate_task(model, judge, exam, known, decodes, batch, seed):
-    """One task -> its figures by the first way of decoding that changes it; the others stand under "decoding"."""
-    first, *others = [way for way in decodes if exam.target == "pose" or way != "soft"] or ["argmax"]
-    report = judge.metrics(exam, answer_all(model, exam, first, batch)) | {"decode": first}
+def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
+    """One task -> its metrics by the first decoding that affects it; the others stand under
+    "decoding"."""
+    if evalset.target == "text":
+        decodings = [decode for decode in decodings if decode != "soft"] or ["argmax"]
+
+    metrics = {}
+    for decode in decodings:
+        metrics[decode] = evaluator.metrics(evalset, answer_all(model, evalset, decode, batch))
+
+    first, *others = decodings
+    report = {**metrics[first], "decode": first}
     if others:
-        report["decoding"] = {way: judge.metrics(exam, answer_all(model, exam, way, batch)) for way in others}
-    report["baselines"] = {who: judge.metrics(exam, made) for who, made in baselines(exam, known, model, seed).items()}
-    report["ceilings"] = {who: judge.metrics(exam, made) for who, made in upper_bounds(exam, model, seed).items()}
+        report["decoding"] = {decode: metrics[decode] for decode in others}
+    report["baselines"] = {}
+    for name, answers in baselines(evalset, train_set, model, seed).items():
+        report["baselines"][name] = evaluator.metrics(evalset, answers)
+    report["ceilings"] = {}
+    for name, answers in upper_bounds(evalset, model, seed).items():
+        report["ceilings"][name] = evaluator.metrics(evalset, answers)
     return report
 
 
-def evaluate_tokenizer(model, judge, exam):
-    """The tokenizer alone: its error, and which shares of the statements and of the code words are alive."""
-    codes, made = round_trip(model, exam.poses)
-    marks = judge.metrics(exam, made)
-    use = torch.bincount(codes.flatten(), minlength=model.pose_tokenizer.config.codes).double() / codes.numel()
-    return {"mpjpe": marks["mpjpe"], "pa_mpjpe": marks["pa_mpjpe"], "active": (use > 0).double().mean().item(),
-            "perplexity": torch.special.entr(use).sum().exp().item(),
-            "statements_kept": marks["statement_accuracy"], "statements_kept_exact": marks["statement_accuracy_exact"]}
+def evaluate_tokenizer(model, evaluator, evalset):
+    """The pose tokenizer alone: reconstruction error, statement accuracy and codebook usage."""
+    codes, decoded = round_trip(model, evalset.poses)
+    metrics = evaluator.metrics(evalset, decoded)
+    counts = torch.bincount(codes.flatten(), minlength=model.pose_tokenizer.config.codes)
+    usage = counts.double() / codes.numel()                                           # (K,)
+    return {
+        "mpjpe": metrics["mpjpe"],
+        "pa_mpjpe": metrics["pa_mpjpe"],
+        "active": (usage > 0).double().mean().item(),
+        "perplexity": torch.special.entr(usage).sum().exp().item(),
+        "statements_kept": metrics["statement_accuracy"],
+        "statements_kept_exact": metrics["statement_accuracy_exact"],
+    }
 
 
-def evaluate(model, judge, tasks=tuple(TASKS), split="test", n=512, decode="argmax", batch=32, pool=1024, seed=0):
+def evaluate(model, evaluator, tasks=tuple(TASKS), split="test", n=512, decode="argmax",
+             batch=32, pool=1024, seed=0):
     """Every figure of a model as a JSON-able dict: millimetres and fractions.
 
-    n questions a task from the first 2n people of `split`; the baselines may look at `pool` people of the train split.
-    decode: one way, or several with commas between; the first gives a task's own figures.
+    n questions a task from the first 2n people of `split`; the baselines may look at `pool` people
+    of the train split. decode: one decoding, or several separated by commas; the first gives a
+    task's own figures.
     """
     size = model.vision.clip_size
-    world, train = World(split, 2 * n, size), World("train", 2 * pool, size)
-    report = {"size": model.config["size"], "seed": seed, "split": split, "n": n, "body": judge.body.name,
-              "decode": decode, "tokenizer": evaluate_tokenizer(model, judge, EvalSet(world, "text2pose", n, seed)),
-              "tasks": {}}
+    world = World(split, 2 * n, size)
+    train_world = World("train", 2 * pool, size)
+
+    report = {
+        "size": model.config["size"],
+        "seed": seed,
+        "split": split,
+        "n": n,
+        "body": evaluator.body.name,
+        "decode": decode,
+        "tokenizer": evaluate_tokenizer(model, evaluator, EvalSet(world, "text2pose", n, seed)),
+        "tasks": {},
+    }
     for task in tasks:
-        exam, known = EvalSet(world, task, n, seed), EvalSet(train, task, pool, seed)
-        report["tasks"][task] = evaluate_task(model, judge, exam, known, decode.split(","), batch, seed)
+        evalset = EvalSet(world, task, n, seed)
+        train_set = EvalSet(train_world, task, pool, seed)
+        report["tasks"][task] = evaluate_task(
+            model, evaluator, evalset, train_set, decode.split(","), batch, seed)
     return report
 
 
-PROTOCOL = """{weights} ({size}): {split} split, {n} questions a task, body {body}, seed {seed}, plain templates
-MPJPE in mm: 22 joints, pelvis at the origin, nothing rotated; PA: after the best similarity. True: share of statements
-within the tolerance of the captions; exactly: without it; recall and F1: of statements. - to be beaten, + not to be
+PROTOCOL = """\
+{weights} ({size}): {split} split, {n} questions a task, plain templates, body {body}, seed {seed}
+MPJPE in mm: 22 joints, pelvis at the origin, no alignment; PA: after the best similarity transform
+true: share of statements within the tolerance of the captions; exactly: without it
+recall, F1: of statements
+- baselines to beat, + upper bounds
 """
-COLUMNS = {"MPJPE": ("mpjpe",), "PA": ("pa_mpjpe",), "true": ("statement_accuracy", "precision", "statements_kept"),
-           "exactly": ("statement_accuracy_exact", "precision_exact", "statements_kept_exact"), "recall": ("recall",),
-           "F1": ("f1",), "view": ("view_accuracy",), "BLEU-4": ("bleu4",), "ROUGE-L": ("rouge_l",),
-           "R@1/32": ("r_precision",), "FID": ("fid",)}
+COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the tokenizer
+    "MPJPE": ["mpjpe"],
+    "PA": ["pa_mpjpe"],
+    "true": ["statement_accuracy", "precision", "statements_kept"],
+    "exactly": ["statement_accuracy_exact", "precision_exact", "statements_kept_exact"],
+    "recall": ["recall"],
+    "F1": ["f1"],
+    "view": ["view_accuracy"],
+    "BLEU-4": ["bleu4"],
+    "ROUGE-L": ["rouge_l"],
+    "R@1/32": ["r_precision"],
+    "FID": ["fid"],
+}
+
+
+def format_cell(heading, metrics):
+    """The value of one column, 8 characters wide; blank where a row has none."""
+    for name in COLUMNS[heading]:
+        value = metrics.get(name)
+        if isinstance(value, list):
+            value = value[0] if value else None  # R-precision: of the best one
+        if value is not None:
+            digits = 1 if heading in ("MPJPE", "PA") else 3
+            return f"{value:>8.{digits}f}"
+    return " " * 8
 
 
 def format_table(report):
-    """The report as aligned lines: one row for each task and whoever answered it."""
-    rows = [("tokenizer", f"{report['tokenizer']['active']:.0%} codes active", report["tokenizer"])]
-    for task, figures in report["tasks"].items():
-        rows.append((task, f"UniPose {figures['decode']}", figures))
+    """The report as aligned lines: for each task the model, then its baselines and upper bounds."""
+    tokenizer = report["tokenizer"]
+    rows = [("tokenizer", f"{tokenizer['active']:.0%} codes active", tokenizer)]
+    for task, metrics in report["tasks"].items():
+        rows.append((task, f"UniPose {metrics['decode']}", metrics))
         for group, mark in (("decoding", "UniPose"), ("baselines", "-"), ("ceilings", "+")):
-            rows += [("", f"{mark} {who}", marks) for who, marks in figures.get(group, {}).items()]
+            for name, group_metrics in metrics.get(group, {}).items():
+                rows.append(("", f"{mark} {name}", group_metrics))
 
-    def cell(column, marks):
-        value = next((marks[key] for key in COLUMNS[column] if key in marks), None)
-        value = next(iter(value), None) if isinstance(value, list) else value
-        return f"{'' if value is None else format(value, '.1f' if column in ('MPJPE', 'PA') else '.3f'):>8}"
-    return [f"{'':<34}" + "".join(f"{column:>8}" for column in COLUMNS),
-            *(f"{task:<12}{who:<22}" + "".join(cell(c, marks) for c in COLUMNS) for task, who, marks in rows)]
+    lines = [" " * 34 + "".join(f"{heading:>8}" for heading in COLUMNS)]
+    for task, name, metrics in rows:
+        cells = [format_cell(heading, metrics) for heading in COLUMNS]
+        lines.append(f"{task:<12}{name:<22}" + "".join(cells))
+    return lines
 
 
-# ---- 9. How fast ---------------------------------------------------------------------------------------------------
+# ---- 9. How fast ---------------------------------------------------------------------------------
 @torch.no_grad()
-def pose_seconds(model, reader, stepwise):
-    """Seconds from a prompt that is read already to the N codes of a pose; the reader is left as it was.
+def pose_seconds(model, prompt, stepwise):
+    """Seconds from a prompt that is in the cache to the N codes of a pose. prompt: a CachedModel,
+    left unchanged.
 
-    Parallel: <p>, N queries and </p> go through in one step. Stepwise: <p>, then each code before the next is said.
+    Parallel: <p>, N queries and </p> go through in one step. Stepwise: <p>, then every code before
+    the next one.
     """
-    v, n, fork = model.vocab, model.pose_tokenizer.n_tokens, copy.copy(reader)
-    fork.cache = copy.deepcopy(reader.cache)
-    codes = model.llm.lm_head.weight[v.pose0:v.p_open]                                   # (K,D)
+    vocab = model.vocab
+    n = model.pose_tokenizer.n_tokens
+    code_head = model.llm.lm_head.weight[vocab.pose0:vocab.p_open]                    # (K,D)
+    cached = copy.copy(prompt)
+    cached.cache = copy.deepcopy(prompt.cache)
 
     def read(ids, block, code_index):
-        ids, block, code_index = (torch.tensor([row], device=model.device) for row in (ids, block, code_index))
-        hidden = fork.read_ids(ids, block, code_index, torch.ones_like(ids, dtype=torch.bool))  # (1,q,D)
-        return (hidden[0] @ codes.T).argmax(-1).tolist()                                 # q codes
+        """Reads q tokens -> the best code after each of them, a list; this waits for a GPU."""
+        ids = torch.tensor([ids], device=model.device)                                # (1,q)
+        block = torch.tensor([block], device=model.device)
+        code_index = torch.tensor([code_index], device=model.device)
+        hidden = cached.read_ids(ids, block, code_index, torch.ones_like(ids, dtype=torch.bool))
+        return (hidden[0] @ code_head.T).argmax(-1).tolist()
 
-    begun, last = time.perf_counter(), v.p_open
+    start = time.perf_counter()
     if stepwise:
-        for code_index in range(-1, n - 1):                      # <p> stands before code_index 0
-            last = v.pose0 + read([last], [-1], [code_index])[0]
+        token = vocab.p_open
+        for index in range(-1, n - 1):  # <p> stands before code 0
+            [code] = read([token], [-1], [index])
+            token = vocab.pose0 + code
     else:
-        read([v.p_open, *range(v.query0, v.query0 + n), v.p_close], [-1, *[0] * n, -1], [-1] * (n + 2))
-    return time.perf_counter() - begun
+        queries = range(vocab.query0, vocab.query0 + n)
+        read([vocab.p_open, *queries, vocab.p_close], [-1, *[0] * n, -1], [-1] * (n + 2))
+    return time.perf_counter() - start
 
 
-def medians(repeats, **runs):
-    """name -> median milliseconds of a run that returns its seconds. The runs take turns, so noise hits all alike."""
-    rounds = [[run() for run in runs.values()] for _ in range(repeats + 1)][1:]          # the first round warms up
-    return dict(zip(runs, (1000 * np.median(rounds, axis=0)).tolist()))
+def median_ms(repeats, **runs):
+    """name=function that returns its seconds -> {name: median milliseconds}. Runs take turns, so
+    noise hits all alike."""
+    seconds = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            elapsed = run()
+            if repeat > 0:  # the first round warms up
+                seconds[name].append(elapsed)
+    return {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
 
 
 def copy_speed(device, size=1 << 28):
-    """Bytes a second that this machine copies, read and written counted, at its best. No step of an LLM is faster than
-    reading its weights once."""
-    source, seconds = torch.ones(size, dtype=torch.uint8, device=device), []
+    """Bytes a second that this machine copies at best, read and written counted. No step of an LLM
+    is faster than reading its weights once."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
+    fastest = math.inf
     for _ in range(7):
-        begun = time.perf_counter()
-        target.copy_(source)[-1].item()                    # .item() waits for a GPU
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size / min(seconds)
+        start = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits for a GPU
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size / fastest
+
+
+def peak_memory(device):
+    """Bytes at most held so far: on a GPU by tensors, on a CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure_speed(model, seed=0, repeats=7):
-    """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every task's latency."""
-    exams = {task: EvalSet(World("test", 2, model.vision.clip_size), task, 1, seed) for task in TASKS}
-    row, reader = model.encode(exams["text2pose"].question(0, model)), CachedModel(model, 1)
-    prompt = torch.tensor([row.ids], device=model.device)                                # (1,T)
-    causal = torch.full_like(prompt, -1)
+    """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every
+    task's latency."""
+    world = World("test", 2, model.vision.clip_size)
+    evalsets = {task: EvalSet(world, task, 1, seed) for task in TASKS}
+
+    row = model.encode(evalsets["text2pose"].question(0, model))
+    ids = torch.tensor([row.ids], device=model.device)                                # (1,T)
+    no_pose = torch.full_like(ids, -1)
+    prompt = CachedModel(model, 1)
     with torch.no_grad():
-        reader.read_ids(prompt, causal, causal, torch.ones_like(prompt, dtype=torch.bool))
+        prompt.read_ids(ids, no_pose, no_pose, torch.ones_like(ids, dtype=torch.bool))
 
-    def whole(task, decode="argmax"):
-        # an untrained model does not know when to stop: a pose answer gets no more steps than it needs
-        steps = 160 if exams[task].target == "text" else model.pose_tokenizer.n_tokens + 3 if decode == "ar" else 3
-        prompt, begun = exams[task].question(0, model), time.perf_counter()
-        generate(model, [prompt], [exams[task].target], decode=decode, max_new=steps)
-        return time.perf_counter() - begun
+    def answer_seconds(task, decode="argmax"):
+        # an untrained model does not know when to stop: a pose gets no more steps than it needs
+        max_new = 160 if evalsets[task].target == "text" else 3
+        if decode == "ar":
+            max_new = model.pose_tokenizer.n_tokens + 3
+        prompts = [evalsets[task].question(0, model)]
+        start = time.perf_counter()
+        generate(model, prompts, [evalsets[task].target], decode=decode, max_new=max_new)
+        return time.perf_counter() - start
 
-    import resource  # not on Windows
+    pose_ms = median_ms(
+        repeats,
+        parallel=lambda: pose_seconds(model, prompt, stepwise=False),
+        one_by_one=lambda: pose_seconds(model, prompt, stepwise=True),
+    )
+    answer_ms = median_ms(
+        repeats,
+        parallel=lambda: answer_seconds("text2pose"),
+        one_by_one=lambda: answer_seconds("text2pose", "ar"),
+    )
+    per_task = {task: functools.partial(answer_seconds, task) for task in TASKS}
+    latency_ms = median_ms(repeats, **per_task)
 
-    read = [*model.llm.model.layers.parameters(), model.llm.lm_head.weight]
-    weights = sum(p.numel() * p.element_size() for p in read)
-    pose = medians(repeats, parallel=lambda: pose_seconds(model, reader, False),
-                   one_by_one=lambda: pose_seconds(model, reader, True))
-    full = medians(repeats, parallel=lambda: whole("text2pose"), one_by_one=lambda: whole("text2pose", "ar"))
-    latency = medians(repeats, **{task: functools.partial(whole, task) for task in TASKS})
-    copied, held = copy_speed(model.device), torch.cuda.max_memory_allocated() if model.device.type == "cuda" else (
-        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return {"prompt_tokens": len(row.ids), "pose_tokens": model.pose_tokenizer.n_tokens, "latency_ms": latency,
-            "llm_gb": weights / 1e9, "copy_gb_per_s": copied / 1e9, "read_once_ms": 1000 * weights / copied,
-            "peak_memory_gb": held / 1e9,
-            "pose_ms": pose, "pose_ratio": pose["one_by_one"] / pose["parallel"],
-            "answer_ms": full, "answer_ratio": full["one_by_one"] / full["parallel"]}
+    read_each_step = [*model.llm.model.layers.parameters(), model.llm.lm_head.weight]
+    llm_bytes = sum(parameter.numel() * parameter.element_size() for parameter in read_each_step)
+    bytes_per_s = copy_speed(model.device)
+    return {
+        "prompt_tokens": len(row.ids),
+        "pose_tokens": model.pose_tokenizer.n_tokens,
+        "latency_ms": latency_ms,
+        "llm_gb": llm_bytes / 1e9,
+        "copy_gb_per_s": bytes_per_s / 1e9,
+        "read_once_ms": 1000 * llm_bytes / bytes_per_s,
+        "peak_memory_gb": peak_memory(model.device) / 1e9,
+        "pose_ms": pose_ms,
+        "pose_ratio": pose_ms["one_by_one"] / pose_ms["parallel"],
+        "answer_ms": answer_ms,
+        "answer_ratio": answer_ms["one_by_one"] / answer_ms["parallel"],
+    }
 
 
 def format_speed(figures):
     """The speed report as lines."""
-    lines = ["{pose_tokens} code words a pose, {prompt_tokens} tokens before it, median ms".format(**figures),
-             f"{'':<36}{'parallel':>10}{'one by one':>12}{'ratio':>8}"]
-    for key, what in (("pose", "the pose, from the cached prompt"), ("answer", "the whole answer, prompt included")):
-        times, ratio = figures[f"{key}_ms"], figures[f"{key}_ratio"]
-        lines.append(f"{what:<36}{times['parallel']:>10.1f}{times['one_by_one']:>12.1f}{ratio:>7.1f}x")
-    lines.append("the LLM is {llm_gb:.2f} GB: {read_once_ms:.1f} ms to read once at {copy_gb_per_s:.0f} GB/s, measured "
-                 "by copying; peak memory {peak_memory_gb:.1f} GB".format(**figures))
-    return [*lines, "latency of one answer: " + ", ".join(f"{t} {ms:.0f}" for t, ms in figures["latency_ms"].items())]
+    lines = [
+        "{pose_tokens} codes a pose, {prompt_tokens} tokens before it, median ms".format(**figures),
+        f"{'':<36}{'parallel':>10}{'one by one':>12}{'ratio':>8}",
+    ]
+    labels = {
+        "pose": "the pose, from the cached prompt",
+        "answer": "the whole answer, prompt included",
+    }
+    for key, label in labels.items():
+        times = figures[f"{key}_ms"]
+        ratio = figures[f"{key}_ratio"]
+        lines.append(f"{label:<36}{times['parallel']:>10.1f}{times['one_by_one']:>12.1f}{ratio:>7.1f}x")
+
+    lines.append(
+        "the LLM is {llm_gb:.2f} GB: {read_once_ms:.1f} ms to read once at {copy_gb_per_s:.0f} "
+        "GB/s, measured by copying; peak memory {peak_memory_gb:.1f} GB".format(**figures))
+    latencies = [f"{task} {ms:.0f}" for task, ms in figures["latency_ms"].items()]
+    lines.append("latency of one answer: " + ", ".join(latencies))
+    return lines
 
 
-# ---- 10. The command line ------------------------------------------------------------------------------------------
+# ---- 10. The command line ------------------------------------------------------------------------
 @dataclass
 class Config:
     """Measure a model on its embedded test split."""
@@ -610,27 +912,30 @@ class Config:
     size: str = ""  # nano | tiny | paper: random weights of this size instead, for --speed
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task
-    tasks: list[str] = field(default_factory=list)  # only these tasks
-    decode: str = "argmax"  # argmax | soft | vote | ar, several with commas between
-    batch: int = 32  # questions answered side by side
+    tasks: list[str] = field(default_factory=list)  # evaluate only this task
+    decode: str = "argmax"  # argmax | soft | ar, several separated by commas
+    batch: int = 32  # questions answered in one batch
     pool: int = 1024  # training people that the baselines may look at
-    seed: int = 0  # of the captions
+    seed: int = 0  # seed of the captions
     device: str = ""  # cpu | cuda; empty: the GPU where there is one
-    body: str = ""  # an SMPL file whose joints are measured; empty: the free body
-    json: str = ""  # write all figures here
+    body: str = ""  # SMPL file whose joints are measured; empty: the free body
+    json: str = ""  # write all figures to this file
     speed: bool = False  # measure time instead of quality
-    features: str = ""  # write retrieval features of --poses here (.npy), for data.py --build imagediff
-    poses: list[str] = field(default_factory=list)  # --features: data sets, KIND:PATH as for data.py
+    features: str = ""  # write retrieval features of --poses here (.npy), for data.py --build
+    poses: list[str] = field(default_factory=list)  # data set of --features, as in data.py
 
 
 def random_model(size, seed, device):
-    """Random weights of a size, made where they are used; on a GPU all but the pose tokenizer in bfloat16."""
+    """A UniPose of random weights, created on its device; on a GPU all but the pose tokenizer in
+    bfloat16."""
     torch.manual_seed(seed)
-    text = word_tokenizer(vocabulary())
-    if size == "paper":                                    # a head as large as the paper's, though few words are known
-        text = word_tokenizer([*vocabulary(), *(f"word{i}" for i in range(PAPER_TEXT - len(text)))])
+    text_tokenizer = word_tokenizer(vocabulary())
+    if size == "paper":  # a head as large as the paper's, though few words are known
+        extra = [f"word{i}" for i in range(PAPER_TEXT - len(text_tokenizer))]
+        text_tokenizer = word_tokenizer([*vocabulary(), *extra])
+
     with torch.device(device):
-        model = UniPose(model_config(size), text).eval()
+        model = UniPose(model_config(size), text_tokenizer).eval()
     for name, parameter in model.named_parameters():
         if device.startswith("cuda") and not name.startswith("pose_tokenizer."):
             parameter.data = parameter.data.bfloat16()
@@ -638,44 +943,69 @@ def random_model(size, seed, device):
 
 
 def validate(config):
-    """Settings that cannot work. Raises UserError."""
-    for flag, given, choices in (("tasks", config.tasks, TASKS), ("size", [config.size], ["", *SIZES]),
-                                 ("split", [config.split], ["test", "val", "train"]),
-                                 ("decode", config.decode.split(","), DECODINGS)):
-        for one in given:
-            if one not in choices:
-                raise UserError(f"--{flag} {one} is not one of {', '.join(filter(None, choices))}")
+    """Raises UserError for settings that cannot work."""
+    decodings = config.decode.split(",")
+    check_choice("size", config.size, ["", *SIZES])
+    check_choice("split", config.split, ["test", "val", "train"])
+    for task in config.tasks:
+        check_choice("tasks", task, TASKS)
+    for decode in decodings:
+        check_choice("decode", decode, DECODINGS)
     if min(config.n, config.batch, config.pool) < 2:
         raise UserError("--n, --batch and --pool must be at least 2")
 
 
+def check_choice(flag, value, choices):
+    """Raises UserError where a flag has a value that is not among its choices."""
+    if value not in choices:
+        raise UserError(f"--{flag} {value} is not one of {', '.join(filter(None, choices))}")
+
+
+@torch.no_grad()
+def write_features(config, retrieval_model, device):
+    """Writes the retrieval features (M,d) of the poses of --poses as .npy. Raises UserError."""
+    if retrieval_model is None:
+        raise UserError(
+            f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
+    _, poses = records_with_pose(config.poses)
+    retrieval_model.to(device)
+    batches = face_front(poses).split(256)
+    features = [retrieval_model.embed_pose(batch.to(device)).cpu() for batch in batches]
+
+    with atomic_write(config.features) as path, open(path, "wb") as file:
+        np.save(file, torch.cat(features).numpy())
+
+
 def main(argv=None):
-    """Prints one table, or times."""
+    """Prints one table of metrics, or of times."""
     config = cli(Config, argv)
     validate(config)
-    device, retrieval_model = find_device(config.device), None
+    device = find_device(config.device)
     if config.size:
         model = random_model(config.size, config.seed, device)
+        retrieval_model = None
     else:
-        model, retrieval_model = load(config.weights, device), load_retrieval_model(config.weights)
+        model = load(config.weights, device)
+        retrieval_model = load_retrieval_model(config.weights)
     validate_decoding(model, *config.decode.split(","))
+
     if config.features:
-        if retrieval_model is None:
-            raise UserError(f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
-        parts = face_front(records_with_pose(config.poses)[1]).split(256)
-        with torch.no_grad(), atomic_write(config.features) as path, open(path, "wb") as file:
-            np.save(file, torch.cat([retrieval_model.to(device).embed_pose(part.to(device)).cpu() for part in parts]).numpy())
+        write_features(config, retrieval_model, device)
         return
     if config.speed:
-        report = {"size": model.config["size"], "seed": config.seed, "speed": measure_speed(model, config.seed)}
-        lines = format_speed(report["speed"])
-        lines += ["(the paper, on an A100: 200 ms in parallel, 2500 one by one)"] * (config.size == "paper")
+        figures = measure_speed(model, config.seed)
+        report = {"size": model.config["size"], "seed": config.seed, "speed": figures}
+        lines = format_speed(figures)
+        if config.size == "paper":
+            lines.append("(the paper reports 200 ms in parallel, 2,500 one by one)")
     else:
-        judge = Evaluator(load_body(config.body), retrieval_model, model.text_tokenizer)
-        report = evaluate(model, judge, config.tasks or tuple(TASKS), config.split, config.n, config.decode,
-                          config.batch, config.pool, config.seed)
+        evaluator = Evaluator(load_body(config.body), retrieval_model, model.text_tokenizer)
+        report = evaluate(
+            model, evaluator, config.tasks or tuple(TASKS), config.split, config.n, config.decode,
+            config.batch, config.pool, config.seed)
         name = f"random weights, seed {config.seed}" if config.size else config.weights
         lines = [PROTOCOL.format(weights=name, **report), *format_table(report)]
+
     print("\n".join(lines))
     if config.json:
         with atomic_write(config.json) as path:

@@ -4877,93 +4877,344 @@ def test_the_python_lines_of_the_lesson_give_a_pose(monkeypatch):
     assert result.failed == 0
 
 
-# ---- eval.py ---------------------------------------------------------------------------------------------------------
-def test_bleu_and_rouge_l_equal_sacrebleu_and_rouge_score():
-    """Corpus BLEU-4, 13a tokens, no smoothing, case kept; mean ROUGE-L F1 without stemming."""
-    sacrebleu, rouge = pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score.rouge_scorer")
-    words = "the left arm is bent, at 1.5 metres; half-bent (almost) 3-4 L/R knee's up... Down! 10,000 a_b".split()
-    rng, scorer = np.random.default_rng(0), rouge.RougeScorer(["rougeL"], use_stemmer=False)
-    for n in (1, 1, 2, 60, 60):
-        made = [" ".join(rng.choice(words, rng.integers(1, 26))) for _ in range(n)]
-        truth = [" ".join(word for word in text.split() if rng.random() < 0.8) or "none" for text in made]
-        for a, b in ((made, truth), (truth, made), (made, made), ([""] * n, made)):
-            bleu = sacrebleu.corpus_bleu(a, [b], smooth_method="none").score / 100
-            rouge_l = np.mean([scorer.score(y, x)["rougeL"].fmeasure for x, y in zip(a, b)])
-            assert (evaluation.bleu4(a, b), evaluation.rouge_l(a, b)) == pytest.approx((bleu, rouge_l), abs=1e-9)
+# ---- eval.py -------------------------------------------------------------------------------------
+SENTENCE = (
+    "the left arm is bent, at 1.5 metres; half-bent (almost) 3-4 L/R knee's up... Down! 10,000 a_b"
+)
 
 
-def test_a_true_text_has_precision_and_recall_1_and_silence_0(world):
-    """A caption is perfect for its own pose, exactly as well; differences are judged from their source."""
-    own, partners = world.poses[0:80:2], world.poses[1:80:2]
-    texts, changes = evaluation.true_texts(own, None, seed=0), evaluation.true_texts(partners, own, seed=0)
-    marks, others = (evaluation.text_statement_metrics(made, texts, own) for made in (texts, texts[1:] + texts[:1]))
-    assert set(marks) == {"precision", "precision_exact", "recall", "f1"} and min(marks.values()) > 1 - 1e-6
-    assert 0 < others["recall"] < 0.7 and 0 < others["precision_exact"] <= others["precision"] < 0.8
-    assert set(evaluation.text_statement_metrics([""] * 40, texts, own).values()) == {0.0}
-    assert evaluation.pose_statement_metrics(texts, own) == {"statement_accuracy": 1, "statement_accuracy_exact": 1}
-    assert evaluation.pose_statement_metrics(changes, partners, own)["statement_accuracy_exact"] == 1
-    assert evaluation.pose_statement_metrics(changes, own, own)["statement_accuracy"] < 0.5
-    line = texts[0].split(". ")[0]                         # said nine times it counts once, babble counts against it
-    one, many = (evaluation.text_statement_metrics([f"{line}. " * n + "Bla bla."], texts[:1], own[:1]) for n in (1, 9))
-    assert one == many and 0 < one["precision"] < 1 and 0 < one["recall"] < 0.5
+def random_texts(n, seed):
+    """n random texts of words and punctuation, and as many with a fifth of the words left out."""
+    words = SENTENCE.split()
+    rng = np.random.default_rng(seed)
+    pred = []
+    target = []
+    for _ in range(n):
+        text = rng.choice(words, rng.integers(1, 26))
+        kept = [word for word in text if rng.random() < 0.8]
+        pred.append(" ".join(text))
+        target.append(" ".join(kept) or "none")
+    return pred, target
 
 
-def test_golden_official_pose_errors_and_retrieval_figures():
-    """MPJPE from the root, PA-MPJPE (no mirror image forgiven); R-precision, recall, matching score, FID."""
-    gold = golden("official/metrics/metrics.npz")
-    made, truth, a, b = (torch.tensor(gold[name]) for name in ("pred", "gt", "embA", "embB"))
-    whole, tops = int(gold["R32_denominator"].item()), range(1, 1 + len(gold["recall_A2B_top1to20"]))
-    for ours, theirs, atol in ((evaluation.mpjpe(made, truth) / 1000, gold["mpjpe_root"], 1e-5),
-                               (evaluation.pa_mpjpe(made, truth) / 1000, gold["pampjpe"], 1e-5),
-                               (evaluation.similarity_align(made, truth), gold["pa_aligned"], 1e-4),
-                               (evaluation.r_precision(a, b), gold["R32_top3_counts"] / whole, 1e-5),
-                               (evaluation.recall_at(a, b, tops), gold["recall_A2B_top1to20"], 1e-5),
-                               (evaluation.recall_at(b, a, tops), gold["recall_B2A_top1to20"], 1e-5),
-                               ((a[:whole] * b[:whole]).sum(), gold["R32_matching_sum"].item(), 1e-4),
-                               (evaluation.frechet(a, b), gold["fid"].item(), 1e-4)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=atol)
-    # the file does not say how many rows made the singular one, only that they are fewer than the dimensions
-    singular = [evaluation.frechet(a[:n], b[:n]) for n in range(2, a.size(1) + 1)]
-    assert min(abs(value - gold["fid_singular"].item()) for value in singular) < 1e-4
-    copied = 0.3 * truth @ poses(1)[0, 0] + 5
-    assert evaluation.pa_mpjpe(copied, truth).max() < 1e-2 and evaluation.pa_mpjpe(copied * FLIP, truth).min() > 10
+@pytest.mark.parametrize("n", [1, 2, 60])
+@pytest.mark.parametrize("case", ["shorter", "longer", "same", "empty"])
+def test_bleu_equals_sacrebleu(n, case):
+    """Corpus BLEU-4, 13a tokens, no smoothing, case kept."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    texts, fewer_words = random_texts(n, seed=n)
+    pred = {"shorter": fewer_words, "longer": texts, "same": texts, "empty": [""] * n}[case]
+    target = {"shorter": texts, "longer": fewer_words, "same": texts, "empty": texts}[case]
+
+    expected = sacrebleu.corpus_bleu(pred, [target], smooth_method="none").score / 100
+
+    assert evaluation.bleu4(pred, target) == pytest.approx(expected, abs=1e-9)
 
 
-def test_retrieval_overfits_32_poses_and_32_pairs(world):
-    """Both retrieval models learn whose text is whose; a text is embedded alike alone and beside longer ones; a tie is no hit."""
+@pytest.mark.parametrize("n", [1, 2, 60])
+def test_rouge_l_equals_rouge_score(n):
+    """Mean ROUGE-L F1 without stemming."""
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    pred, target = random_texts(n, seed=n)
+
+    expected = []
+    for pred_text, target_text in zip(pred, target):
+        expected.append(scorer.score(target_text, pred_text)["rougeL"].fmeasure)
+
+    assert evaluation.rouge_l(pred, target) == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def pairs(world):
+    """40 people and their partners, the captions of the first, the differences to the second."""
+    sources = world.poses[0:80:2]
+    targets = world.poses[1:80:2]
+    captions_of_sources = evaluation.true_texts(sources, None, seed=0)
+    differences = evaluation.true_texts(targets, sources, seed=0)
+    return types.SimpleNamespace(sources=sources, targets=targets, captions=captions_of_sources,
+                                 differences=differences)
+
+
+def test_a_true_text_has_precision_and_recall_1(pairs):
+    metrics = evaluation.text_statement_metrics(pairs.captions, pairs.captions, pairs.sources)
+
+    for name in ("precision", "precision_exact", "recall", "f1"):
+        assert metrics[name] == pytest.approx(1), name
+
+
+def test_the_captions_of_other_people_are_mostly_false(pairs):
+    others = pairs.captions[1:] + pairs.captions[:1]
+
+    metrics = evaluation.text_statement_metrics(others, pairs.captions, pairs.sources)
+
+    assert 0 < metrics["recall"] < 0.7
+    assert 0 < metrics["precision_exact"] <= metrics["precision"] < 0.8
+
+
+def test_an_empty_text_scores_0(pairs):
+    empty = [""] * len(pairs.captions)
+
+    metrics = evaluation.text_statement_metrics(empty, pairs.captions, pairs.sources)
+
+    assert set(metrics.values()) == {0.0}
+
+
+def test_a_caption_holds_exactly_for_its_own_pose(pairs):
+    metrics = evaluation.pose_statement_metrics(pairs.captions, pairs.sources)
+
+    assert metrics == {"statement_accuracy": 1, "statement_accuracy_exact": 1}
+
+
+def test_a_difference_holds_for_the_pose_that_it_leads_to(pairs):
+    metrics = evaluation.pose_statement_metrics(pairs.differences, pairs.targets, pairs.sources)
+
+    assert metrics["statement_accuracy_exact"] == 1
+
+
+def test_a_difference_does_not_hold_where_nothing_changed(pairs):
+    metrics = evaluation.pose_statement_metrics(pairs.differences, pairs.sources, pairs.sources)
+
+    assert metrics["statement_accuracy"] < 0.5
+
+
+def text_metrics_of(text, pairs):
+    """The statement metrics of one text about the first person."""
+    return evaluation.text_statement_metrics([text], pairs.captions[:1], pairs.sources[:1])
+
+
+def test_a_repeated_sentence_counts_once(pairs):
+    sentence = pairs.captions[0].split(". ")[0]
+
+    once = text_metrics_of(f"{sentence}.", pairs)
+    nine_times = text_metrics_of(f"{sentence}. " * 9, pairs)
+
+    assert once == nine_times
+
+
+def test_a_sentence_outside_the_grammar_counts_against_precision(pairs):
+    sentence = pairs.captions[0].split(". ")[0]
+
+    metrics = text_metrics_of(f"{sentence}. Bla bla.", pairs)
+
+    assert 0 < metrics["precision"] < 1
+
+
+def test_view_metrics_count_only_texts_whose_view_is_defined():
+    texts = ["Seen from the left. A.", "Seen from the back. A.", "A."]
+
+    metrics = evaluation.view_metrics(texts, ["left", "left", ""])
+
+    assert metrics == {"view_accuracy": 0.5, "view_balanced": 0.5}
+    assert evaluation.view_metrics(["A."], [""]) == {}
+
+
+@pytest.fixture(scope="module")
+def gold_metrics():
+    """The golden predictions, targets, embeddings and figures, as tensors."""
+    arrays = golden("official/metrics/metrics.npz")
+    return {name: torch.tensor(arrays[name]) for name in arrays}
+
+
+@pytest.mark.parametrize("function, name, atol", [
+    (lambda pred, target: evaluation.mpjpe(pred, target) / 1000, "mpjpe_root", 1e-5),
+    (lambda pred, target: evaluation.pa_mpjpe(pred, target) / 1000, "pampjpe", 1e-5),
+    (evaluation.similarity_align, "pa_aligned", 1e-4),
+], ids=["mpjpe", "pa_mpjpe", "aligned joints"])
+def test_golden_official_pose_errors(gold_metrics, function, name, atol):
+    """MPJPE from the root in metres, PA-MPJPE, and the aligned joints themselves."""
+    ours = function(gold_metrics["pred"], gold_metrics["gt"])
+
+    np.testing.assert_allclose(ours, gold_metrics[name], rtol=1e-7, atol=atol)
+
+
+def test_golden_official_r_precision(gold_metrics):
+    n = int(gold_metrics["R32_denominator"].item())
+
+    ours = evaluation.r_precision(gold_metrics["embA"], gold_metrics["embB"])
+
+    np.testing.assert_allclose(ours, gold_metrics["R32_top3_counts"] / n, atol=1e-5)
+
+
+def test_golden_official_matching_score(gold_metrics):
+    n = int(gold_metrics["R32_denominator"].item())
+
+    cosines = (gold_metrics["embA"][:n] * gold_metrics["embB"][:n]).sum()
+
+    np.testing.assert_allclose(cosines, gold_metrics["R32_matching_sum"].item(), atol=1e-4)
+
+
+@pytest.mark.parametrize("query, answer", ["AB", "BA"])
+def test_golden_official_recall(gold_metrics, query, answer):
+    expected = gold_metrics[f"recall_{query}2{answer}_top1to20"]
+    tops = range(1, 1 + len(expected))
+
+    ours = evaluation.recall_at(gold_metrics[f"emb{query}"], gold_metrics[f"emb{answer}"], tops)
+
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_golden_official_fid(gold_metrics):
+    ours = evaluation.frechet(gold_metrics["embA"], gold_metrics["embB"])
+
+    assert ours == pytest.approx(gold_metrics["fid"].item(), abs=1e-4)
+
+
+def test_golden_official_fid_of_fewer_samples_than_dimensions(gold_metrics):
+    """The file does not say of how many rows; one of the possible numbers must give its figure."""
+    a = gold_metrics["embA"]
+    b = gold_metrics["embB"]
+
+    candidates = [evaluation.frechet(a[:n], b[:n]) for n in range(2, a.size(1) + 1)]
+
+    errors = [abs(value - gold_metrics["fid_singular"].item()) for value in candidates]
+    assert min(errors) < 1e-4
+
+
+def test_pa_mpjpe_forgives_rotation_scale_and_position():
+    target = poses(8)[:, :, 0]
+    moved = 0.3 * target @ poses(1)[0, 0] + 5
+
+    assert evaluation.pa_mpjpe(moved, target).max() < 1e-2
+
+
+def test_pa_mpjpe_does_not_forgive_a_mirror_image():
+    target = poses(8)[:, :, 0]
+
+    assert evaluation.pa_mpjpe(target * FLIP, target).min() > 10
+
+
+def test_every_answer_is_found_where_embeddings_are_perfect():
+    perfect = torch.eye(40)
+
+    assert evaluation.r_precision(perfect, perfect) == [1, 1, 1]
+    assert evaluation.recall_at(perfect, perfect)[0] == 1
+
+
+def test_equal_embeddings_are_no_hit():
+    """Else the mean pose would win every table."""
+    tied = torch.eye(40)[:1].expand(40, -1)
+
+    assert evaluation.r_precision(torch.eye(40), tied) == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def retrieval_text_tokenizer():
+    return unipose.word_tokenizer(data.vocabulary())
+
+
+@pytest.mark.parametrize("kind", ["poses", "pairs"])
+def test_retrieval_overfits_32_texts(world, retrieval_text_tokenizer, kind):
+    """After 80 steps the model knows which text belongs to which pose, or pair."""
     torch.manual_seed(0)
-    text, pairs = unipose.word_tokenizer(data.vocabulary()), world.poses[:64].unflatten(0, (32, 2))
-    retrieval_model, (a, b) = evaluation.Retrieval(len(text), d=32), pairs.unbind(1)
-    for people, texts in ((a, evaluation.true_texts(a, None, 0)), (pairs, evaluation.true_texts(b, a, 0))):
-        ids, mask = evaluation.tokenize_texts(text, texts)
-        loss, logs = learn(lambda: retrieval_model(people, ids, mask), retrieval_model.parameters(), 80, 3e-3)
-        assert logs["top1"] > 0.95 and loss < 0.5
-    together, alone = (retrieval_model.embed_text(*evaluation.tokenize_texts(text, [*longer, "The head."])) for longer in (texts, []))
+    model = evaluation.Retrieval(len(retrieval_text_tokenizer), d=32)
+    pose_pairs = world.poses[:64].unflatten(0, (32, 2))
+    sources = pose_pairs[:, 0]
+    if kind == "poses":
+        inputs = sources
+        texts = evaluation.true_texts(sources, None, seed=0)
+    else:
+        inputs = pose_pairs
+        texts = evaluation.true_texts(pose_pairs[:, 1], sources, seed=0)
+    ids, mask = evaluation.tokenize_texts(retrieval_text_tokenizer, texts)
+
+    loss, logs = learn(lambda: model(inputs, ids, mask), model.parameters(), 80, 3e-3)
+
+    assert logs["top1"] > 0.95
+    assert loss < 0.5
+
+
+def test_a_text_is_embedded_alike_alone_and_beside_longer_texts(world, retrieval_text_tokenizer):
+    model = evaluation.Retrieval(len(retrieval_text_tokenizer), d=32)
+    longer = evaluation.true_texts(world.poses[:4], None, seed=0)
+
+    alone = model.embed_text(*evaluation.tokenize_texts(retrieval_text_tokenizer, ["The head."]))
+    together = model.embed_text(
+        *evaluation.tokenize_texts(retrieval_text_tokenizer, [*longer, "The head."]))
+
     close(together[-1:], alone, atol=1e-6)
-    perfect, tied = torch.eye(40), torch.eye(40)[:1].expand(40, -1)       # else the mean pose would win every table
-    assert evaluation.r_precision(perfect, perfect) == [1, 1, 1] and evaluation.recall_at(perfect, perfect)[0] == 1
-    assert evaluation.r_precision(perfect, tied) == [0, 0, 0]
 
 
-def test_the_report_holds_figures_baselines_and_ceilings_of_every_task(trained, tmp_path, capsys):
-    """`eval.py --json` writes fractions and millimetres in the promised layout, and nothing beats the truth."""
-    path, weights = tmp_path / "eval.json", str(trained[0])
-    evaluation.main(["--weights", weights, "--json", str(path), *"--n 32 --pool 32 --decode argmax,soft".split()])
-    report, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert {"size", "seed", "split", "n", "body"} <= set(report) and {"mpjpe", "active"} <= set(report["tokenizer"])
-    must_beat = {"text2pose": "nearest_caption", "image2pose": "nearest_feature", "edit": "input_pose"}
-    marks = {"text": {"bleu4", "rouge_l", "precision", "precision_exact", "recall", "f1"},
-             "pose": {"mpjpe", "pa_mpjpe", "fid", "statement_accuracy", "statement_accuracy_exact"}}
-    for task, (_, target, *_) in data.TASKS.items():
-        figures, best = report["tasks"][task], report["tasks"][task]["ceilings"]["ground_truth"]
-        assert must_beat.get(task, "random_caption") in figures["baselines"] and task in printed
-        assert len(figures["r_precision"]) == 3 and len(figures["recall_at"]) == 4 and marks[target] <= set(figures)
-        if target == "pose":
-            assert best["mpjpe"] < 1e-3 < figures["mpjpe"] and best["statement_accuracy_exact"] == 1
-            assert set(figures["decoding"]) == {"soft"} and best["fid"] == pytest.approx(0, abs=1e-5)
-        else:
-            assert best["precision_exact"] == 1 and figures["precision"] < best["precision"] and "fid" not in figures
-    assert set(evaluation.measure_speed(unipose.load(weights), repeats=1)["latency_ms"]) == set(data.TASKS)
+@pytest.fixture(scope="session")
+def report(trained, tmp_path_factory):
+    """What `eval.py --json` writes about the nano model."""
+    path = tmp_path_factory.mktemp("report") / "eval.json"
+    flags = "--n 32 --pool 32 --decode argmax,soft".split()
+    evaluation.main(["--weights", str(trained[0]), "--json", str(path), *flags])
+    return json.loads(path.read_text())
+
+
+def test_the_report_names_its_protocol(report):
+    assert {"size", "seed", "split", "n", "body"} <= set(report)
+
+
+def test_the_report_measures_the_tokenizer(report):
+    expected = {"mpjpe", "pa_mpjpe", "active", "perplexity", "statements_kept"}
+
+    assert expected <= set(report["tokenizer"])
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_the_report_holds_the_metrics_of_every_task(report, task):
+    expected = {
+        "text": {"bleu4", "rouge_l", "precision", "precision_exact", "recall", "f1"},
+        "pose": {"mpjpe", "pa_mpjpe", "fid", "statement_accuracy", "statement_accuracy_exact"},
+    }[data.TASKS[task].target]
+    metrics = report["tasks"][task]
+
+    assert expected <= set(metrics)
+    assert len(metrics["r_precision"]) == 3
+    assert len(metrics["recall_at"]) == 4
+
+
+@pytest.mark.parametrize("task, baseline", [
+    ("pose2text", "random_caption"),
+    ("posediff", "random_caption"),
+    ("image2text", "nearest_feature"),
+    ("imagediff", "random_caption"),
+    ("text2pose", "nearest_caption"),
+    ("image2pose", "nearest_feature"),
+    ("edit", "input_pose"),
+])
+def test_the_report_holds_the_baselines_of_every_task(report, task, baseline):
+    assert baseline in report["tasks"][task]["baselines"]
+
+
+@pytest.mark.parametrize("task", [task for task, row in data.TASKS.items() if row.target == "pose"])
+def test_the_true_pose_is_an_upper_bound(report, task):
+    metrics = report["tasks"][task]
+    bound = metrics["ceilings"]["ground_truth"]
+
+    assert bound["mpjpe"] < 1e-3 < metrics["mpjpe"]
+    assert bound["statement_accuracy_exact"] == 1
+    assert bound["fid"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", [task for task, row in data.TASKS.items() if row.target == "text"])
+def test_a_true_text_is_an_upper_bound(report, task):
+    metrics = report["tasks"][task]
+    bound = metrics["ceilings"]["ground_truth"]
+
+    assert bound["precision_exact"] == 1
+    assert metrics["precision"] < bound["precision"]
+
+
+@pytest.mark.parametrize("task", [task for task, row in data.TASKS.items() if row.target == "pose"])
+def test_other_decodings_stand_beside_the_first(report, task):
+    assert set(report["tasks"][task]["decoding"]) == {"soft"}
+
+
+def test_the_table_has_a_row_for_every_task(report):
+    table = "\n".join(evaluation.format_table(report))
+
+    for task in data.TASKS:
+        assert f"\n{task} " in table
+
+
+def test_speed_measures_the_latency_of_every_task(trained):
+    figures = evaluation.measure_speed(unipose.load(trained[0]), repeats=1)
+
+    assert set(figures["latency_ms"]) == set(data.TASKS)
 
 
 # ---- train.py --------------------------------------------------------------------------------------------------------
