@@ -1,24 +1,33 @@
-"""Six stages, one loop.
+"""Train UniPose, stage by stage, with one training loop.
 
-UniPose is trained in a fixed order, each stage on top of what the ones before have frozen (paper §3.3):
+A stage trains a few parts of the model and freezes the rest (paper §3.3):
 
-    backbones   small CLIP and pose ViT        stand-ins for two downloads, embedded sizes only
-    tokenizer   VQ-VAE                         a pose becomes N code words                               (paper §3.1)
-    retrieval   the retrieval_model of eval.py           not a part of UniPose                                     (appendix B.2)
-    align       LLM                            poses and text share one vocabulary
-    project     projector                      what the eyes see becomes words too
-    instruct    projector and LLM (LoRA)       seven tasks, 200 phrasings each
+    backbones ─────────────────┐
+    tokenizer ────► align ─────┴────► project ────► instruct            retrieval
 
-A stage is a row of STAGES plus a function that returns its modules and its loss. The loop below knows nothing else:
-sample numbers are a function of (seed, step), so a run that was cut off goes on bit by bit as if it had not been.
-A step's gradient is the sum over its samples divided by their labels, however the batch is cut: into --accumulate
-parts, or over the processes of torchrun.
+    stage       trains                            on
+    backbones   small CLIP, small pose ViT        photographs; stand-ins for two downloads
+    tokenizer   the VQ-VAE                        poses (§3.1)
+    retrieval   the retrieval model of eval.py    poses and captions (B.2); not part of UniPose
+    align       the LLM                           tasks of poses and texts
+    project     the projector                     tasks with images
+    instruct    the projector, the LLM by LoRA    all seven tasks, 200 instructions each
 
-    python train.py --stage all --size nano                     # everything, in about a minute: does it run?
-    python train.py --stage all --size tiny --out out/tiny      # the model that ships as weights/tiny
-    python train.py --stage align --out out/tiny --resume       # go on after a cut
-    python train.py --stage all --size tiny --out out/causal --attn causal                     # an ablation (Table 7)
-    torchrun --nproc_per_node=4 train.py --stage all --size tiny --out out/tiny                # four GPUs
+A stage is a row of STAGES and a function that returns its modules and its loss; the loop knows
+nothing else about it. The samples of a step are a function of (seed, step), so a resumed run is
+bit-identical to an uninterrupted one. The gradient of a step is the mean over all labels of its
+batch, however the batch is split: into --accumulate parts, or over the processes of torchrun.
+
+Left out: sharding (each process holds the whole model), and validation during training (eval.py).
+
+Letters: B samples of a batch, J=22 joints, N codes of a pose, C numbers of a code, P patches of an
+image, Dv channels of a patch, D width of the LLM.
+
+    python train.py --stage all --size nano                      # everything, in 11 s on one thread
+    python train.py --stage all --size tiny --out out/tiny       # the model in weights/tiny
+    python train.py --stage align --out out/tiny --resume        # continue after an interruption
+    python train.py --stage all --out out/causal --attn causal   # an ablation (paper Table 7)
+    torchrun --nproc_per_node=4 train.py --stage all --out out/tiny             # four GPUs
 """
 import contextlib
 import dataclasses
@@ -41,8 +50,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from data import (
-    N_TEMPLATES, PICTURE_SIZE, TASKS, Mixture, World, crop_picture, read_records, render_template,
-    task_values, templates, vocabulary,
+    CELL, N_TEMPLATES, PICTURE_SIZE, TASKS, Mixture, World, contact_sheet, crop_picture,
+    read_records, render_template, save_png, task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
@@ -51,379 +60,569 @@ from tokenizer import (
 )
 from unipose import (
     CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, UniPose,
-    base_model, collate, find_device, load, load_strictly, model_config, provenance, read_config,
-    read_tensors, save, word_tokenizer,
+    base_model, collate, find_device, load, model_config, provenance, read_config, read_tensors,
+    save, word_tokenizer,
 )
 
-# ---- 1. The stages -----------------------------------------------------------------------------------------------
+# ---- 1. The stages -------------------------------------------------------------------------------
 IMAGE_TASKS = tuple(task for task, row in TASKS.items() if "image" in row.inputs)
 POSE_TASKS = tuple(task for task in TASKS if task not in IMAGE_TASKS)
 
 
 class Stage(NamedTuple):
-    """One row. `needs`: the stages before it; needs_full_batch: the loss couples the samples of a batch (contrastive,
-    EMA codebook), so it cannot be split; schedule: size -> (steps, batch, peak lr)."""
-    tasks: tuple
-    needs: tuple
-    templates: int
-    needs_full_batch: bool
-    schedule: dict
+    """One row of STAGES; unipose.TRAINABLE names the parameters that the stage trains."""
+
+    schedule: dict                  # size -> (steps, batch, peak learning rate)
+    tasks: tuple = ()               # tasks of the mixture; one named twice is drawn twice as often
+    needs: tuple = ()               # stages that must have been trained before
+    n_templates: int = 1            # instructions per task; 1: the plain one only
+    needs_full_batch: bool = False  # the loss couples the samples of a batch, so it cannot be split
 
 
-# paper: 6, 2 and 2 epochs over 70k+93k, 50k+50k+100k and 30k samples, batches of 96, 32, 32 (Table 3 and its scripts);
-# the tokenizer's 240 epochs of AMASS are about 200k steps. Backbones are downloads there.
+# The paper trains align, project and instruct for 6, 2 and 2 epochs of 163k, 200k and 30k samples
+# (Table 3 and the released scripts), the tokenizer for 240 epochs of AMASS, about 200k steps.
 STAGES = {
-    "backbones": Stage((), (), 1, True,
-                       dict(nano=(20, 8, 1e-3), tiny=(18_000, 32, 2.5e-3))),
-    "tokenizer": Stage((), (), 1, True,
-                       dict(nano=(30, 32, 1e-3), tiny=(4000, 128, 1e-3), paper=(200_000, 256, 2e-4))),
-    "retrieval": Stage((), (), 1, True,
-                       dict(nano=(20, 16, 1e-3), tiny=(1000, 64, 1e-3), paper=(25_000, 512, 2e-4))),
-    # differences come twice as often: they are the hardest to learn
-    "align": Stage((*POSE_TASKS, "posediff"), ("tokenizer",), 1, False,
-                   dict(nano=(30, 8, 2e-3), tiny=(20_000, 8, 2e-3), paper=(10_200, 96, 1.5e-4))),
-    "project": Stage(IMAGE_TASKS, ("backbones", "align"), 1, False,
-                     dict(nano=(20, 8, 2e-3), tiny=(300, 16, 2e-3), paper=(12_500, 32, 5e-5))),
-    # images come three times as often, differences once more: the LLM has not met them before
-    "instruct": Stage((*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"), ("project",), 200, False,
-                      dict(nano=(30, 8, 1e-3), tiny=(22_000, 8, 1.5e-3), paper=(1_900, 32, 5e-5))),
+    # stand-ins for two downloads; CLIP's loss is contrastive
+    "backbones": Stage(
+        needs_full_batch=True,
+        schedule={"nano": (20, 8, 1e-3), "tiny": (18_000, 32, 2.5e-3)},
+    ),
+    # the codebook follows averages over the batch
+    "tokenizer": Stage(
+        needs_full_batch=True,
+        schedule={
+            "nano": (30, 32, 1e-3), "tiny": (4000, 128, 1e-3), "paper": (200_000, 256, 2e-4),
+        },
+    ),
+    # contrastive: the texts of a batch compete
+    "retrieval": Stage(
+        tasks=("pose2text", "posediff"),
+        needs_full_batch=True,
+        schedule={"nano": (20, 16, 1e-3), "tiny": (1000, 64, 1e-3), "paper": (25_000, 512, 2e-4)},
+    ),
+    # differences are drawn twice as often, because they are the hardest to learn
+    "align": Stage(
+        tasks=(*POSE_TASKS, "posediff"),
+        needs=("tokenizer",),
+        schedule={"nano": (30, 8, 2e-3), "tiny": (20_000, 8, 2e-3), "paper": (10_200, 96, 1.5e-4)},
+    ),
+    # patches of an image become words that the frozen LLM understands
+    "project": Stage(
+        tasks=IMAGE_TASKS,
+        needs=("backbones", "align"),
+        schedule={"nano": (20, 8, 2e-3), "tiny": (300, 16, 2e-3), "paper": (12_500, 32, 5e-5)},
+    ),
+    # image tasks are drawn three times as often: so far the LLM was frozen when it saw images
+    "instruct": Stage(
+        tasks=(*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"),
+        needs=("project",),
+        n_templates=N_TEMPLATES,
+        schedule={"nano": (30, 8, 1e-3), "tiny": (22_000, 8, 1.5e-3), "paper": (1_900, 32, 5e-5)},
+    ),
 }
-N_PEOPLE = dict(nano=(256, 64), tiny=(40_000, 40_000), paper=(40_000, 40_000))  # people, and how many are photographed
+
+# size -> (synthetic people, how many of them are photographed)
+N_PEOPLE = {"nano": (256, 64), "tiny": (40_000, 40_000), "paper": (40_000, 40_000)}
+RETRIEVAL_WIDTH = {"nano": 32, "tiny": 64, "paper": 512}
 
 
 @dataclass
 class Config:
-    """Train UniPose, one stage or all of them."""
-    stage: str = "all"  # backbones | tokenizer | retrieval | align | project | instruct, several with commas | all
+    """Train one stage of UniPose, several, or all."""
+    stage: str = "all"  # all, or any of backbones,tokenizer,retrieval,align,project,instruct
     size: str = "tiny"  # nano | tiny | paper
     out: str = ""  # folder of the checkpoint; empty: out/<size>
-    init: str = ""  # start from this folder instead of --out; A,B: from A, with what B alone has been through
-    llm: str = ""  # your own backbones: a folder of Llama, Mistral or LLaVA; with --pose_vit, and --clip if no LLaVA
-    clip: str = ""  # a CLIP folder
-    pose_vit: str = ""  # a checkpoint of HMR2 or TokenHMR, or a VitPoseBackbone folder
-    resume: bool = False  # go on from train_state.safetensors in --out; with --stage all, skip what is finished
+    init: str = ""  # start from the checkpoint in this folder instead of the one in --out
+    llm: str = ""  # use your own backbones: folder of a Llama, Mistral or LLaVA; needs --pose_vit
+    clip: str = ""  # folder of a CLIP, for an --llm that is not a LLaVA
+    pose_vit: str = ""  # checkpoint of HMR2 or TokenHMR, or folder of a VitPoseBackbone
+    resume: bool = False  # continue the interrupted run in --out; skip stages that are done
     seed: int = 0  # every random number of the run follows from it
     steps: int = 0  # steps of the stage; 0: as in STAGES
-    batch: int = 0  # samples a step; 0: as in STAGES
+    batch: int = 0  # samples of a step; 0: as in STAGES
     lr: float = 0.0  # peak learning rate; 0: as in STAGES
-    accumulate: int = 1  # cut each batch into this many parts to save memory; the gradient stays the same
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    accumulate: int = 1  # split each batch into so many parts to save memory; same gradient
+    checkpointing: bool = False  # recompute activations backwards: less memory, a third more time
     save_every: int = 500  # steps between two states to resume from
-    device: str = ""  # cpu | cuda | …; empty: the GPU where there is one
-    data: str = ""  # JSON file of real data: {stage: {"KIND:PATH": weight}}; empty: the embedded world
-    people: int = 0  # synthetic people; 0: as in PEOPLE
-    photos: int = 0  # how many of them are photographed; 0: as in PEOPLE
-    attn: str = ""  # mixed (paper) | mixed_all | causal; empty: as the checkpoint, or the paper
-    vision: str = ""  # both (paper) | clip | pose, fixed when a model is made; empty: as for --attn
-    projector: str = ""  # mlp (release) | linear (paper's formula), fixed when a model is made; empty: as for --attn
-    lora_r: int = -1  # rank of LoRA in instruct; 0: all LLM weights train; -1: as the size says
+    device: str = ""  # cpu | cuda | ...; empty: a GPU if there is one
+    data: str = ""  # JSON file {stage: {"KIND:PATH": weight}} of real data; empty: synthetic people
+    people: int = 0  # synthetic people; 0: as in N_PEOPLE
+    photos: int = 0  # how many of them are photographed; 0: as in N_PEOPLE
+    attn: str = ""  # mixed (paper) | mixed_all | causal; empty: the checkpoint's, or mixed
+    vision: str = ""  # both (paper) | clip | pose, for a new model; empty: both
+    projector: str = ""  # mlp (release) | linear (paper's formula), for a new model; empty: mlp
+    lora_r: int = -1  # rank of LoRA in instruct; 0: train all LLM weights; -1: as in SIZES
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
-    part_noise: bool = False  # tokenizer: disturb body parts of the input, the target stays clean
+    part_noise: bool = False  # tokenizer: disturb body parts of the input, not of the target
 
 
-# ---- 2. Real data in the place of the embedded world ----------------------------------------------------------------
+# ---- 2. Real data instead of synthetic people ----------------------------------------------------
 def tasks_offered(record):
-    """What can be asked about a record. Where nothing is told of a picture, its pose is asked for."""
-    held = {kind for kind, key in (("image", "image"), ("text", "texts"), ("pose", "pose")) if key in record}
-    told = held - {"pose"} if {"image", "text"} <= held else held        # a picture with texts: its texts
-    return tuple(task for task, row in TASKS.items() if row.pair == ("start" in record)
-                 and {*row.inputs, row.target} in (told, held))
+    """The tasks that a record of `data.read_records` can be an example of.
+
+    If a picture has both texts and a pose, the texts are the target and the pose is not used.
+    """
+    kinds = set()
+    for kind, key in (("image", "image"), ("text", "texts"), ("pose", "pose")):
+        if key in record:
+            kinds.add(kind)
+    if {"image", "text"} <= kinds:
+        kinds.discard("pose")
+
+    is_pair = "start" in record
+    offered = []
+    for task, row in TASKS.items():
+        if row.pair == is_pair and {*row.inputs, row.target} == kinds:
+            offered.append(task)
+    return tuple(offered)
+
+
+class Group(NamedTuple):
+    """Records of one data set that offer the same tasks."""
+
+    tasks: set
+    records: list
+    weight: float  # how often an example comes from this group, relative to the others
 
 
 class RealData:
-    """Real data in the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
+    """Takes the place of `Mixture`: [k] -> (task, segments), a pure function of (seed, k).
 
-    weights: {"KIND:PATH": how often an example comes from it}, of which the train split is taken. Everything is read,
-    and every image decoded, before anything else happens. tasks: none = poses are drawn. Raises UserError.
+    weights: {"KIND:PATH": how often an example comes from this data set}; only train splits are
+    used. tasks: what the examples are for; none: poses alone. All files are read at once, so that a
+    broken one is found before training. Raises UserError.
     """
 
-    def __init__(self, weights, tasks=(), seed=0, templates=N_TEMPLATES):
-        self.tasks, self.seed, self.templates, self.groups = set(tasks), seed, templates, []
+    def __init__(self, weights, tasks=(), seed=0, n_templates=N_TEMPLATES):
+        self.tasks = set(tasks)
+        self.seed = seed
+        self.n_templates = n_templates
+        self.groups = []
         for spec, weight in weights.items():
-            rows = [r for r in read_records([spec]) if r.get("split", "train") == "train"
-                    and (self.tasks & set(tasks_offered(r)) if tasks else "pose" in r)]
-            if not rows:
-                wanted = ", ".join(sorted(self.tasks)) or "the tokenizer"
-                raise UserError(f"{spec} offers nothing of a train split for {wanted}")
-            for offered, n in Counter(map(tasks_offered, rows)).items():
-                self.groups.append((set(offered), [r for r in rows if tasks_offered(r) == offered], weight * n / len(rows)))
+            self.add(spec, weight)
 
-    def draw(self, k, *tasks):
-        """Example k of some tasks, none: of all of them -> record, generator. Raises UserError."""
-        rng, wanted = np.random.default_rng((self.seed, k)), set(tasks) or self.tasks
-        weights = np.array([weight * (not wanted or bool(offered & wanted)) for offered, _, weight in self.groups])
-        if not weights.sum() > 0:
-            raise UserError(f"no data set of --data offers {' or '.join(sorted(wanted)) or 'poses'}")
-        rows = self.groups[rng.choice(len(weights), p=weights / weights.sum())][1]
-        return rows[rng.integers(len(rows))], rng
+    def add(self, spec, weight):
+        """Reads a data set, "KIND:PATH", and groups its records by the tasks they offer."""
+        groups = {}
+        for record in read_records([spec]):
+            if record.get("split", "train") != "train":
+                continue
+            offered = tasks_offered(record)
+            usable = self.tasks & set(offered) if self.tasks else "pose" in record
+            if usable:
+                groups.setdefault(offered, []).append(record)
+        if not groups:
+            purpose = ", ".join(sorted(self.tasks)) or "the tokenizer"
+            raise UserError(f"{spec} offers nothing in its train split for {purpose}")
 
-    def example(self, k, *tasks):
-        """The same -> task, [its inputs in order, its target], generator."""
-        record, rng = self.draw(k, *tasks)
-        task = str(rng.choice(sorted((set(tasks) or self.tasks) & set(tasks_offered(record)))))
+        n = sum(len(records) for records in groups.values())
+        for offered, records in groups.items():
+            self.groups.append(Group(set(offered), records, weight * len(records) / n))
+
+    def texts(self):
+        """All texts of all records."""
+        texts = []
+        for group in self.groups:
+            for record in group.records:
+                texts += record.get("texts", ())
+        return texts
+
+    def draw(self, k, task=""):
+        """Example k -> (record, generator); task: only records that offer it. Raises UserError."""
+        wanted = {task} if task else self.tasks
+        weights = np.zeros(len(self.groups))
+        for i, group in enumerate(self.groups):
+            if not wanted or group.tasks & wanted:
+                weights[i] = group.weight
+        if weights.sum() == 0:
+            raise UserError(f"no data set of --data offers {task}")
+
+        rng = np.random.default_rng((self.seed, k))
+        group = self.groups[rng.choice(len(weights), p=weights / weights.sum())]
+        return group.records[rng.integers(len(group.records))], rng
+
+    def example(self, k, task=""):
+        """Example k -> (task, [its inputs in order, its target], generator)."""
+        record, rng = self.draw(k, task)
+        wanted = {task} if task else self.tasks
+        task = str(rng.choice(sorted(wanted & set(tasks_offered(record)))))
+        row = TASKS[task]
+
         poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
-        if TASKS[task].frame == "body":                    # texts are about people who face front
-            poses = [face_front(pose, poses[0] if record.get("together") else None) for pose in poses]
+        if row.frame == "body":
+            # texts are about people who face front; B keeps its heading relative to A in a sequence
+            reference = poses[0] if record.get("together") else None
+            poses = [face_front(pose, reference) for pose in poses]
 
         def value_of(kind, which):
             if kind == "text":
                 return str(rng.choice(record["texts"]))
             if kind == "image":
-                return crop_picture(record, PICTURE_SIZE, "start_" if TASKS[task].pair and which == 0 else "")
+                prefix = "start_" if row.pair and which == 0 else ""
+                return crop_picture(record, PICTURE_SIZE, prefix)
             return poses[which][0]
 
         return task, task_values(task, value_of), rng
 
     def __getitem__(self, k):
         task, values, rng = self.example(k)
-        return task, render_template(task, values, templates(task)[rng.integers(self.templates)])
+        template = templates(task)[rng.integers(self.n_templates)]
+        return task, render_template(task, values, template)
 
 
-# ---- 3. What is frozen is computed once --------------------------------------------------------------------------
+# ---- 3. Outputs of frozen parts, computed once ---------------------------------------------------
 class FeatureCache:
-    """Codes and image features of all people, computed on first use by the frozen parts of the model.
+    """Codes and image features of all synthetic people, computed on first use.
 
-    One object serves a whole run: no stage asks for codes or features before the stages that train those parts."""
+    Stands in for a World in `World.example(cache=...)`: `poses`, `camera_poses` and `image(i)` are
+    what the frozen parts of the model make of the World's. One cache serves a whole run, because no
+    stage reads a table before the part that computes it has been trained.
 
-    def __init__(self, model, world, photos, recorded=()):
-        self.model, self.world, self.n_photos, self.recorded = model, world, photos, dict(recorded)
+    real_data: stage -> RealData, for the stages that do not learn from synthetic people.
+    """
+
+    def __init__(self, model, world, n_photos, real_data):
+        self.model = model
+        self.world = world
+        self.n_photos = n_photos
+        self.real_data = real_data
 
     def compute(self, tasks):
-        """Fills the tables that these tasks look into: once, and before the first step."""
+        """Fills the tables that these tasks read: accessing a cached property computes it."""
         self.poses
         if set(tasks) & set(IMAGE_TASKS):
-            self.camera_poses, self.features
+            self.camera_poses
+            self.features
 
     def image(self, i):
-        """(P,Dv) features of the photograph of person i."""
+        """Features (P,Dv) of the photograph of person i."""
         return self.features[i]
 
     @cached_property
     def poses(self):
-        """(n,N) codes of the heading-free poses."""
-        return self._through(self.model.pose_tokenizer.encode, self.world.poses, "pose codes")
+        """Codes (n,N) of the poses that face front."""
+        return self._in_batches(self._encode, self.world.poses, "pose codes")
 
     @cached_property
     def camera_poses(self):
-        """(photos,N) codes of the poses in the camera's frame."""
-        return self._through(self.model.pose_tokenizer.encode, self.world.camera_poses[:self.n_photos], "codes of seen poses")
+        """Codes (n_photos,N) of the poses in the camera's frame."""
+        poses = self.world.camera_poses[:self.n_photos]
+        return self._in_batches(self._encode, poses, "codes of photographed poses")
 
     @cached_property
     def features(self):
-        """(photos,P,Dv) float16 features of the photographs."""
-        return self._through(lambda pictures: self.model.vision(pictures).half(), self.photographs, "image features")
+        """Features (n_photos,P,Dv) of the photographs, float16 to save memory."""
+        pictures, _ = self.photos
+        return self._in_batches(self._see, pictures, "image features")
 
     @cached_property
-    def photographs(self):
-        """(photos,S,S,3) uint8."""
-        return self._photos[0]
+    def photos(self):
+        """The photographs (n_photos,S,S,3) uint8, and their joints (n_photos,22,2) in pixels."""
+        pictures = []
+        keypoints = []
+        for i in progress_bar(range(self.n_photos), "photographs"):
+            picture, joints = self.world.photo(i)
+            pictures.append(picture)
+            keypoints.append(joints)
+        return np.stack(pictures), torch.tensor(np.stack(keypoints), dtype=torch.float32)
 
-    @cached_property
-    def spots(self):
-        """(photos,22,2) where the joints are in the photographs, pixels."""
-        return torch.tensor(self._photos[1], dtype=torch.float32)
+    def _encode(self, poses):
+        return self.model.pose_tokenizer.encode(poses.to(self.model.device))
 
-    @cached_property
-    def _photos(self):
-        return [np.stack(rows) for rows in zip(*map(self.world.photo, progress_bar(range(self.n_photos), "photographs")))]
+    def _see(self, pictures):
+        return self.model.vision(pictures).half()
 
     @torch.no_grad()
-    def _through(self, part, rows, what, size=128):
-        """All rows through a frozen part of the model, in eval mode, on its device; the result stays on the CPU."""
+    def _in_batches(self, function, rows, name, batch=128):
+        """function(rows), in batches and with the model in evaluation mode -> tensor on the CPU."""
         self.model.eval()
-        done = []
-        for start in progress_bar(range(0, len(rows), size), what):
-            some = rows[start:start + size]
-            done.append(part(some.to(self.model.device) if torch.is_tensor(some) else some).cpu())
-        return torch.cat(done)
+        parts = []
+        for start in progress_bar(range(0, len(rows), batch), name):
+            parts.append(function(rows[start:start + batch]).cpu())
+        return torch.cat(parts)
 
 
-def progress_bar(rows, what):
-    """A progress bar on standard error, of the first process only."""
+def progress_bar(rows, name):
+    """Iterates over rows with a progress bar on standard error, in the first process only."""
     from tqdm import tqdm
-    return tqdm(rows, desc=what, leave=False, dynamic_ncols=True, disable=not is_first())
+    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=not is_first())
 
 
-# ---- 4. One function a stage: its modules, its loss --------------------------------------------------------------
+# ---- 4. One function a stage: its modules and its loss -------------------------------------------
 class StageRun(NamedTuple):
-    """modules: name -> what trains or changes; loss(rows, step) -> (loss, logs) for sample numbers `rows`, where
-    logs["terms"] says how many terms the loss is the mean of."""
-    modules: dict
-    loss: object
+    """What the loop needs to know about a stage."""
+
+    modules: dict   # name -> module of which at least a part is trained
+    loss: object    # (sample numbers, step) -> (loss, logs); the loss is a mean over logs["terms"]
 
 
 def sample_index(n, k, seed):
-    """Sample number k -> one of n people, each epoch in a new order; a function of (seed, k)."""
+    """Sample k -> one of n people; every epoch visits each once. A pure function of (seed, k)."""
     return int(epoch_order(n, k // n, seed)[k % n])
 
 
 @lru_cache(4)
 def epoch_order(n, epoch, seed):
-    """The order of n people in an epoch (n,)."""
+    """The order (n,) in which an epoch visits n people."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
+def step_seed(config, step):
+    """A seed for the random numbers of one step, so that a resumed run repeats them."""
+    return config.seed * 1_000_003 + step
+
+
 class BackboneHeads(nn.Module):
-    """What teaches the stand-ins, thrown away afterwards. Each patch of the pose ViT must tell which joints lie on it,
-    and the mean of all patches the joints in space and the rotations: the mean is what an LLM reads by attending
-    evenly. CLIP must match coarse captions (`World.coarse_caption`), read as bags of words."""
+    """Auxiliary heads for pre-training the small backbones; discarded afterwards.
+
+    Each patch of the pose ViT predicts which joints lie on it. The mean over patches, which is what
+    an LLM gets from uniform attention, predicts 3D joints and rotations. CLIP matches coarse
+    captions (`World.coarse_caption`), read as bags of words.
+    """
 
     def __init__(self, model):
         super().__init__()
-        pose, clip = model.config["pose_vit"]["hidden_size"], model.config["clip"]["hidden_size"]
-        self.spots = nn.Linear(pose, 22)
-        self.body = nn.Sequential(nn.Linear(pose, 4 * pose), nn.GELU(), nn.Linear(4 * pose, 22 * 9))
-        self.picture, self.words = nn.Linear(clip, 64), nn.Embedding(len(model.text_tokenizer), 64)
+        pose_width = model.config["pose_vit"]["hidden_size"]
+        clip_width = model.config["clip"]["hidden_size"]
+        self.keypoints = nn.Linear(pose_width, 22)
+        self.body = nn.Sequential(
+            nn.Linear(pose_width, 4 * pose_width), nn.GELU(), nn.Linear(4 * pose_width, 22 * 9))
+        self.picture = nn.Linear(clip_width, 64)
+        self.words = nn.Embedding(len(model.text_tokenizer), 64)
         self.scale = nn.Parameter(torch.tensor(10.0))
 
 
-def flip_photos(pixels, poses, spots):
-    """A photograph in a mirror: pixels (B,3,S,W), poses (B,22,3,3), spots (B,22,2) counted from its left edge."""
-    spots = torch.stack([pixels.size(-1) - spots[:, MIRROR, 0], spots[:, MIRROR, 1]], -1)
-    return pixels.flip(-1), mirror(poses), spots
+def flip_photos(pixels, poses, keypoints):
+    """Mirrors photographs: pixels (B,3,H,W), poses (B,22,3,3), keypoints (B,22,2) in pixels."""
+    x, y = keypoints[:, MIRROR].unbind(-1)                                   # (B,22) each
+    return pixels.flip(-1), mirror(poses), torch.stack([pixels.size(-1) - x, y], -1)
 
 
-def random_affine(pixels, spots):
-    """Photographs (B,3,H,W) taken from a little further, aside and in other light, joints (B,22,2) in pixels with them:
-    otherwise the pose ViT learns the photographs by heart (test error 164 mm where it is 135 on those it knows)."""
+def random_affine(pixels, keypoints):
+    """Zooms, shifts and recolours photographs (B,3,H,W), and moves keypoints (B,22,2) along.
+
+    Without it the pose ViT overfits: 135 mm on the photographs it was trained on, 164 on others.
+    """
+    B = len(pixels)
     size = torch.tensor([pixels.size(-1), pixels.size(-2)])
-    zoom, shift = 0.95 + 0.25 * torch.rand(len(pixels), 1, 1), 0.2 * torch.rand(len(pixels), 2, 1) - 0.1
-    grid = F.affine_grid(torch.cat([zoom * torch.eye(2), shift], 2), pixels.shape, align_corners=False)
+    zoom = 0.95 + 0.25 * torch.rand(B, 1, 1)
+    shift = 0.2 * torch.rand(B, 2, 1) - 0.1
+    grid = F.affine_grid(
+        torch.cat([zoom * torch.eye(2), shift], 2), pixels.shape, align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    gain, bias = 0.8 + 0.4 * torch.rand(len(pixels), 3, 1, 1), 0.2 * torch.randn(len(pixels), 3, 1, 1)
-    return pixels * gain + bias, ((2 * spots / size - 1 - shift.mT) / zoom + 1) * size / 2
+
+    # the grid says where each output pixel comes from, so keypoints take the inverse
+    normalised = 2 * keypoints / size - 1                                    # (B,22,2) in -1..1
+    keypoints = ((normalised - shift.mT) / zoom + 1) * size / 2
+
+    gain = 0.8 + 0.4 * torch.rand(B, 3, 1, 1)
+    bias = 0.2 * torch.randn(B, 3, 1, 1)
+    return pixels * gain + bias, keypoints
 
 
-def backbones(model, retrieval_model, frozen, config):
-    """Stand-ins for two downloads, side by side: CLIP matches photographs and what they show, the pose ViT tells joints
-    (pixels, then metres) and 6D rotations. They share batches, but no weight. The third, a small LLM, learns to speak
-    in `align`: it gained nothing from captions alone beforehand."""
-    heads, world, body = BackboneHeads(model).to(model.device), frozen.world, load_body()
-    photographs, n, patch = frozen.photographs, frozen.n_photos, model.config["pose_vit"]["patch_size"][0]
-    high, wide = model.config["pose_vit"]["image_size"]
+def pose_vit_loss(model, heads, body, pictures, poses, keypoints):
+    """Loss of the pose ViT on photographs -> (loss, mean error of the 3D joints in millimetres).
 
-    def body_loss(pictures, rows):
-        pixels, poses, spots = model.vision.pose_pixels(pictures), world.camera_poses[rows], frozen.spots[rows]
-        spots, half = spots - torch.tensor([(high - wide) / 2, 0]), len(rows) // 2  # the ViT sees the middle columns
-        both = flip_photos(pixels[:half], poses[:half], spots[:half]), (pixels[half:], poses[half:], spots[half:])
-        pixels, poses, spots = (torch.cat(parts) for parts in zip(*both))
-        pixels, spots = random_affine(pixels, spots)
-        seen = model.vision.pose_map(pixels.to(model.device))                               # (B,C,h,w)
-        column, row = (spots / patch).long().unbind(-1)                                     # (B,22) each
-        cells = row.clamp(0, seen.size(2) - 1) * seen.size(3) + column.clamp(0, seen.size(3) - 1)
-        heat = heads.spots(seen.flatten(2).mT)                                              # (B,h*w,22)
-        joints, sixd = heads.body(seen.mean((2, 3))).float().split([22 * 3, 22 * 6], -1)    # (B,66) (B,132)
-        off = (joints.view(-1, 22, 3) - body.joints(poses).to(joints)).norm(dim=-1).mean()  # metres
-        turned = F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(poses).to(sixd))
-        return F.cross_entropy(heat, cells.to(heat.device)) + 5 * off + turned, 1000 * off.detach()
+    pictures: B arrays (S,S,3); poses (B,22,3,3) in the camera's frame; keypoints (B,22,2), pixels.
+    """
+    pixels = model.vision.pose_pixels(pictures)                              # (B,3,H,W)
+    high, wide = model.vision.pose_size
+    keypoints = keypoints - torch.tensor([(high - wide) / 2, 0])  # the ViT sees the middle columns
 
-    def match_loss(pictures, ids, mask):
-        states = model.vision.clip(model.vision.clip_pixels(pictures).to(model.device), output_hidden_states=True)
-        seen = F.normalize(heads.picture(states.hidden_states[-2][:, 1:].mean(1)), dim=-1)  # (B,64)
-        told = (heads.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)      # (B,64) a bag of words
-        similarity = heads.scale * seen.float() @ F.normalize(told, dim=-1).float().T       # (B,B)
-        same = (ids[:, None] == ids).all(-1).float()  # others of the batch may show the same
-        own = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    # half of the batch is mirrored
+    half = len(pixels) // 2
+    flipped = flip_photos(pixels[:half], poses[:half], keypoints[:half])
+    pixels = torch.cat([flipped[0], pixels[half:]])
+    poses = torch.cat([flipped[1], poses[half:]])
+    keypoints = torch.cat([flipped[2], keypoints[half:]])
+    pixels, keypoints = random_affine(pixels, keypoints)
 
-    def loss(rows, step):
-        people = [sample_index(n, k, config.seed) for k in rows]
-        pictures = photographs[people]
-        ids, mask = (t.to(model.device) for t in tokenize_texts(model.text_tokenizer, map(world.coarse_caption, people)))
-        posed, millimetres = body_loss(pictures, people)
-        match = match_loss(pictures, ids, mask)
-        return posed + match, {"joints_mm": millimetres, "match": match.detach(), "terms": len(rows)}
+    features = model.vision.pose_map(pixels.to(model.device))                # (B,C,h,w)
+    h, w = features.shape[2:]
 
-    return StageRun({"model": model, "heads": heads}, loss)
+    # 2D: for each joint a classification over patches
+    heat = heads.keypoints(features.flatten(2).mT)                           # (B,h*w,22)
+    column, row = (keypoints / model.config["pose_vit"]["patch_size"][0]).long().unbind(-1)
+    cells = row.clamp(0, h - 1) * w + column.clamp(0, w - 1)                 # (B,22)
+    heat_loss = F.cross_entropy(heat, cells.to(heat.device))
+
+    # 3D: joints in metres and 6D rotations
+    pred = heads.body(features.mean((2, 3))).float()                         # (B,198)
+    joints, sixd = pred.split([22 * 3, 22 * 6], -1)
+    distance = (joints.view(-1, 22, 3) - body.joints(poses).to(joints)).norm(dim=-1).mean()
+    rotation = F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(poses).to(sixd))
+    return heat_loss + 5 * distance + rotation, 1000 * distance.detach()
 
 
-def tokenizer(model, retrieval_model, frozen, config):
-    """Reconstruction through the codebook on the posed body (paper eq. 7), half of the people turned as a camera sees
-    them. Embedded sizes pose an area-weighted subset of the vertices, `paper` all of them."""
-    world, body = frozen.world, load_body().to(model.device)
-    poses, total, real = torch.cat([world.poses, world.camera_poses]), schedule_of(config)[0], frozen.recorded.get("tokenizer")
-    chosen = None if config.size == "paper" else sample_vertices(body)
+def clip_loss(model, heads, pictures, captions):
+    """Contrastive loss of CLIP: B photographs (S,S,3) against their coarse captions."""
+    pixels = model.vision.clip_pixels(pictures).to(model.device)             # (B,3,S,S)
+    states = model.vision.clip(pixels, output_hidden_states=True).hidden_states
+    image = F.normalize(heads.picture(states[-2][:, 1:].mean(1)), dim=-1)    # (B,64)
 
-    def loss(rows, step):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        target = (torch.tensor(np.stack([real.draw(k)[0]["pose"] for k in rows])) if real else
-                  poses[[sample_index(len(poses), k, config.seed) for k in rows]]).to(model.device)
-        given, target = augment(target, generator, config.root_noise, config.part_noise, step / total)
-        loss, logs = tokenizer_loss(model.pose_tokenizer, target, body, chosen, given, generator)
+    ids, mask = tokenize_texts(model.text_tokenizer, captions)               # (B,T) each
+    ids = ids.to(model.device)
+    mask = mask.to(model.device)
+    text = (heads.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    text = F.normalize(text, dim=-1)                                         # (B,64)
+
+    # several photographs of a batch may have the same caption: they share the target
+    same = (ids[:, None] == ids).all(-1).float()                             # (B,B)
+    target = same / same.sum(1, keepdim=True)
+    similarity = heads.scale * image.float() @ text.float().T                # (B,B)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+
+
+def backbones(model, retrieval_model, cache, config):
+    """Small stand-ins for CLIP and the pose ViT, trained on the same batches; they share no weight.
+
+    The third download, the LLM, has no stand-in: a small one learns to speak in `align`. Training
+    it on captions alone beforehand gained nothing.
+    """
+    world = cache.world
+    body = load_body()
+    heads = BackboneHeads(model).to(model.device)
+    pictures, keypoints = cache.photos
+
+    def batch_loss(rows, step):
+        people = [sample_index(cache.n_photos, k, config.seed) for k in rows]
+        pose_loss, millimetres = pose_vit_loss(
+            model, heads, body, pictures[people], world.camera_poses[people], keypoints[people])
+        captions = [world.coarse_caption(i) for i in people]
+        match = clip_loss(model, heads, pictures[people], captions)
+        logs = {"joints_mm": millimetres, "match": match.detach(), "terms": len(rows)}
+        return pose_loss + match, logs
+
+    return StageRun({"model": model, "heads": heads}, batch_loss)
+
+
+def tokenizer(model, retrieval_model, cache, config):
+    """The VQ-VAE: reconstruction of poses, measured on the posed body (paper eq. 7).
+
+    Half of the poses face front, half are in the camera's frame. Embedded sizes pose an
+    area-weighted subset of the vertices, `paper` poses all.
+    """
+    real = cache.real_data.get("tokenizer")
+    poses = torch.cat([cache.world.poses, cache.world.camera_poses])         # (2n,22,3,3)
+    body = load_body().to(model.device)
+    vertex_ids = None if config.size == "paper" else sample_vertices(body)
+    steps, _, _ = schedule_of(config)
+
+    def sample_poses(rows):
+        if real:
+            return torch.tensor(np.stack([real.draw(k)[0]["pose"] for k in rows]))
+        return poses[[sample_index(len(poses), k, config.seed) for k in rows]]
+
+    def batch_loss(rows, step):
+        generator = torch.Generator().manual_seed(step_seed(config, step))
+        target = sample_poses(rows).to(model.device)                         # (B,22,3,3)
+        noisy, target = augment(
+            target, generator, config.root_noise, config.part_noise, step / steps)
+        loss, logs = tokenizer_loss(
+            model.pose_tokenizer, target, body, vertex_ids, noisy, generator)
         return loss, {**logs, "terms": len(rows)}
 
-    return StageRun({"model": model}, loss)
+    return StageRun({"model": model}, batch_loss)
 
 
-def retrieval(model, retrieval_model, frozen, config):
-    """Contrast of poses with captions, and of the pairs that they belong to with differences."""
-    world, real = frozen.world, frozen.recorded.get("retrieval")
+def retrieval(model, retrieval_model, cache, config):
+    """Contrastive: poses against captions, and pairs of poses against their differences."""
+    world = cache.world
+    real = cache.real_data.get("retrieval")
 
-    def examples(rows):
-        """Poses (B,22,3,3) and their captions, pairs (B,2,22,3,3) and their differences."""
-        if real:
-            poses, captions = zip(*(real.example(k, "pose2text")[1] for k in rows))
-            starts, ends, changes = zip(*(real.example(k, "posediff")[1] for k in rows))
-            return torch.stack(poses), captions, torch.stack([torch.stack(starts), torch.stack(ends)], 1), changes
+    def real_examples(rows):
+        poses, captions = zip(*[real.example(k, "pose2text")[1] for k in rows])
+        starts, ends, changes = zip(*[real.example(k, "posediff")[1] for k in rows])
+        pairs = torch.stack([torch.stack(starts), torch.stack(ends)], 1)
+        return torch.stack(poses), captions, pairs, changes
+
+    def synthetic_examples(rows):
         people = [sample_index(len(world.poses), k, config.seed) for k in rows]
-        partners, rngs = [i ^ 1 for i in people], [np.random.default_rng((config.seed, k)) for k in rows]
-        captions = [world.caption(i, rng) for i, rng in zip(people, rngs)]
-        changes = [world.difference(i, rng) for i, rng in zip(people, rngs)]
-        return world.poses[people], captions, torch.stack([world.poses[people], world.poses[partners]], 1), changes
+        captions = []
+        changes = []
+        for k, i in zip(rows, people):
+            rng = np.random.default_rng((config.seed, k))
+            captions.append(world.caption(i, rng))
+            changes.append(world.difference(i, rng))
+        poses = world.poses[people]
+        partners = world.poses[[i ^ 1 for i in people]]
+        return poses, captions, torch.stack([poses, partners], 1), changes
 
-    def loss(rows, step):
-        poses, captions, both, changes = examples(rows)
-        ids, mask = tokenize_texts(model.text_tokenizer, captions)
-        one, logs = retrieval_model(poses.to(model.device), ids.to(model.device), mask.to(model.device))
-        ids, mask = tokenize_texts(model.text_tokenizer, changes)
-        two, pair_logs = retrieval_model(both.to(model.device), ids.to(model.device), mask.to(model.device))
-        return one + two, {"top1": logs["top1"], "pair_top1": pair_logs["top1"], "terms": len(rows)}
+    def contrast(poses, texts):
+        ids, mask = tokenize_texts(model.text_tokenizer, texts)
+        device = model.device
+        return retrieval_model(poses.to(device), ids.to(device), mask.to(device))
 
-    return StageRun({RETRIEVAL_PREFIX.rstrip("."): retrieval_model}, loss)
+    def batch_loss(rows, step):
+        examples = real_examples(rows) if real else synthetic_examples(rows)
+        poses, captions, pairs, changes = examples   # (B,22,3,3), B texts, (B,2,22,3,3), B texts
+        pose_loss, pose_logs = contrast(poses, captions)
+        pair_loss, pair_logs = contrast(pairs, changes)
+        logs = {"top1": pose_logs["top1"], "pair_top1": pair_logs["top1"], "terms": len(rows)}
+        return pose_loss + pair_loss, logs
+
+    return StageRun({"retrieval": retrieval_model}, batch_loss)
 
 
 def init_code_embeddings(model):
-    """Code words enter the LLM's vocabulary as what they stand for: the embedding of each starts as its vector of the
-    codebook, turned at random to the LLM's width, so that poses alike begin as sentences alike. Embedded sizes only."""
-    v, table = model.vocab, model.llm.model.embed_tokens.weight
-    vectors = model.pose_tokenizer.state_dict()["quantizer.codebook"]                            # (K,C)
+    """Starts each pose code's embedding from its codebook vector, randomly projected to width D.
+
+    Similar poses then begin with similar embeddings. For the embedded sizes; not in the paper.
+    """
+    vocab = model.vocab
+    table = model.llm.model.embed_tokens.weight                              # (vocabulary,D)
+    D = table.size(1)
+    vectors = model.pose_tokenizer.state_dict()["quantizer.codebook"]        # (K,C)
     vectors = (vectors - vectors.mean(0)) / vectors.std(0)
-    turn = torch.randn(vectors.size(1), table.size(1)) / vectors.size(1) ** 0.5            # (C,D)
+    C = vectors.size(1)
+    projection = torch.randn(C, D) / C ** 0.5
     with torch.no_grad():
-        table[v.pose0:v.p_open] = 0.3 * vectors @ turn.to(vectors)
-        table[v.query0:] = 0.3 * torch.randn(v.n_tokens, table.size(1))
+        table[vocab.pose0:vocab.p_open] = 0.3 * vectors @ projection.to(vectors)
+        table[vocab.query0:] = 0.3 * torch.randn(vocab.n_tokens, D)
 
 
 def init_projector_scale(model, features):
-    """The projector starts with all channels of features (n,P,Dv) on one scale, folded into its first layer: those of
-    the small CLIP are ten times as large as the pose ViT's, which they would drown. Embedded sizes only."""
+    """Folds a standardisation of the features (n,P,Dv) into the projector's first layer.
+
+    Channels of the small CLIP are ten times as large as those of the pose ViT, and would drown
+    them. For the embedded sizes; not in the paper.
+    """
     first = model.projector if isinstance(model.projector, nn.Linear) else model.projector[0]
-    some = features[:1000].to(first.weight).flatten(0, 1)                                   # (n*P,Dv)
+    rows = features[:1000].to(first.weight).flatten(0, 1)                    # (n*P,Dv)
     with torch.no_grad():
-        first.weight /= some.std(0) + 1e-3
-        first.bias -= first.weight @ some.mean(0)
+        first.weight /= rows.std(0) + 1e-3
+        first.bias -= first.weight @ rows.mean(0)
 
 
-def language(model, retrieval_model, frozen, config):
-    """align, project, instruct: the next word and the codes of asked-for poses, over a mixture of tasks."""
-    stage, mixture = STAGES[config.stage], frozen.recorded.get(config.stage)
+def language(model, retrieval_model, cache, config):
+    """align, project and instruct: cross-entropy of words and codes, over a mixture of tasks."""
+    stage = STAGES[config.stage]
+    mixture = cache.real_data.get(config.stage)
     if not mixture:
-        mixture = Mixture(stage.tasks, config.seed, frozen.world, frozen, stage.templates, frozen.n_photos)
-        frozen.compute(stage.tasks)
+        mixture = Mixture(
+            stage.tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+        cache.compute(stage.tasks)  # now: later the model is in training mode
 
-    def loss(rows, step):
-        return model(collate([model.encode(mixture[k][1]) for k in rows]))
+    def batch_loss(rows, step):
+        sequences = []
+        for k in rows:
+            _, segments = mixture[k]
+            sequences.append(model.encode(segments))
+        return model(collate(sequences))
 
-    return StageRun({"model": model}, loss)
+    return StageRun({"model": model}, batch_loss)
 
 
-STAGE_RUNS = {"backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
-        "align": language, "project": language, "instruct": language}
+# stage -> function of (model, retrieval model, cache, config) that returns its StageRun
+STAGE_RUNS = {
+    "backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
+    "align": language, "project": language, "instruct": language,
+}
 
 
-# ---- 5. The loop -------------------------------------------------------------------------------------------------
+# ---- 5. The loop ---------------------------------------------------------------------------------
 def schedule_of(config):
-    """(steps, batch, peak lr) of the stage at this size, flags first."""
+    """(steps, batch, peak learning rate) of the stage at this size; flags take precedence."""
     steps, batch, lr = STAGES[config.stage].schedule[config.size]
     return config.steps or steps, config.batch or batch, config.lr or lr
 
@@ -437,193 +636,364 @@ def lr_at(step, steps, peak):
 
 
 def trainable(stage, size, lora_r=-1):
-    """The pattern of the parameters that a stage trains. A small LLM has to learn to speak in `align`: all of it."""
+    """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
     pattern = TRAINABLE[stage]
-    if lora_r == 0 or (stage == "align" and size != "paper"):
+    # a small LLM starts from random weights: it needs all of them to learn to speak
+    learns_to_speak = stage == "align" and size != "paper"
+    if learns_to_speak or lora_r == 0:
         pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
     return pattern
 
 
 def freeze(config, modules):
-    """Let exactly the stage's parameters learn, by name; returns name -> parameter."""
+    """Freezes all parameters but those of the stage -> {name: parameter that learns}."""
     pattern = trainable(config.stage, config.size, config.lora_r)
     learning = {}
-    for name, module in modules.items():
-        prefix = "" if name == "model" else name + "."
-        for key, parameter in module.named_parameters():
-            parameter.requires_grad_(name == "heads" or re.match(pattern, prefix + key) is not None)
-            if parameter.requires_grad:
-                learning[prefix + key] = parameter
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if module_name != "model":
+                name = f"{module_name}.{name}"
+            learns = module_name == "heads" or re.match(pattern, name) is not None
+            parameter.requires_grad_(learns)
+            if learns:
+                learning[name] = parameter
     return learning
 
 
 def process_rank():
-    """(number of this process, how many there are), as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The number of this process, as torchrun says."""
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count():
+    """How many processes train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first():
-    """Does this process print and write?"""
-    return process_rank()[0] == 0
+    """Is this the process that prints and writes?"""
+    return process_rank() == 0
 
 
 def split_batch(step, batch, config):
-    """The sample numbers of a step, cut for this process and for accumulation: list of lists."""
-    rank, world = (0, 1) if STAGES[config.stage].needs_full_batch else process_rank()
-    mine = range(step * batch + rank, (step + 1) * batch, world)
-    return [mine[part::config.accumulate] for part in range(config.accumulate)]
+    """The sample numbers of a step that are this process's share, in --accumulate parts."""
+    rank = process_rank()
+    count = process_count()
+    if STAGES[config.stage].needs_full_batch:  # the first process trains it alone
+        rank = 0
+        count = 1
+    share = range(step * batch + rank, (step + 1) * batch, count)
+    return [share[part::config.accumulate] for part in range(config.accumulate)]
 
 
-def compute_gradient(job, learning, step, batch, config):
-    """Fill .grad with that of the whole batch. Returns (logs averaged over it, its terms).
+def compute_gradient(run, learning, step, batch, config):
+    """Fills .grad with the gradient of the whole batch -> (logs averaged over it, its terms).
 
-    Every part is weighed by its number of terms and the sum divided once, so that cutting changes nothing. A log is a
-    mean over the part's terms, or a pair (sum, count) of its own."""
-    sums = {}
+    Each part counts by its number of terms (labels, or samples) and the sum is divided once at the
+    end, so that splitting a batch changes nothing. A log is a mean over the terms of a part, or a
+    pair (sum, count).
+    """
+    sums = {}  # name -> array [sum, count]
     for rows in split_batch(step, batch, config):
         with bfloat16(config):
-            loss, logs = job.loss(rows, step)
-        terms = logs["terms"]
+            loss, logs = run.loss(rows, step)
+        terms = logs.pop("terms")
         (loss * terms).backward()
-        pairs = {key: value if isinstance(value, tuple) else (terms * value, terms) for key, value in logs.items()}
-        for key, pair in {"loss": (terms * loss.detach(), terms), **pairs, "terms": (terms, 1)}.items():
-            sums[key] = sums.get(key, 0) + np.array([float(x) for x in pair])
-    if not STAGES[config.stage].needs_full_batch and process_rank()[1] > 1:
+
+        for name, value in {"loss": loss.detach(), **logs}.items():
+            pair = value if isinstance(value, tuple) else (value * terms, terms)
+            sums[name] = sums.get(name, 0) + np.array([float(number) for number in pair])
+
+    if process_count() > 1 and not STAGES[config.stage].needs_full_batch:
         all_reduce(sums, learning, config)
-    terms = sums.pop("terms")[0]
+    terms = sums["loss"][1]  # of the whole batch
     for parameter in learning.values():
         if parameter.grad is not None:
             parameter.grad /= terms
-    return {key: float(total / count) for key, (total, count) in sums.items() if count}, terms
+    means = {name: float(total / count) for name, (total, count) in sums.items() if count}
+    return means, terms
 
 
 def all_reduce(sums, learning, config):
-    """Add up what all processes have: the sums of the logs, and the gradients, in place."""
+    """Adds up the sums of the logs and the gradients of all processes, in place."""
     numbers = torch.tensor(np.stack(list(sums.values())), device=config.device)
     torch.distributed.all_reduce(numbers)
     sums.update(zip(sums, numbers.cpu().numpy()))
-    for parameter in learning.values():  # a part without images leaves the projector without a gradient
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for parameter in learning.values():
+        if parameter.grad is None:  # a part without images gives the projector no gradient
+            parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
 
 
 def bfloat16(config):
-    """bf16 on a GPU; float32 on a CPU, which gains nothing by it, for the tokenizer, whose codes would move, and for
-    the retrieval_model, which should not depend on the machine."""
-    wanted = config.device.startswith("cuda") and config.stage not in ("tokenizer", "retrieval")
-    return torch.autocast("cuda", torch.bfloat16) if wanted else contextlib.nullcontext()
+    """Autocast to bfloat16 on a GPU; float32 on a CPU, which gains nothing from bfloat16.
+
+    The tokenizer stays in float32 because rounding would move its codes, the retrieval model
+    because a metric should not depend on the machine.
+    """
+    on_gpu = config.device.startswith("cuda")
+    if on_gpu and config.stage not in ("tokenizer", "retrieval"):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def make_optimisers(config, learning, peak):
-    """AdamW (paper); at the embedded sizes Muon for the matrices inside the layers of a transformer, LoRA's left out:
-    every direction of a matrix moves as far as the strongest one, and the same examples teach more (README).
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025."""
-    inner = [name for name, parameter in learning.items() if config.size != "paper"
-             and parameter.dim() == 2 and ".layer" in name and not name.endswith((".A", ".B"))]
-    rest = [parameter for name, parameter in learning.items() if name not in inner]
-    adamw = torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    if not inner:
-        return [adamw]
-    matrices = [learning[name] for name in inner]
-    return [adamw, torch.optim.Muon(matrices, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+    """AdamW (paper); at the embedded sizes Muon for the weight matrices of transformer layers.
+
+    Muon orthogonalises the update, so that weak directions of a matrix move as far as strong ones:
+    the same examples teach more (see the README). LoRA matrices stay with AdamW. Source: Jordan et
+    al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025.
+    """
+    matrices = []
+    others = []
+    for name, parameter in learning.items():
+        in_layer = ".layer" in name and parameter.dim() == 2
+        is_lora = name.endswith((".A", ".B"))
+        if config.size != "paper" and in_layer and not is_lora:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+
+    optimisers = [torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)]
+    if matrices:
+        optimisers.append(torch.optim.Muon(
+            matrices, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimisers
 
 
-def fit(job, config, out):
-    """The one loop. Runs the stage to its end and returns the seconds it took, those before a resume included."""
+def fit(run, config, out):
+    """The training loop -> seconds that the stage took, including those before a resume."""
     steps, batch, peak = schedule_of(config)
-    learning = freeze(config, job.modules)
+    learning = freeze(config, run.modules)
     optimisers = make_optimisers(config, learning, peak)
-    start, before = load_state(job, learning, optimisers, config, out) if config.resume else (0, 0.0)
-    print_learning(job, learning, config)
-    begun, recent = time.perf_counter(), []
+    start = 0
+    seconds_before = 0.0
+    if config.resume:
+        start, seconds_before = load_state(run, learning, optimisers, config, out)
+    print_learning(run, learning, config)
+
+    began = time.perf_counter()
+    recent = []  # logs of the steps since the last line of the log
     for step in range(start, steps):
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where there is any, is a function of the step
-        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = lr_at(step, steps, peak)
-        logs, terms = compute_gradient(job, learning, step, batch, config)
-        # three backbones side by side have no norm in common; all others are clipped (official scripts)
-        norm = torch.nn.utils.clip_grad_norm_(learning.values(), 1.0 if config.stage != "backbones" else math.inf)
+        # 1) random numbers (dropout) and the learning rate are functions of the step
+        torch.manual_seed(step_seed(config, step))
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr_at(step, steps, peak)
+
+        # 2) the gradient, clipped as in the official scripts. Only the backbones are not clipped:
+        #    a common norm would make each of the two depend on the other's loss
+        logs, terms = compute_gradient(run, learning, step, batch, config)
+        max_norm = math.inf if config.stage == "backbones" else 1.0
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), max_norm)
         if not math.isfinite(logs["loss"]):
-            raise UserError(f"the loss of {config.stage} is {logs['loss']} at step {step}; "
-                          f"lower --lr (now {peak:g}) and start the stage again")
+            raise UserError(
+                f"the loss of {config.stage} became {logs['loss']} at step {step}; "
+                f"lower --lr (now {peak:g}) and start the stage again")
+
+        # 3) the update
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+
+        # 4) a line of the log, about a hundred in a stage
         recent.append({**logs, "grad": float(norm), "terms": terms})
-        spent = time.perf_counter() - begun
-        if (step + 1) % max(10, steps // 100) == 0 or step + 1 == steps:
-            each = spent / (step - start + 1)
-            keys = dict.fromkeys(key for row in recent for key in row)  # a batch without poses has no pose_acc
-            means = {key: float(np.mean([row[key] for row in recent if key in row])) for key in keys}
-            log_step(out, {"stage": config.stage, "step": step + 1, "of": steps, **means, "lr": lr_at(step, steps, peak),
-                         "ms": 1000 * each, "terms_per_s": means["terms"] / each, "eta_s": each * (steps - step - 1)})
+        seconds = time.perf_counter() - began
+        is_last = step + 1 == steps
+        if (step + 1) % max(10, steps // 100) == 0 or is_last:
+            means = mean_of_rows(recent)
+            per_step = seconds / (step - start + 1)
+            log_step(out, {
+                "stage": config.stage, "step": step + 1, "of": steps,
+                **means, "lr": lr_at(step, steps, peak),
+                "ms": 1000 * per_step, "terms_per_s": means["terms"] / per_step,
+                "eta_s": per_step * (steps - step - 1)})
             recent.clear()
-        if (step + 1) % config.save_every == 0 and step + 1 < steps:
-            save_state(job, learning, optimisers, config, out, step + 1, before + spent)
-    return before + time.perf_counter() - begun
+
+        # 5) a state to resume from
+        if (step + 1) % config.save_every == 0 and not is_last:
+            save_state(
+                run, learning, optimisers, config, out, step + 1, seconds_before + seconds)
+    return seconds_before + time.perf_counter() - began
 
 
-def print_learning(job, learning, config):
-    """Which parameters learn, by part: the one table that shows a wrong freeze."""
+# ---- 6. The log ----------------------------------------------------------------------------------
+def print_learning(run, learning, config):
+    """Prints how many parameters of each part learn: a wrong freeze shows here."""
     if not is_first():
         return
-    print(f"\n{config.stage}: {sum(p.numel() for p in learning.values()):,} parameters learn", flush=True)
-    parts = {}
-    for name, module in job.modules.items():
-        for key, parameter in module.named_parameters():
-            count = parts.setdefault(".".join(key.split(".")[:2]) if name == "model" else name, [0, 0])
-            count[0] += parameter.numel() * parameter.requires_grad
-            count[1] += parameter.numel()
-    for part, (training, total) in parts.items():
-        if training:
-            print(f"    {part:<28}{training:>12,} of {total:,}")
+    total = Counter()
+    training = Counter()
+    for module_name, module in run.modules.items():
+        for name, parameter in module.named_parameters():
+            part = ".".join(name.split(".")[:2]) if module_name == "model" else module_name
+            total[part] += parameter.numel()
+            if parameter.requires_grad:
+                training[part] += parameter.numel()
+
+    print(f"\n{config.stage}: {training.total():,} parameters learn", flush=True)
+    for part, count in training.items():
+        print(f"    {part:<28}{count:>12,} of {total[part]:,}")
 
 
-NOT_SHOWN = ("stage", "step", "of", "terms", "ms", "terms_per_s", "eta_s")  # shown in words of their own, or not at all
+def mean_of_rows(rows):
+    """Dicts of numbers -> {key: mean over the rows that have it}."""
+    values = {}
+    for row in rows:
+        for key, value in row.items():  # a batch without poses has no pose_acc
+            values.setdefault(key, []).append(value)
+    return {key: float(np.mean(numbers)) for key, numbers in values.items()}
+
+
+# keys of a row that are printed in a format of their own, or not at all
+NOT_SHOWN = ("stage", "step", "of", "terms", "ms", "terms_per_s", "eta_s")
 
 
 def log_step(out, row):
-    """One line on the screen, the same numbers in log.jsonl, both only from the first process."""
+    """Appends a row to log.jsonl and prints it, in the first process only."""
     if not is_first():
         return
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-    shown = [f"{k} {v:.3g}" for k, v in row.items() if k not in NOT_SHOWN]
+
+    figures = [f"{key} {value:.3g}" for key, value in row.items() if key not in NOT_SHOWN]
     minutes, seconds = divmod(round(row["eta_s"]), 60)
-    print(f"{row['stage']:<9} {row['step']:>6}/{row['of']} | {' | '.join(shown)} | {row['ms']:.0f} ms | "
-          f"{row['terms_per_s']:.0f} terms/s | {minutes}:{seconds:02d} left", flush=True)
+    print(f"{row['stage']:<9} {row['step']:>6}/{row['of']} | {' | '.join(figures)} | "
+          f"{row['ms']:.0f} ms | {row['terms_per_s']:.0f} terms/s | "
+          f"{minutes}:{seconds:02d} left", flush=True)
 
 
-# ---- 6. States to resume from ------------------------------------------------------------------------------------
-# what a resumed run must not change
-FIXED_SETTINGS = ("stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos", "attn", "lora_r",
-         "root_noise", "part_noise")
+def read_log(out):
+    """log.jsonl -> {stage: rows in the order of steps}; of steps that were repeated, the last."""
+    stages = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        if not line.endswith("}"):  # the program was stopped while writing it
+            continue
+        row = json.loads(line)
+        rows = stages.setdefault(row["stage"], [])
+        while rows and (rows[-1]["step"] >= row["step"] or rows[-1]["of"] != row["of"]):
+            rows.pop()  # of a run that was resumed before this step, or of an older one
+        rows.append(row)
+    return stages
 
 
-def trainable_state(job, learning):
-    """name -> tensor of everything the stage changes: parameters that learn, and buffers such as the codebook's."""
-    buffers = {f"{name}.{key}": value for name, module in job.modules.items() for key, value in module.named_buffers()}
-    return {**learning, **{"buffer." + key: value for key, value in buffers.items()}}
+def draw_curve(rows):
+    """Rows of the log of a stage -> picture (CELL,CELL) of its loss, on a log scale, over steps."""
+    left = 48  # room for the labels of the axes, on the left and below
+    top = 12
+    right = CELL - 12
+    bottom = CELL - 28
+    losses = [max(row["loss"], 1e-6) for row in rows]
+    low = min(losses)
+    high = max(losses)
+    log_range = max(math.log(high / low), 1e-9)
+    points = []
+    for row, loss in zip(rows, losses):
+        x = left + (right - left) * row["step"] / row["of"]
+        y = bottom - (bottom - top) * math.log(loss / low) / log_range
+        points.append((x, y))
+
+    picture = Image.new("RGB", (CELL, CELL), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left, top, right, bottom), outline=(200, 200, 200))
+    draw.line(points, fill=(200, 60, 40), width=2)
+    draw.text((right - 6, top + 6), "log scale", fill=(160, 160, 160), anchor="rt")
+    draw.text((left - 6, top), f"{high:.3g}", fill="black", anchor="rt")
+    draw.text((left - 6, bottom), f"{low:.3g}", fill="black", anchor="rb")
+    draw.text((left, bottom + 8), "0", fill="black", anchor="mt")
+    draw.text((right, bottom + 8), f"step {rows[-1]['of']}", fill="black", anchor="rt")
+    return picture
 
 
-def save_state(job, learning, optimisers, config, out, step, seconds):
-    """Write train_state.safetensors: weights, the optimisers' memory, where the run stands. One file, renamed when
-    whole."""
+def plot_losses(out):
+    """log.jsonl -> loss.png: one curve a stage, three in a row."""
+    cells = []
+    for stage, rows in read_log(out).items():
+        name = f"{stage}: loss {rows[0]['loss']:.3g} to {rows[-1]['loss']:.3g}"
+        cells.append((name, draw_curve(rows)))
+    rows = [("", cells[start:start + 3]) for start in range(0, len(cells), 3)]
+    save_png(contact_sheet(rows), out / "loss.png")
+
+
+# ---- 7. Checkpoints, and states to resume from ---------------------------------------------------
+def depends_on(stage, other):
+    """Does a stage build on another one, directly or through stages between them?"""
+    return any(need == other or depends_on(need, other) for need in STAGES[stage].needs)
+
+
+def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
+    """Writes the checkpoint after a stage, with notes on how it was made, and loss.png."""
+    # a stage that builds on the one just trained is outdated
+    kept = [stage for stage in notes["stages"]
+            if stage != config.stage and not depends_on(stage, config.stage)]
+    notes["stages"] = [*kept, config.stage]
+    notes["seconds"][config.stage] = round(seconds)
+    notes["commands"][config.stage] = provenance()["command"]
+
+    written = {key: notes[key] for key in ("stages", "seconds", "commands")}
+    extra = {}
+    if "retrieval" in notes["stages"]:
+        written["retrieval"] = retrieval_model.config
+        for name, tensor in retrieval_model.state_dict().items():
+            extra[RETRIEVAL_PREFIX + name] = tensor
+    save(model, out, extra=extra, seed=config.seed, people=config.people, photos=config.photos,
+         **written)
+    (out / "train_state.safetensors").unlink(missing_ok=True)
+    plot_losses(out)
+
+
+def wait_for_first(model, out):
+    """Waits until the first process has trained a stage; the others read what it trained alone."""
+    torch.distributed.barrier()
+    if is_first():
+        return
+    state = {}
+    for name, tensor in read_tensors(out / "model.safetensors").items():
+        if not name.startswith(RETRIEVAL_PREFIX):
+            state[name] = tensor
+    model.load_state_dict(state)
+
+
+# settings that must be the same when a run is resumed
+FIXED_SETTINGS = (
+    "stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
+    "attn", "lora_r", "root_noise", "part_noise",
+)
+
+
+def trainable_state(run, learning):
+    """name -> tensor of all that a stage changes: parameters that learn, and buffers (codebook)."""
+    state = dict(learning)
+    for module_name, module in run.modules.items():
+        for name, buffer in module.named_buffers():
+            state[f"buffer.{module_name}.{name}"] = buffer
+    return state
+
+
+def save_state(run, learning, optimisers, config, out, step, seconds):
+    """Writes train_state.safetensors: weights, the state of the optimisers, step and settings."""
     from safetensors.torch import save_file
     if not is_first():
         return
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in trainable_state(job, learning).items()}
+    state = {}
+    for name, tensor in trainable_state(run, learning).items():
+        state[name] = tensor.detach().cpu().contiguous().clone()
     for name, parameter in learning.items():
         for optimiser in optimisers:
             for kind, value in optimiser.state.get(parameter, {}).items():
                 state[f"memory.{kind}.{name}"] = value.cpu().contiguous()
-    facts = {key: getattr(config, key) for key in FIXED_SETTINGS} | {"step": step, "seconds": seconds}
+
+    facts = {key: getattr(config, key) for key in FIXED_SETTINGS}
+    facts |= {"step": step, "seconds": seconds}
     with atomic_write(out / "train_state.safetensors") as path:
         save_file(state, path, metadata={"run": json.dumps(facts)})
 
 
 def read_state(out):
-    """What train_state.safetensors says of its run; {} where there is none. Raises UserError on a damaged one."""
+    """Settings, "step" and "seconds" of train_state.safetensors; {} if there is none.
+
+    Raises UserError if the file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
     path = out / "train_state.safetensors"
     if not path.exists():
@@ -633,180 +1003,256 @@ def read_state(out):
             facts = json.loads(file.metadata()["run"])
         return {key: facts[key] for key in (*FIXED_SETTINGS, "step", "seconds")}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not a complete state of a run; delete it, or leave --resume out") from None
+        raise UserError(
+            f"{path} is not a complete training state; delete it, or leave --resume out") from None
 
 
-def load_state(job, learning, optimisers, config, out):
-    """Put train_state.safetensors back. Returns (step, seconds so far); (0, 0) where this stage kept no state."""
-    path, facts = out / "train_state.safetensors", read_state(out)
+def load_state(run, learning, optimisers, config, out):
+    """Restores train_state.safetensors -> (next step, seconds so far); (0, 0) for another stage."""
+    path = out / "train_state.safetensors"
+    facts = read_state(out)
     if facts.get("stage") != config.stage:
         return 0, 0.0
-    changed = [f"--{key} {facts[key]} (now {now})" for key in FIXED_SETTINGS if facts[key] != (now := getattr(config, key))]
+    changed = []
+    for key in FIXED_SETTINGS:
+        now = getattr(config, key)
+        if facts[key] != now:
+            changed.append(f"--{key} {facts[key]} (now {now})")
     if changed:
-        raise UserError(f"{path} was made with {', '.join(changed)}; give the same flags, or leave --resume out")
+        raise UserError(
+            f"{path} was made with {', '.join(changed)}; give the same flags, or no --resume")
+
     state = read_tensors(path)
     with torch.no_grad():
-        for name, value in trainable_state(job, learning).items():
-            if name not in state or state[name].shape != value.shape:
-                raise UserError(f"{path} belongs to another model ({name} does not fit); leave --resume out")
-            value.copy_(state[name])
-    owner = {parameter: optimiser for optimiser in optimisers for group in optimiser.param_groups
-             for parameter in group["params"]}
-    for kind, name, value in ((*key.split(".", 2)[1:], state[key]) for key in state if key.startswith("memory.")):
-        parameter = learning[name]
-        owner[parameter].state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+        for name, tensor in trainable_state(run, learning).items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise UserError(
+                    f"{path} belongs to another model: {name} does not fit; leave --resume out")
+            tensor.copy_(state[name])
+
+    owner = {}  # parameter -> its optimiser
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                owner[parameter] = optimiser
+    for key, value in state.items():
+        if key.startswith("memory."):
+            _, kind, name = key.split(".", 2)
+            parameter = learning[name]
+            if kind != "step":  # the optimisers count on the CPU
+                value = value.to(parameter.device)
+            owner[parameter].state[parameter][kind] = value
     return facts["step"], facts["seconds"]
 
 
-# ---- 7. Runs -----------------------------------------------------------------------------------------------------
+# ---- 8. Runs -------------------------------------------------------------------------------------
+MINIMUM = {
+    "steps": 0, "batch": 0, "people": 0, "photos": 0, "lr": 0, "accumulate": 1, "lora_r": -1,
+    "save_every": 1,
+}
+
+
 def validate(config):
-    """Every setting that cannot work is refused here, before anything is computed. Raises UserError."""
-    def need(fine, sentence):
-        if not fine:
-            raise UserError(sentence)
+    """Checks all settings before anything is computed. Raises UserError."""
+    validate_stages(config)
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        if value and value not in choices:
+            raise UserError(f"--{name} {value} is not one of {', '.join(choices)}")
+    for name, minimum in MINIMUM.items():
+        value = getattr(config, name)
+        if not minimum <= value < 1e9:  # NaN is refused, too
+            raise UserError(f"--{name} {value} must be at least {minimum} and below 1e9")
+
+    if bool(config.llm) != bool(config.pose_vit):
+        raise UserError("--llm and --pose_vit must come together: give both, or neither")
+    if config.clip and not config.llm:
+        raise UserError("--clip needs --llm and --pose_vit")
+
+    people = config.people or N_PEOPLE[config.size][0]
+    if people % 2 == 1 or config.photos % 2 == 1:
+        raise UserError("--people and --photos must be even, because people come in pairs")
+    if config.photos > people:
+        raise UserError(f"--photos {config.photos} is more than --people {people}")
+
+
+def validate_stages(config):
+    """Checks that the stages exist at this size and that their batches can be split."""
+    if config.size not in SIZES:
+        raise UserError(f"--size {config.size} is not one of {', '.join(SIZES)}")
+    for stage in config.stage.split(","):
+        if config.stage != "all" and stage not in STAGES:
+            raise UserError(f"--stage {stage} is not one of {', '.join(STAGES)}, all")
+
     for stage in stages_to_run(config):
-        need(stage in STAGES, f"--stage {stage} is not one of {', '.join(STAGES)}, all")
-    for name, choices in {"size": tuple(SIZES), **CHOICES}.items():
-        given = getattr(config, name)
-        fine = given in choices or (name in CHOICES and not given)
-        need(fine, f"--{name} {given} is not one of {', '.join(choices)}")
-    for stage in stages_to_run(config):
-        need(config.size in STAGES[stage].schedule, f"--stage {stage} is a download at --size {config.size}: give "
-             "--llm and --pose_vit with the stages after it")
-    for name, least in dict(steps=0, batch=0, people=0, photos=0, lr=0, accumulate=1, lora_r=-1, save_every=1).items():
-        given = getattr(config, name)
-        need(least <= given < 1e9, f"--{name} {given} must be at least {least}, and a number of this world")
-    need(bool(config.llm) == bool(config.pose_vit) >= bool(config.clip), "--llm and --pose_vit come together, and "
-         "--clip with them: they stand in for the stage backbones")
-    fill_defaults(config)
-    need(config.people % 2 == 0 and config.photos % 2 == 0, "--people and --photos must be even: people come in pairs")
-    need(config.photos <= config.people, f"--photos {config.photos} is more than --people {config.people}")
-    for stage in stages_to_run(config):
-        batch, whole = config.batch or STAGES[stage].schedule[config.size][1], STAGES[stage].needs_full_batch
-        cuts = config.accumulate * (1 if whole else process_rank()[1])
-        need(batch % cuts == 0, f"--batch {batch} of {stage} does not cut into {cuts} parts (accumulate x processes)")
-        need(cuts == 1 or not whole, f"the samples of a batch of {stage} learn from each other; leave --accumulate out")
+        row = STAGES[stage]
+        if config.size not in row.schedule:
+            raise UserError(
+                f"--size {config.size} has no stage {stage}; give --llm and --pose_vit instead")
+        if row.needs_full_batch and config.accumulate > 1:
+            raise UserError(
+                f"the loss of {stage} needs the whole batch at once; leave --accumulate out")
+        batch = config.batch or row.schedule[config.size][1]
+        parts = 1 if row.needs_full_batch else config.accumulate * process_count()
+        if batch % parts:
+            raise UserError(
+                f"--batch {batch} of {stage} does not cut into {parts} parts of equal size "
+                "(--accumulate x processes)")
 
 
 def stages_to_run(config):
-    """The stages that --stage names, in their order; of all of them those that are not downloads."""
-    named = config.stage.split(",")
-    if named == ["all"]:
-        return [stage for stage, row in STAGES.items() if config.size in row.schedule and not (
-            config.llm and stage == "backbones")]
-    return sorted(named, key=[*STAGES, *named].index)
+    """The stages that --stage names, in the order of STAGES; all: those that are not downloads."""
+    if config.stage != "all":
+        named = config.stage.split(",")
+        return [stage for stage in STAGES if stage in named]
+    stages = [stage for stage, row in STAGES.items() if config.size in row.schedule]
+    if config.llm and "backbones" in stages:
+        stages.remove("backbones")
+    return stages
 
 
 def fill_defaults(config):
-    """Puts in what empty settings stand for."""
+    """Replaces empty settings by what they stand for, in place."""
     people, photos = N_PEOPLE[config.size]
     config.people = config.people or people
     config.photos = config.photos or min(photos, config.people)
     config.out = config.out or f"out/{config.size}"
-    config.lora_r = SIZES[config.size]["lora_r"] if config.lora_r < 0 else config.lora_r
-    config.device = find_device(config.device or (f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available()
-                                                  and process_rank()[1] > 1 else ""))
+    if config.lora_r < 0:
+        config.lora_r = SIZES[config.size]["lora_r"]
+    if not config.device and process_count() > 1 and torch.cuda.is_available():
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    config.device = find_device(config.device)
 
 
-def real_data(config):
-    """--data -> {stage: what it learns from}, all of it read and found readable. Raises UserError."""
-    weights = load_json(config.data) if config.data else {}
-    stages = [stage for stage in STAGES if stage != "backbones"]
-    right = isinstance(weights, dict) and weights.keys() <= set(stages) and all(
-        isinstance(sets, dict) and sets and all(isinstance(x, (int, float)) and x > 0 for x in sets.values())
-        for sets in weights.values())
-    if not right:
-        raise UserError(f"{config.data} must name stages, of {', '.join(stages)}, and weights of the data sets of each")
-    real = {stage: RealData(weights[stage], {"retrieval": ("pose2text", "posediff")}.get(stage, STAGES[stage].tasks),
-                            config.seed, STAGES[stage].templates)
-            for stage in stages if stage in weights and stage in stages_to_run(config)}
-    for task in ("pose2text", "posediff") if "retrieval" in real else ():
-        real["retrieval"].draw(0, task)                    # a batch needs both: better to find out now
-    return real
+def read_real_data(config):
+    """Reads the data sets of --data -> {stage: RealData}. Raises UserError."""
+    if not config.data:
+        return {}
+    table = load_json(config.data)
+    if not is_data_table(table):
+        stages = ", ".join(stage for stage in STAGES if stage != "backbones")
+        raise UserError(
+            f"{config.data} must name stages ({stages}) and for each its data sets with weights "
+            'above 0: {"STAGE": {"KIND:PATH": WEIGHT}}')
+
+    real_data = {}
+    for stage in stages_to_run(config):
+        if stage in table:
+            row = STAGES[stage]
+            real_data[stage] = RealData(table[stage], row.tasks, config.seed, row.n_templates)
+    if "retrieval" in real_data:
+        for task in STAGES["retrieval"].tasks:
+            real_data["retrieval"].draw(0, task)  # each batch needs both: find out now
+    return real_data
 
 
-def prepare_model(config, out, recorded):
-    """(model, retrieval_model, notes of config.json): the checkpoint to go on from, or a fresh model where none is needed."""
-    first, *others = config.init.split(",")
-    folder, stages = pathlib.Path(first or out), stages_to_run(config)
-    given = [*stages, "backbones"] if config.llm else stages
-    needs = [need for stage in stages for need in STAGES[stage].needs if need not in given]
+def is_data_table(table):
+    """Is this {stage: {"KIND:PATH": weight above 0}}?"""
+    if not isinstance(table, dict):
+        return False
+    for stage, weights in table.items():
+        if stage not in STAGES or stage == "backbones":
+            return False
+        if not isinstance(weights, dict) or not weights:
+            return False
+        for weight in weights.values():
+            if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                return False
+    return True
+
+
+def prepare_model(config, out, real_data):
+    """Loads the checkpoint to continue, or makes a model -> (model, retrieval model, notes).
+
+    notes: what config.json says of the stages so far. Raises UserError.
+    """
+    folder = pathlib.Path(config.init or out)
     exists = (folder / "config.json").exists()
-    if config.stage == "all" and (config.init or (exists and not config.resume)):
-        raise UserError(f"--stage all starts afresh, and {folder} holds a model; give --resume, or another --out")
-    if config.llm and (config.init or exists and not config.resume):
-        raise UserError(f"--llm begins a new model, and {folder} holds one; give another --out, or leave --llm out")
+    if config.init or (exists and not config.resume):
+        if config.stage == "all":
+            raise UserError(
+                f"--stage all starts with a new model, but {folder} holds one; "
+                "give --resume, or another --out")
+        if config.llm:
+            raise UserError(
+                f"--llm begins a new model, but {folder} holds one; "
+                "give another --out, or leave --llm out")
+
+    notes = {"stages": [], "seconds": {}, "commands": {}}
     if config.init or exists:
-        return load_checkpoint(folder, others, needs, config)
-    if needs:
-        way = f"run `python train.py --stage all --size {config.size}`"
-        if config.size not in STAGES[needs[0]].schedule:
-            way = "give --llm and --pose_vit"
-        raise UserError(f"--stage {config.stage} needs {', '.join(needs)} first, and {folder} holds no checkpoint; "
-                      f"{way}, or --init FOLDER")
+        notes |= read_config(folder)
+        validate_needs(config, notes["stages"], folder)
+        validate_checkpoint(config, notes, folder)
+        model = load(folder)
+        model.config["attn"] = config.attn or model.config["attn"]
+        retrieval_model = load_retrieval_model(folder)
+    else:
+        if config.llm:
+            notes["stages"] = ["backbones"]
+        validate_needs(config, notes["stages"], folder)
+        model = new_model(config, real_data)
+        retrieval_model = None
+    return model, retrieval_model or new_retrieval_model(model, config), notes
+
+
+def validate_needs(config, trained, folder):
+    """Checks that the stages before those of --stage were trained. Raises UserError."""
+    running = stages_to_run(config)
+    missing = []
+    for stage in running:
+        for need in STAGES[stage].needs:
+            if need not in running and need not in trained:
+                missing.append(need)
+    if not missing:
+        return
+    remedy = "train it first (--stage all trains everything), or give --init FOLDER"
+    if config.size not in STAGES[missing[0]].schedule:
+        remedy = "give --llm and --pose_vit"
+    raise UserError(
+        f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
+        f"{remedy}")
+
+
+def validate_checkpoint(config, notes, folder):
+    """Checks that the flags fit the model of a checkpoint. Raises UserError."""
+    if notes["size"] != config.size:
+        raise UserError(
+            f"{folder} holds a {notes['size']} model, not a {config.size} one; "
+            f"give --size {notes['size']}")
+    for name in ("vision", "projector"):
+        wanted = getattr(config, name)
+        if wanted and wanted != notes[name]:
+            raise UserError(
+                f"{folder} was made with --{name} {notes[name]}; another one needs a new model")
+    if notes["lora"] and "instruct" in stages_to_run(config) and config.lora_r != notes["lora_r"]:
+        raise UserError(
+            f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs "
+            "a checkpoint from before instruct")
+
+
+def new_model(config, real_data):
+    """A model of random weights, or one around the backbones of --llm and --pose_vit."""
     torch.manual_seed(config.seed)
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
-    fresh = model_config(config.size, **chosen)
-    said = (row.get("texts", ()) for real in recorded.values() for _, rows, _ in real.groups for row in rows)
-    model = (base_model(fresh, config.llm, config.clip, config.pose_vit) if config.llm
-             else UniPose(fresh, word_tokenizer(vocabulary(text for some in said for text in some))))
-    stages = ["backbones"] if config.llm else []
-    return model, new_retrieval_model(model, config), {"stages": stages, "seconds": {}, "commands": {}}
-
-
-def load_checkpoint(folder, others, needs, config):
-    """The same from a checkpoint that, with `others`, has been through the stages `needs`. Raises UserError where it does
-    not fit."""
-    notes, state = read_config(folder), {}
-    for other in others:
-        state |= trained_alone(other, notes)
-    missing = [stage for stage in needs if stage not in notes.get("stages", [])]
-    if missing:
-        raise UserError(f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
-                      f"run `python train.py --stage {missing[0]} --out {folder}` first")
-    if notes["size"] != config.size:
-        raise UserError(f"{folder} holds a {notes['size']} model, not {config.size}; give --size {notes['size']}")
-    for name in ("vision", "projector"):
-        if getattr(config, name) not in ("", notes[name]):
-            raise UserError(f"{folder} was made with --{name} {notes[name]}; another one needs a run from the beginning")
-    if notes["lora"] and "instruct" in stages_to_run(config) and config.lora_r != notes["lora_r"]:
-        raise UserError(f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs a folder "
-                      "that has not been through instruct")
-    model = load(folder)
-    model.config["attn"] = config.attn or model.config["attn"]
-    retrieval_model = load_retrieval_model(folder) or new_retrieval_model(model, config)
-    for name, module in {"": model, RETRIEVAL_PREFIX: retrieval_model}.items():
-        own = {name + key: value for key, value in module.state_dict().items()}
-        load_strictly(module, {k.removeprefix(name): state.get(k, v) for k, v in own.items()}, config.init)
-    return model, retrieval_model, notes
-
-
-def trained_alone(folder, notes):
-    """name -> tensor of the stages that only this folder has been through, which are added to `notes`: stages that do
-    not need each other can be trained side by side. Raises UserError."""
-    theirs, state = read_config(folder), {}
-    if theirs["size"] != notes["size"] or theirs["lora"]:
-        raise UserError(f"--init: {folder} cannot be joined: it holds a {theirs['size']} model"
-                      + ", with LoRA in it" * theirs["lora"])
-    tensors = read_tensors(pathlib.Path(folder) / "model.safetensors")
-    for stage in [stage for stage in theirs["stages"] if stage not in notes["stages"]]:
-        pattern = trainable(stage, notes["size"])
-        state |= {key: value for key, value in tensors.items() if re.match(pattern, key)}
-        notes["stages"].append(stage)
-        for told in ("seconds", "commands"):               # a base model that was given has none
-            notes[told] |= {key: value for key, value in theirs[told].items() if key == stage}
-    return state
+    sizes = model_config(config.size, **chosen)
+    if config.llm:
+        return base_model(sizes, config.llm, config.clip, config.pose_vit)
+    texts = []  # the vocabulary of an embedded size must contain all words of the data
+    for real in real_data.values():
+        texts += real.texts()
+    return UniPose(sizes, word_tokenizer(vocabulary(texts)))
 
 
 def new_retrieval_model(model, config):
-    """An untrained retrieval model of the size's width, the same whatever was trained before it."""
+    """A retrieval model of random weights, the same whatever was trained before."""
     torch.manual_seed(config.seed)
-    return Retrieval(len(model.text_tokenizer), d=dict(nano=32, tiny=64, paper=512)[config.size])
+    return Retrieval(len(model.text_tokenizer), d=RETRIEVAL_WIDTH[config.size])
 
 
-def run_stage(config, model, retrieval_model, frozen, notes, out):
-    """Train one stage and write the checkpoint with everything trained so far."""
+def run_stage(config, model, retrieval_model, cache, notes, out):
+    """Trains one stage and writes the checkpoint."""
     if config.stage == "instruct" and config.lora_r:
+        # seeded here and below, so that a stage does not depend on what ran before it
         model.config["lora_r"] = config.lora_r
         torch.manual_seed(config.seed)
         model.grow_lora()
@@ -814,92 +1260,60 @@ def run_stage(config, model, retrieval_model, frozen, notes, out):
     retrieval_model.to(config.device)
     if config.checkpointing:
         model.llm.gradient_checkpointing_enable()
+
+    # the small networks start close to a solution; a stage that is trained again keeps its weights
     torch.manual_seed(config.seed)
     if config.size != "paper" and config.stage not in notes["stages"]:
         if config.stage == "align":
             init_code_embeddings(model)
-        if config.stage == "project" and "project" not in frozen.recorded:
-            init_projector_scale(model, frozen.features)
-    job = STAGE_RUNS[config.stage](model, retrieval_model, frozen, config)
-    for module in job.modules.values():
+        if config.stage == "project" and "project" not in cache.real_data:
+            init_projector_scale(model, cache.features)
+
+    run = STAGE_RUNS[config.stage](model, retrieval_model, cache, config)
+    for module in run.modules.values():
         module.train()
-    seconds = fit(job, config, out)
+    seconds = fit(run, config, out)
     if is_first():
         save_checkpoint(config, model, retrieval_model, notes, out, seconds)
         print(f"{config.stage} done in {seconds / 60:.1f} minutes; wrote {out}", flush=True)
 
 
-def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
-    """Write the checkpoint after a stage, note what made it, and draw the curves."""
-    def rests(stage):  # on an older version of the one that was trained now: it no longer stands
-        return stage == config.stage or any(map(rests, STAGES[stage].needs))
-    notes["stages"] = [*(stage for stage in notes["stages"] if not rests(stage)), config.stage]
-    notes["seconds"][config.stage], notes["commands"][config.stage] = round(seconds), provenance()["command"]
-    told = {key: notes[key] for key in ("stages", "seconds", "commands")}
-    extra = {}
-    if "retrieval" in notes["stages"]:
-        extra, told["retrieval"] = {RETRIEVAL_PREFIX + k: v for k, v in retrieval_model.state_dict().items()}, retrieval_model.config
-    save(model, out, extra=extra, seed=config.seed, people=config.people, photos=config.photos, **told)
-    (out / "train_state.safetensors").unlink(missing_ok=True)
-    plot_losses(out)
-
-
-def wait_for_first(model, out):
-    """What one process has trained alone, the others read from its checkpoint."""
-    torch.distributed.barrier()
-    if not is_first():
-        state = read_tensors(out / "model.safetensors")
-        model.load_state_dict({k: v for k, v in state.items() if not k.startswith(RETRIEVAL_PREFIX)})
-
-
-def plot_losses(out, size=(360, 240)):
-    """log.jsonl -> loss.png: one panel a stage, log10 of the loss over steps, first and last value written on it."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-    rows = {(row["stage"], row["step"]): row for row in rows}.values()  # steps done again after a cut count once
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    sheet = Image.new("RGB", (size[0] * min(3, len(stages)), size[1] * math.ceil(len(stages) / 3)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, stage in enumerate(stages):
-        left, top = size[0] * (k % 3), size[1] * (k // 3)
-        losses = [(row["step"] / row["of"], max(row["loss"], 1e-6)) for row in rows if row["stage"] == stage]
-        low, high = (math.log10(f(y for _, y in losses)) for f in (min, max))
-        scale = (size[1] - 65) / max(high - low, 1e-9)
-        spots = [(left + 20 + x * (size[0] - 40), top + 40 + (high - math.log10(y)) * scale) for x, y in losses]
-        draw.rectangle((left + 20, top + 40, left + size[0] - 20, top + size[1] - 25), outline=(200, 200, 200))
-        draw.line(spots, fill=(200, 60, 40), width=2)
-        told = f"{stage}: loss {losses[0][1]:.3g} to {losses[-1][1]:.3g}, log scale"
-        draw.text((left + 20, top + 18), told, fill="black")
-    with atomic_write(out / "loss.png") as path:
-        sheet.save(path, format="PNG")
+def already_trained(stage, config, notes, out):
+    """Has --out itself, not --init, finished this stage, and not begun it again since?"""
+    return stage in notes["stages"] and not config.init and read_state(out).get("stage") != stage
 
 
 def main(argv=None):
-    """Trains what the flags ask for."""
+    """Trains the stages of --stage one after the other."""
     config = cli(Config, argv)
     validate(config)
-    if process_rank()[1] > 1 and not torch.distributed.is_initialized():  # patient: whole stages are the first's alone
+    fill_defaults(config)
+    if process_count() > 1 and not torch.distributed.is_initialized():
+        # a long timeout: the other processes wait while the first trains whole stages alone
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=2))
+
     out = pathlib.Path(config.out)
-    recorded = real_data(config)
-    model, retrieval_model, notes = prepare_model(config, out, recorded)
+    real_data = read_real_data(config)
+    model, retrieval_model, notes = prepare_model(config, out, real_data)
     config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
-    stages = [s for s in stages_to_run(config) if not (config.resume and already_trained(s, config, notes, out))]
-    if not stages:
-        print(f"{out} has been through {config.stage} already; there is nothing to resume")
-    frozen = FeatureCache(model, World("train", config.people, model.vision.clip_size), config.photos, recorded)
+
+    stages = stages_to_run(config)
+    if config.resume:
+        stages = [s for s in stages if not already_trained(s, config, notes, out)]
+        if not stages:
+            print(f"{out} has been through {config.stage} already; there is nothing to resume")
+
+    world = World("train", config.people, model.vision.clip_size)
+    cache = FeatureCache(model, world, config.photos, real_data)
     for stage in stages:
         if is_first() or not STAGES[stage].needs_full_batch:
-            run_stage(dataclasses.replace(config, stage=stage), model, retrieval_model, frozen, notes, out)
-        if process_rank()[1] > 1:
+            stage_config = dataclasses.replace(config, stage=stage)
+            run_stage(stage_config, model, retrieval_model, cache, notes, out)
+        if process_count() > 1:
             wait_for_first(model, out)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def already_trained(stage, config, notes, out):
-    """Has the folder itself, not only --init, been through a stage, and was it not begun again?"""
-    return stage in notes["stages"] and not config.init and read_state(out).get("stage") != stage
 
 
 if __name__ == "__main__":
