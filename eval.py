@@ -49,7 +49,7 @@ from data import TASKS, World, records_with_pose, vocabulary
 from sample import DECODINGS, CachedModel, generate, question, validate_decoding
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, load_body,
-    matrix_to_sixd, run_main, turn_root,
+    matrix_to_sixd, run_main, turn_root, validate_writable,
 )
 from unipose import (
     PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, UniPose, find_device, load, load_strictly, model_config,
@@ -254,36 +254,48 @@ def view_metrics(texts, views):
 
 
 # ---- 4. Embeddings: distances in the space of the retrieval model --------------------------------
-def rank_of_own(similarity):
-    """(n,n) -> (n,): how many columns beat the diagonal of each row. A tie counts half: equal
-    answers must not all win."""
-    own = similarity.diagonal()[:, None]                                              # (n,1)
-    better = (similarity > own).sum(1)
-    ties = (similarity == own).sum(1) - 1
-    return better + ties / 2
+def hit_rate(similarity, k):
+    """Is the own column of each row (n,n), the diagonal, among the k most similar ones? -> (n,)
+
+    A tie is decided by a fair coin: of t columns that share the last s places, each is a hit with
+    probability s/t. So embeddings that are all alike score what chance scores. Raises UserError for
+    NaN, which would be no better and no worse than anything.
+    """
+    if similarity.isnan().any():
+        raise UserError("the embeddings hold NaN, so retrieval cannot be measured: train the model "
+                        "again with a lower --lr")
+    own = similarity.diagonal()[:, None]                                            # (n,1)
+    better = (similarity > own).sum(1)                                              # (n,)
+    tied = (similarity == own).sum(1)                                               # own included
+    return ((k - better).clamp(min=0) / tied).clamp(max=1)                          # (n,)
 
 
 def r_precision(query, answer, top=3, group=32):
-    """Share of queries whose own answer is among the best k of its group, k = 1..top. (n,d) unit
-    vectors -> list.
+    """Share of queries whose own answer is among the best k of its group, k = 1..top.
 
-    Groups are consecutive rows, so shuffle first if the order means anything; an incomplete last
-    group is dropped.
+    query, answer: (n,d) unit vectors. Returns a list. Groups are consecutive rows, so shuffle first
+    if the order means anything; an incomplete last group is dropped. Raises UserError for NaN.
     """
     complete = len(query) // group * group
     if not complete:
         return []
-    query = query[:complete].view(-1, group, query.size(1))                 # (n/group,group,d)
-    answer = answer[:complete].view(-1, group, answer.size(1))
-    rank = torch.cat([rank_of_own(similarity) for similarity in query @ answer.mT])   # (n,)
-    return [(rank < k).float().mean().item() for k in range(1, top + 1)]
+    query = query[:complete].view(-1, group, query.size(1))     # (n/group,group,d)
+    answer = answer[:complete].view(-1, group, answer.size(1))  # (n/group,group,d)
+    similarities = query @ answer.mT
+    rates = []
+    for k in range(1, top + 1):
+        hits = torch.cat([hit_rate(similarity, k) for similarity in similarities])  # (n,)
+        rates.append(hits.float().mean().item())
+    return rates
 
 
 def recall_at(query, answer, tops=(1, 5, 10, 20)):
-    """Share of queries whose own answer is among the best k of the whole set. (n,d) unit vectors ->
-    list."""
-    rank = rank_of_own(query @ answer.mT)
-    return [(rank < k).float().mean().item() for k in tops]
+    """Share of queries whose own answer is among the best k of the whole set.
+
+    query, answer: (n,d) unit vectors. Returns a list. Raises UserError for NaN.
+    """
+    similarity = query @ answer.mT
+    return [hit_rate(similarity, k).float().mean().item() for k in tops]
 
 
 def frechet(a, b):
@@ -842,9 +854,13 @@ def measure_speed(model, seed=0, repeats=7):
 
     def answer_seconds(task, decode="argmax"):
         # an untrained model does not know when to stop: a pose gets no more steps than it needs
-        max_new = 160 if evalsets[task].target == "text" else 3
-        if decode == "ar":
-            max_new = model.pose_tokenizer.n_tokens + 3
+        one_by_one = decode == "ar" or model.config["attn"] == "causal"
+        if evalsets[task].target == "text":
+            max_new = 160
+        elif one_by_one:
+            max_new = model.pose_tokenizer.n_tokens + 3    # <p>, its codes, </p> and </s>
+        else:
+            max_new = 3
         prompts = [evalsets[task].question(0, model)]
         start = time.perf_counter()
         generate(model, prompts, [evalsets[task].target], decode=decode, max_new=max_new)
@@ -953,6 +969,12 @@ def validate(config):
         check_choice("decode", decode, DECODINGS)
     if min(config.n, config.batch, config.pool) < 2:
         raise UserError("--n, --batch and --pool must be at least 2")
+    if config.features and not config.poses:
+        raise UserError("--features needs poses to compute them of: give --poses KIND:PATH")
+    for flag in ("json", "features"):
+        path = getattr(config, flag)
+        if path:
+            validate_writable(f"--{flag}", path)
 
 
 def check_choice(flag, value, choices):
@@ -974,6 +996,7 @@ def write_features(config, retrieval_model, device):
 
     with atomic_write(config.features) as path, open(path, "wb") as file:
         np.save(file, torch.cat(features).numpy())
+    print(f"wrote the features of {len(poses)} poses to {config.features}")
 
 
 def main(argv=None):
@@ -981,6 +1004,7 @@ def main(argv=None):
     config = cli(Config, argv)
     validate(config)
     device = find_device(config.device)
+    body = load_body(config.body)
     if config.size:
         model = random_model(config.size, config.seed, device)
         retrieval_model = None
@@ -999,7 +1023,7 @@ def main(argv=None):
         if config.size == "paper":
             lines.append("(the paper reports 200 ms in parallel, 2,500 one by one)")
     else:
-        evaluator = Evaluator(load_body(config.body), retrieval_model, model.text_tokenizer)
+        evaluator = Evaluator(body, retrieval_model, model.text_tokenizer)
         report = evaluate(
             model, evaluator, config.tasks or tuple(TASKS), config.split, config.n, config.decode,
             config.batch, config.pool, config.seed)

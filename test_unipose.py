@@ -5117,11 +5117,29 @@ def test_every_answer_is_found_where_embeddings_are_perfect():
     assert evaluation.recall_at(perfect, perfect)[0] == 1
 
 
-def test_equal_embeddings_are_no_hit():
-    """Else the mean pose would win every table."""
+def test_equal_embeddings_score_what_chance_scores():
+    """Else the mean pose would win every table, or lose it."""
     tied = torch.eye(40)[:1].expand(40, -1)
 
-    assert evaluation.r_precision(torch.eye(40), tied) == [0, 0, 0]
+    assert evaluation.r_precision(tied, tied) == pytest.approx([1 / 32, 2 / 32, 3 / 32])
+    assert evaluation.recall_at(tied, tied, [1, 10]) == pytest.approx([1 / 40, 10 / 40])
+
+
+def test_a_twin_of_the_own_answer_is_decided_by_a_fair_coin():
+    answers = torch.eye(40)
+    answers[1] = answers[0]
+
+    recall = evaluation.recall_at(answers, answers, [1, 2])
+
+    assert recall == pytest.approx([39 / 40, 1])
+
+
+@pytest.mark.parametrize("metric", [evaluation.r_precision, evaluation.recall_at])
+def test_embeddings_with_nan_are_refused(metric):
+    broken = torch.eye(40)
+    broken[3, 3] = math.nan
+
+    refused("NaN", metric, broken, torch.eye(40))
 
 
 @pytest.fixture(scope="module")
@@ -5235,6 +5253,37 @@ def test_the_table_has_a_row_for_every_task(report):
 
     for task in data.TASKS:
         assert f"\n{task} " in table
+
+
+def test_speed_of_a_causal_model_reads_all_codes_of_a_pose(monkeypatch):
+    """It decodes one code a step, so its answers need as many steps as a pose has codes."""
+    limits = []
+    answer = evaluation.generate
+
+    def record(model, prompts, wants, decode, max_new):
+        if wants == ["pose"]:
+            limits.append(max_new)
+        return answer(model, prompts, wants, decode=decode, max_new=max_new)
+
+    monkeypatch.setattr(evaluation, "generate", record)
+    model = nano(attn="causal")
+
+    evaluation.measure_speed(model, repeats=1)
+
+    assert set(limits) == {model.pose_tokenizer.n_tokens + 3}
+
+
+@pytest.mark.parametrize("flag", ["--json", "--features"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_loaded(
+        tmp_path, monkeypatch, flag):
+    monkeypatch.setattr(evaluation, "load", None)
+    (tmp_path / "file").write_text("")
+
+    refused(flag, evaluation.main, [flag, str(tmp_path / "file" / "x"), "--poses=world:test:2"])
+
+
+def test_features_need_poses(tmp_path):
+    refused("--poses", evaluation.main, ["--features", str(tmp_path / "f.npy")])
 
 
 def test_speed_measures_the_latency_of_every_task(trained):

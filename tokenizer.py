@@ -46,6 +46,7 @@ import pathlib
 import pickle
 import re
 import sys
+import tempfile
 import typing
 
 import numpy as np
@@ -884,6 +885,24 @@ def atomic_write(path):
                 f"cannot write {path}: {first_line(error)}. Free some space or choose another place"
             ) from error
         raise
+
+
+def validate_writable(flag, path):
+    """Raises UserError if a file could not be written at `path`, whose folders need not exist yet.
+
+    To be called before long work, which would be lost at its end. Permissions alone do not tell, so
+    a temporary file is made.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.name:
+        raise UserError(f"{flag} {path} is a folder: name a file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: {folder} is a file, not a folder; choose another place")
+    with as_user_error(f"{flag} {path} cannot be written (", "); choose another place"):
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def list_files(path, *suffixes):
