@@ -58,9 +58,9 @@ from captions import (
     full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, Z_UP_TO_Y_UP, SafeUnpickler, UserError, aa_to_matrix, as_user_error, atomic_write, cli,
-    face_front, first_line, forward_kinematics, list_files, load_asset, load_body, load_json,
-    matrix_to_aa, mirror, read_arrays, run_main, skip_bad_entry, turn_root,
+    JOINTS, Z_UP_TO_Y_UP, UserError, aa_to_matrix, as_user_error, atomic_write, cli, face_front,
+    first_line, forward_kinematics, list_files, load_asset, load_body, load_json, load_pickle,
+    matrix_to_aa, mirror, read_arrays, run_main, skip_bad_entry, to_array, to_element, turn_root,
 )
 
 
@@ -1250,26 +1250,52 @@ def picture_record(image, center=None, sides=None, pose=None):
     return record
 
 
+MAX_PYD = 2 ** 22  # bytes; one person takes a few thousand
+MAX_PEOPLE = 100  # in a picture
+
+
+def person_array(person, name):
+    """One of the arrays of a person. Raises UserError if it is too large to be of one."""
+    array = to_array(person[name])
+    if array.size > 1000:
+        raise UserError(f"the {name} of the person is {array.shape}")
+    return array
+
+
 def person_record(person, image):
     """The record of one person of a 4D-Humans tar.
 
     image: as `open_image` takes it. Raises UserError, also for people that HMR2's training drops.
     """
-    keypoints = np.asarray(person["keypoints_2d"])                         # (44,3)
+    keypoints = person_array(person, "keypoints_2d")                       # (44,3)
     n_visible = (keypoints[:, 2] > 0.3).sum()
     if n_visible <= 4:
         raise UserError(f"only {n_visible} joints of the person are visible")
 
-    if not np.all(person["has_body_pose"]):
+    if not person_array(person, "has_body_pose").all():
         raise UserError("the person has no pose")
 
     # a dict, packed into an array
-    fitting_loss = np.asarray(person.get("extra_info", {}).get("fitting_loss", {})).item()
-    if np.max(fitting_loss.get("reprojection_loss", 0)) >= 31_000:
+    fitting_loss = to_element(person.get("extra_info", {}).get("fitting_loss", {}))
+    if to_array(fitting_loss.get("reprojection_loss", 0)).max() >= 31_000:
         raise UserError("the body was not fitted well to the person")
 
-    sides = 200 * np.asarray(person["scale"])  # the unit of scales in tars is 200 pixels
-    return picture_record(image, person["center"], sides, np.asarray(person["body_pose"]))
+    center = person_array(person, "center")
+    sides = 200 * person_array(person, "scale")  # the unit of scales in tars is 200 pixels
+    return picture_record(image, center, sides, person_array(person, "body_pose"))
+
+
+def load_people(tar, member):
+    """The people in a .data.pyd member of a tar, as load_pickle gives them. Raises UserError."""
+    if not member.isreg():  # a link may point to anything
+        raise UserError(f"{member.name} is not a plain file")
+    pickled = tar.extractfile(member).read(MAX_PYD + 1)  # of a sparse file, zeros without end
+    if len(pickled) > MAX_PYD:
+        raise UserError(f"{member.name} is larger than {MAX_PYD:,} bytes")
+    people = load_pickle(pickled)
+    if type(people) is not list or len(people) > MAX_PEOPLE:
+        raise UserError(f"{member.name} is not a list of at most {MAX_PEOPLE} people")
+    return people
 
 
 def read_tars(path, skipped):
@@ -1278,6 +1304,8 @@ def read_tars(path, skipped):
     Of each picture KEY.jpg the tar holds KEY.data.pyd, a pickled list of the people in it.
     """
     def key_of(member):
+        if member.size < 0:  # tarfile would step back and read the member again, for ever
+            raise UserError(f"{member.name} has a negative size")
         return re.match(r"(.*/)?[^/.]*", member.name)[0]
 
     for file in list_files(path, ".tar"):
@@ -1290,9 +1318,7 @@ def read_tars(path, skipped):
                     group = {member.name[len(key):].lower(): member for member in members}
                     picture = group.get(".jpeg") or group.get(".png") or group[".jpg"]
                     image = [file, picture.offset_data, picture.size]
-                    pickled = tar.extractfile(group[".data.pyd"])
-
-                    for person in SafeUnpickler(pickled, encoding="latin1").load():
+                    for person in load_people(tar, group[".data.pyd"]):
                         with skip_bad_entry(skipped, where):
                             entry = {"id": f"{file.name}/{key}", "source": source}
                             yield entry | person_record(person, image)

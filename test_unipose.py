@@ -5,7 +5,9 @@
 
 UNIPOSE_GOLDEN names another folder of golden figures in the same format.
 """
+import argparse
 import ast
+import collections
 import dataclasses
 import importlib
 import io
@@ -19,11 +21,13 @@ import re
 import resource
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import types
+import zipfile
 
 # before torch is imported: two threads on a busy machine are slower than one
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -2345,7 +2349,7 @@ def test_people_without_a_view_do_not_count_in_the_view_metrics():
     assert evaluation.view_metrics(["A."], [""]) == {}
 
 
-# ---- data.py: readers, builders, real data in training ---------------------------------------------
+# ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
     return pytest.mark.parametrize(arguments, list(cases.values()), ids=list(cases))
@@ -3214,6 +3218,646 @@ def built_rows():
     pose = [0.1] * 66
     row = {"id": "a", "source": "x", "image": "b.jpg", "texts": ["a"], "pose": pose}
     return f"{json.dumps(row)}\n{json.dumps(row)}"
+
+
+# ---- tokenizer.py: hostile pickles ---------------------------------------------------------------
+# files made for the tests of pickles
+# Each of the next functions gives the instructions of a pickle that make one value.
+NONE = pickle.NONE
+
+
+def text(value):
+    """Text, which for Python 2 is bytes as well."""
+    return pickle.STRING + repr(value.encode("latin1"))[1:].encode() + b"\n"
+
+
+def number(value):
+    return pickle.INT + str(value).encode() + b"\n"
+
+
+def tuple_of(*values):
+    return pickle.MARK + b"".join(values) + pickle.TUPLE
+
+
+def list_of(*values):
+    return pickle.MARK + b"".join(values) + pickle.LIST
+
+
+def dict_of(**items):
+    pairs = [text(key) + value for key, value in items.items()]
+    return pickle.MARK + b"".join(pairs) + pickle.DICT
+
+
+def shape_of(*lengths):
+    return tuple_of(*map(number, lengths))
+
+
+def name(path):
+    """Something that is looked up by its module and name."""
+    module, _, last = path.rpartition(".")
+    return pickle.GLOBAL + f"{module}\n{last}\n".encode()
+
+
+def call(path, *arguments):
+    return name(path) + tuple_of(*arguments) + pickle.REDUCE
+
+
+def built(value, state):
+    return value + state + pickle.BUILD
+
+
+def dtype_of(code="f8", order="<", parts=NONE, size=-1, flags=0):
+    """A dtype and its state: version, byte order, parts, names, fields, size, alignment, flags."""
+    state = [number(3), text(order), parts, NONE, NONE, number(size), number(size), number(flags)]
+    return built(call("numpy.dtype", text(code), number(0), number(1)), tuple_of(*state))
+
+
+def array_of(payload, shape, dtype=None, fortran=0):
+    """An array, from its payload: bytes, or a list of objects."""
+    module = "numpy.core.multiarray._reconstruct"
+    empty = call(module, name("numpy.ndarray"), shape_of(0), text("b"))
+    state = [number(1), shape, dtype or dtype_of(), number(fortran), payload]
+    return built(empty, tuple_of(*state))
+
+
+def buffer_of(payload, shape, order="C"):
+    """An array as numpy pickles it for protocol 5."""
+    return call("numpy.core.numeric._frombuffer", payload, dtype_of(), shape, text(order))
+
+
+def numbers(*values, code="f8"):
+    """A plain array of one dimension."""
+    array = np.array(values, code)
+    return array_of(text(array.tobytes().decode("latin1")), shape_of(len(values)), dtype_of(code))
+
+
+def sparse_of(shape, indptr=(0, 1), indices=(0,), data=(1.0,)):
+    """scipy's csc_matrix, as pickled under protocol 2."""
+    state = dict_of(
+        _shape=shape,
+        indptr=numbers(*indptr, code="i4"),
+        indices=numbers(*indices, code="i4"),
+        data=numbers(*data),
+    )
+    new = name("scipy.sparse.csc.csc_matrix") + tuple_of() + pickle.NEWOBJ
+    return built(new, state)
+
+
+def selection_of(array, indices, shape):
+    """chumpy's Select."""
+    new = name("chumpy.reordering.Select") + tuple_of() + pickle.NEWOBJ
+    return built(new, dict_of(a=array, idxs=indices, preferred_shape=shape))
+
+
+def remember(index):
+    """Puts the value on top of the stack into the memo."""
+    return pickle.LONG_BINPUT + struct.pack("<I", index)
+
+
+def recall(index):
+    return pickle.LONG_BINGET + struct.pack("<I", index)
+
+
+def nest(start, wrap, n):
+    """start, wrapped n times into twice itself: 2**n of it, in a few bytes each."""
+    code = start
+    for index in range(n):
+        code += remember(1000 + index) + pickle.POP + wrap(recall(1000 + index))
+    return code
+
+
+def twins(value):
+    return tuple_of(value, value)
+
+
+def twin_lists(value):
+    return list_of(value, value)
+
+
+SOME_TEXT = text("\0" * 8)  # eight bytes for an array
+ENDLESS = number(10 ** 12)
+
+
+def code_pickles(trap):
+    """{kind: instructions that make a value}: each tries to call something, or needs far too much.
+
+    trap: a path; whichever of them works leaves a file there.
+    """
+    command = text(f"touch {trap}")
+    shell = tuple_of(command)
+    system = pickle.BINUNICODE + b"\5\0\0\0posix" + pickle.BINUNICODE + b"\6\0\0\0system"
+    grown = dtype_of() + remember(1000)
+    growing = tuple_of(number(3), text("<"), NONE, NONE, NONE, number(800), number(8), number(0))
+    return {
+        "command": call("posix.system", command),
+        "command_by_protocol_4": system + pickle.STACK_GLOBAL + shell + pickle.REDUCE,
+        "command_by_inst": pickle.MARK + command + pickle.INST + b"posix\nsystem\n",
+        "command_by_obj": pickle.MARK + name("posix.system") + command + pickle.OBJ,
+        "command_by_newobj": name("subprocess.Popen") + shell + pickle.NEWOBJ,
+        "command_by_newobj_ex": name("subprocess.Popen") + shell + dict_of() + pickle.NEWOBJ_EX,
+        "eval": call("builtins.eval", text(f"open({str(trap)!r}, 'w')")),
+        "getattr": call("builtins.getattr", name("numpy.ndarray"), text("tofile")),
+        "import": call("builtins.__import__", text("this")),
+        "numpy_load": call("numpy.load", text("x.npy"), NONE, number(1)),
+        "numpy_memmap": call("numpy.memmap", text(str(trap)), text("u1"), text("w+"), number(0)),
+        "method_of_an_allowed_name": name("numpy.ndarray.tofile"),
+        "call_of_a_result": call("numpy.dtype", text("f8")) + shell + pickle.REDUCE,
+        "call_of_text": text("numpy.dtype") + shell + pickle.REDUCE,
+        "call_with_a_list": name("numpy.dtype") + list_of(text("f8")) + pickle.REDUCE,
+        "text_in_the_place_of_a_class": call("copy_reg._reconstructor", text("a"), NONE, NONE),
+        "extension": pickle.EXT1 + b"\1",
+        "persistent_text": pickle.PERSID + b"1\n",
+        "persistent_value": text("1") + pickle.BINPERSID,
+        "buffer_from_outside": pickle.NEXT_BUFFER,
+        "state_of_a_name": built(name("numpy.ndarray"), dict_of(a=NONE)),
+        "state_of_a_dict": built(dict_of(), dict_of(__class__=NONE)),
+        "state_of_none": built(NONE, dict_of(a=NONE)),
+        "dtype_grows": array_of(SOME_TEXT, shape_of(1), grown) + built(recall(1000), growing),
+        "items_of_a_list": list_of() + text("a") + NONE + pickle.SETITEM,
+        "append_to_a_name": name("numpy.ndarray") + NONE + pickle.APPEND,
+        "too_many_dicts": pickle.EMPTY_DICT * 2_000_000,
+        "too_many_marks": pickle.MARK * 2_000_000,
+        "bytearray_of_4_tb": pickle.BYTEARRAY8 + struct.pack("<Q", 1 << 42) + b"a",
+        "bytes_of_4_tb": pickle.BINBYTES8 + struct.pack("<Q", 1 << 42) + b"a",
+        "bytearray_by_length": call("numpy.zeros", ENDLESS),
+        "negative_text": pickle.BINSTRING + struct.pack("<i", -1),
+        "integer_of_2_gb": pickle.LONG4 + struct.pack("<i", 2 ** 31 - 1) + b"a",
+        "integer_of_a_million_digits": number("9" * 1_000_000),
+        "memo_beyond_32_bits": NONE + pickle.PUT + b"18446744073709551615\n",
+        "empty_stack": pickle.POP * 10,
+        "ends_too_early": pickle.MARK,
+        "escape_codes_in_a_name": name("\x1b[2J" + "x" * 10_000 + ".y"),
+    }
+
+
+def array_pickles():
+    """{kind: instructions that make a value}: calls of what is allowed, to make no proper array."""
+    chumpy = name("chumpy.ch.Ch") + tuple_of() + pickle.NEWOBJ
+    objects = dtype_of("O8", "|", flags=63)
+    pairs = tuple_of(dtype_of(), shape_of(2))
+    deep = NONE
+    for _ in range(20):
+        deep = selection_of(deep, numbers(0, code="i4"), shape_of(1))
+    hashes = nest(tuple_of(), twins, 60)
+    scalar = "numpy.core.multiarray.scalar"
+    return {
+        "dtype_with_a_size": array_of(SOME_TEXT, shape_of(1), dtype_of(size=800)),
+        "dtype_with_flags": array_of(SOME_TEXT, shape_of(1), dtype_of(flags=63)),
+        "dtype_with_parts": array_of(SOME_TEXT, shape_of(1), dtype_of(parts=pairs)),
+        "dtype_of_pointers": array_of(SOME_TEXT, shape_of(1), dtype_of("O8", "|")),
+        "dtype_of_references": array_of(SOME_TEXT, shape_of(1), objects),
+        "dtype_of_records": array_of(SOME_TEXT, shape_of(1), dtype_of("V8", "|")),
+        "dtype_of_text": array_of(SOME_TEXT, shape_of(1), dtype_of("S8", "|")),
+        "dtype_of_a_long_code": array_of(SOME_TEXT, shape_of(1), dtype_of("f8,f8")),
+        "dtype_of_no_byte_order": array_of(SOME_TEXT, shape_of(1), dtype_of(order="")),
+        "dtype_without_state": array_of(SOME_TEXT, shape_of(1), call("numpy.dtype", text("f8"))),
+        "dtype_that_is_text": array_of(SOME_TEXT, shape_of(1), text("f8")),
+        "array_without_state": call("numpy.core.multiarray._reconstruct", name("numpy.ndarray")),
+        "array_of_objects": array_of(list_of(number(1)), shape_of(1), objects),
+        "array_by_its_class": call("numpy.ndarray", shape_of(10 ** 6)),
+        "array_that_is_a_name": name("numpy.ndarray"),
+        "shape_of_8_tb": array_of(SOME_TEXT, shape_of(10 ** 12)),
+        "shape_that_overflows": array_of(SOME_TEXT, shape_of(2 ** 32, 2 ** 32, 1)),
+        "shape_of_nothing_64_times": array_of(text(""), shape_of(*[2 ** 62] * 64, 0)),
+        "shape_that_is_negative": array_of(SOME_TEXT, shape_of(-1, -1)),
+        "shape_of_fractions": array_of(SOME_TEXT, tuple_of(pickle.FLOAT + b"1.0\n")),
+        "shape_that_is_a_list": array_of(SOME_TEXT, list_of(number(1))),
+        "too_few_bytes": array_of(text("abc"), shape_of(1)),
+        "bytes_that_are_a_list": array_of(list_of(number(1)), shape_of(1)),
+        "bytes_beyond_latin1": array_of(pickle.UNICODE + "ü€".encode() * 4 + b"\n", shape_of(1)),
+        "buffer_of_8_tb": buffer_of(SOME_TEXT, shape_of(10 ** 12)),
+        "buffer_in_a_strange_order": buffer_of(SOME_TEXT, shape_of(1), "ABC"),
+        "buffer_without_arguments": call("numpy.core.numeric._frombuffer"),
+        "scalar_of_a_pointer": call(scalar, objects, SOME_TEXT),
+        "scalar_of_too_many_bytes": call(scalar, dtype_of("f4"), SOME_TEXT),
+        "sparse_of_8_tb": sparse_of(shape_of(10 ** 6, 10 ** 6)),
+        "sparse_of_negative_shape": sparse_of(shape_of(-1, -1)),
+        "sparse_outside_of_itself": sparse_of(shape_of(1, 1), indices=(10 ** 6,)),
+        "sparse_before_itself": sparse_of(shape_of(1, 1), indices=(-5,)),
+        "sparse_with_long_columns": sparse_of(shape_of(1, 1), indptr=(0, 2 ** 31 - 1)),
+        "sparse_with_negative_columns": sparse_of(shape_of(9, 2), indptr=(0, -(2 ** 31), 1)),
+        "selection_outside": selection_of(numbers(1), numbers(10 ** 6, code="i4"), shape_of(1)),
+        "selection_of_8_tb": selection_of(numbers(1), numbers(0, code="i4"), shape_of(10 ** 12)),
+        "selections_of_selections": deep,
+        "chumpy_without_state": chumpy,
+        "chumpy_of_itself": chumpy + remember(999) + dict_of(x=recall(999)) + pickle.BUILD,
+        "list_of_itself": pickle.EMPTY_LIST + remember(999) + recall(999) + pickle.APPEND,
+        "lists_of_2_to_the_60": nest(list_of(number(1)), twin_lists, 60),
+        "tuples_of_2_to_the_60": nest(number(1), twins, 60),
+        "dict_that_hashes_for_years": dict_of() + hashes + NONE + pickle.SETITEM,
+        "set_that_hashes_for_years": pickle.EMPTY_SET + pickle.MARK + hashes + pickle.ADDITEMS,
+        "tuples_300_000_deep": tuple_of() + pickle.TUPLE1 * 300_000,
+        "lists_of_different_lengths": list_of(list_of(number(1)), list_of()),
+        "list_of_text": list_of(text("a")),
+        "integer_of_70_bits": list_of(number(2 ** 70)),
+        "text": text("abc"),
+        "none": NONE,
+    }
+
+
+TRAP = "a path"
+CODE = sorted(code_pickles(TRAP))
+NO_ARRAYS = sorted(array_pickles())
+
+
+def hostile_code(kind, trap):
+    return (code_pickles(trap) | array_pickles())[kind]
+
+
+def with_hostile(content, code):
+    """Pickles content; its text "hostile" becomes the value that code makes."""
+    pickled = pickle.dumps(content, protocol=2)
+    place = b"X\7\0\0\0hostile"
+    assert pickled.count(place) == 1
+    return pickled.replace(place, code)
+
+
+def hostile_body(code):
+    return with_hostile(fake_smpl() | {"v_template": "hostile"}, code)
+
+
+def hostile_tar(code):
+    """Two pictures; the second has a person whose joints are hostile."""
+    good = person(poses(1)[0])
+    bad = with_hostile([good | {"keypoints_2d": "hostile"}], code)
+    good = pickle.dumps([good])
+    return tar({"0.jpg": jpeg(), "0.data.pyd": good, "1.jpg": jpeg(), "1.data.pyd": bad})
+
+
+def hostile_tar_member(**changes):
+    """A tar of one picture with one person, whose header is not what it should be."""
+    content = pickle.dumps([person(poses(1)[0])])
+    member = tarfile.TarInfo("0.data.pyd")
+    member.size = len(content)
+    for key, value in changes.items():
+        setattr(member, key, value)
+
+    picture = tarfile.TarInfo("0.jpg")
+    picture.size = len(jpeg())
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(picture, io.BytesIO(jpeg()))
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.write(content.ljust(20 * tarfile.BLOCKSIZE, b"\0"))
+    return file.getvalue()
+
+
+def replace_in_torch_file(path, old, new):
+    """Replaces what is written in the pickle of a torch file -> path."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member: archive.read(member) for member in archive.namelist()}
+    pickled = next(member for member in members if member.endswith("/data.pkl"))
+    assert members[pickled].count(old) == 1
+    members[pickled] = members[pickled].replace(old, new)
+    path.write_bytes(zip_of(members))
+    return path
+
+
+def hostile_torch_file(path, code):
+    """Weights, and beside them a hostile value."""
+    torch.save({"state_dict": {"a": torch.arange(3.0)}, "epoch": "hostile"}, path)
+    return replace_in_torch_file(path, b"X\7\0\0\0hostile", code)
+
+
+def npy_of_pickle(code):
+    """The bytes of a .npy file of one object, which is a pickle behind a header."""
+    file = io.BytesIO()
+    header = {"descr": "|O", "fortran_order": False, "shape": ()}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + b"\x80\2" + code + pickle.STOP
+
+
+def npy_with_header(shape, descr="<f8", payload=b"\0" * 64):
+    file = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + payload
+
+
+def zip_of(members, compression=zipfile.ZIP_STORED):
+    """{name: bytes} -> the bytes of a zip."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return file.getvalue()
+
+
+def zip_bomb():
+    """An .npz of a few hundred bytes whose member says that it is 64 GB large."""
+    npy = npy_with_header((2 ** 33,))
+    member = zipfile.ZipInfo("poses.npy")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(member, npy)
+        member.file_size = 2 ** 36  # goes into the list at the end of the zip
+    return file.getvalue()
+
+
+PYTHON_2 = {  # kind: the protocol that makes it
+    "text": 0,
+    "binary": 2,
+}
+
+
+def python_2_object(path, state, protocol):
+    """An object whose class is new-style: protocol 0 has no instruction for it."""
+    if protocol == 0:
+        new = call("copy_reg._reconstructor", name(path), name("__builtin__.object"), NONE)
+    else:
+        new = name(path) + tuple_of() + pickle.NEWOBJ
+    return built(new, state)
+
+
+def python_2_array(array, protocol):
+    payload = array.tobytes(order="A")
+    if protocol == 0:
+        payload = text(payload.decode("latin1"))
+    else:
+        payload = pickle.BINSTRING + struct.pack("<i", len(payload)) + payload
+    dtype = dtype_of(array.dtype.str[1:], array.dtype.str[0])
+    return array_of(payload, shape_of(*array.shape), dtype, int(array.flags.fnc))
+
+
+def python_2_smpl(arrays, protocol):
+    """An official SMPL .pkl as Python 2 writes it: chumpy blend shapes, a sparse regressor."""
+    items = {}
+    for key, array in arrays.items():
+        items[key] = python_2_array(np.asarray(array), protocol)
+    dense = arrays["J_regressor"]
+    columns, rows = np.nonzero(dense.T)
+    ends = np.searchsorted(columns, np.arange(dense.shape[1] + 1))
+    sparse = dict_of(
+        _shape=shape_of(*dense.shape),
+        indices=python_2_array(rows.astype("i4"), protocol),
+        indptr=python_2_array(ends.astype("i4"), protocol),
+        data=python_2_array(dense[rows, columns], protocol),
+        maxprint=number(50),
+    )
+    items["J_regressor"] = python_2_object("scipy.sparse.csc.csc_matrix", sparse, protocol)
+    chumpy = dict_of(x=items["shapedirs"], _dirty_vars=call("__builtin__.set", list_of(text("x"))))
+    items["shapedirs"] = python_2_object("chumpy.ch.Ch", chumpy, protocol)
+    items["bs_type"] = text("lrotmin")
+    head = b"" if protocol == 0 else b"\x80\2"
+    return head + dict_of(**items) + pickle.STOP
+
+
+def saved_arrays():
+    """{kind: what is pickled}: arrays of all layouts, and numbers."""
+    grid = np.arange(24.0).reshape(2, 3, 4)
+    return {
+        "rows": grid,
+        "fortran": np.asfortranarray(grid),
+        "transposed": grid.transpose(1, 2, 0),
+        "every_other": grid[:, ::2],
+        "big_endian": grid.astype(">f8"),
+        "float16": grid.astype(np.float16),
+        "bool": grid > 7,
+        "uint32": np.array([0, 2 ** 32 - 1], np.uint32),
+        "int64": np.array([-1, 2 ** 40]),
+        "no_dimension": np.array(2.5),
+        "empty": np.zeros((0, 3)),
+        "read_only": np.frombuffer(b"\0\1\2\3", np.uint8),
+        "numpy_number": np.float32(0.1),
+        "numpy_bool": np.bool_(True),
+        "number": 0.1,
+        "list": [[1, 2.5], [3, 4]],
+        "list_of_numpy_numbers": [np.float64(1), np.int32(2)],
+    }
+
+
+# tests
+@pytest.fixture
+def trap(tmp_path):
+    """A path at which hostile code would make a file; fails if it did, or if it took long."""
+    path = tmp_path / "ran"
+    start = time.monotonic()
+    yield path
+    assert not path.exists()
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("kind", CODE + NO_ARRAYS)
+def test_a_hostile_pickle_is_no_body(tmp_path, trap, kind):
+    path = tmp_path / "body.pkl"
+    path.write_bytes(hostile_body(hostile_code(kind, trap)))
+
+    refused("cannot read", tokenizer.load_body, path)
+
+
+@pytest.mark.parametrize("kind", CODE + NO_ARRAYS)
+def test_a_hostile_pickle_in_a_tar_is_left_out_and_counted(tmp_path, trap, capsys, kind):
+    path = tmp_path / "0.tar"
+    path.write_bytes(hostile_tar(hostile_code(kind, trap)))
+
+    records = data.read_records([f"tars:{path}"])
+
+    assert len(records) == 1
+    assert ": entries left out: 1," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_a_torch_file_with_code_is_refused(tmp_path, trap, kind):
+    path = hostile_torch_file(tmp_path / "w.ckpt", hostile_code(kind, trap))
+
+    refused("is not a complete file of weights", unipose.map_tensors, path)
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_what_is_no_array_in_a_torch_file_is_never_made(tmp_path, trap, kind):
+    """It is recorded, and its tensors are read."""
+    path = hostile_torch_file(tmp_path / "w.ckpt", hostile_code(kind, trap))
+
+    tensors = unipose.map_tensors(path)
+
+    assert torch.equal(tensors["a"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("kind", CODE + NO_ARRAYS)
+def test_a_pickle_in_an_npz_is_not_opened(tmp_path, trap, kind):
+    npz = zip_of({"poses.npy": npy_of_pickle(hostile_code(kind, trap))})
+    path = tmp_path / "motion.npz"
+    path.write_bytes(npz)
+
+    refused("object", data.read_pose, path)
+
+
+@pytest.mark.parametrize("path", tokenizer.ALLOWED)
+def test_a_state_for_an_allowed_name_makes_no_array_of_it(tmp_path, trap, path):
+    """Neither for the name nor for the result of a call."""
+    state = dict_of(__class__=NONE, x=NONE, __dict__=NONE)
+    for value in (name(path), call(path), name(path) + tuple_of() + pickle.NEWOBJ):
+        code = built(value, state)
+        (tmp_path / "body.pkl").write_bytes(hostile_body(code))
+
+        refused("cannot read", tokenizer.load_body, tmp_path / "body.pkl")
+
+
+BAD_ARRAY_FILES = {
+    "shape_of_8_tb.npy": npy_with_header((10 ** 12,)),
+    "shape_that_overflows.npy": npy_with_header((2 ** 32, 2 ** 32)),
+    "shape_that_is_negative.npy": npy_with_header((-1, 22, 3)),
+    "no_bytes_10_to_the_18_times.npy": npy_with_header((10 ** 18,), "|S0"),
+    "elements_of_2_gb.npy": npy_with_header((), "|V2147483647"),
+    "elements_of_8_gb.npy": npy_with_header((), "(1000000000,)f8"),
+    "records.npy": npy_with_header((1,), [("a", "<f8"), ("b", "|O")]),
+    "long_header.npy": npy_with_header((1,) * 9000),
+    "nested_header.npy": npy_with_header((1,)).replace(b"'<f8'", b"(((((").ljust(200),
+    "shape_of_8_tb.npz": zip_of({"poses.npy": npy_with_header((10 ** 12,))}),
+    "zip_bomb.npz": zip_bomb(),
+    "npz_in_npz.npz": zip_of({"poses.npy": zip_of({"poses.npy": npy_with_header((8,))})}),
+    "lzma.npz": zip_of({"poses.npy": npy_with_header((8,))}, zipfile.ZIP_LZMA),
+    "only_the_mark_of_a_zip.npz": b"PK\3\4" + b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("file", BAD_ARRAY_FILES)
+def test_an_array_file_that_claims_too_much_is_refused(tmp_path, trap, file):
+    path = tmp_path / file
+    path.write_bytes(BAD_ARRAY_FILES[file])
+
+    refused("cannot read", data.read_pose, path)
+
+
+def test_an_npz_is_not_unpacked_beyond_the_limit(tmp_path, monkeypatch):
+    """The limit is for all wanted arrays together, since a good one may be a bomb by number."""
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, poses=np.zeros((1000, 156)), mocap_framerate=np.zeros(1000))
+    monkeypatch.setattr(tokenizer, "MAX_BYTES", 1000 * 156 * 8 + 5000)
+
+    refused("more than", tokenizer.read_arrays, path, ["poses", "mocap_framerate"])
+
+    assert path.stat().st_size < 5000
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "npz", "npy"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_may_never_end_is_not_opened(tmp_path, trap, kind, suffix):
+    path = tmp_path / f"x.{suffix}"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+    refused("no file", tokenizer.read_arrays, path, ["f"])
+
+
+def test_a_pickle_larger_than_the_limit_is_not_read(tmp_path, trap):
+    path = tmp_path / "body.pkl"
+    with open(path, "wb") as file:
+        file.truncate(tokenizer.MAX_BYTES + 1)  # zeros that take no place on the disk
+
+    refused("larger than", tokenizer.load_body, path)
+
+
+BAD_MEMBERS = {
+    "link_to_itself": {"type": tarfile.SYMTYPE, "linkname": "0.data.pyd"},
+    "hard_link_to_itself": {"type": tarfile.LNKTYPE, "linkname": "0.data.pyd"},
+    "device": {"type": tarfile.CHRTYPE},
+    "pipe": {"type": tarfile.FIFOTYPE},
+    "larger_than_the_limit": {"size": data.MAX_PYD + 1},
+    "of_8_tb": {"size": 2 ** 43},
+    "before_itself": {"size": -tarfile.BLOCKSIZE},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MEMBERS)
+def test_a_strange_member_of_a_tar_is_left_out(tmp_path, trap, kind):
+    path = tmp_path / "0.tar"
+    path.write_bytes(hostile_tar_member(**BAD_MEMBERS[kind]))
+
+    refused("holds nothing", data.read_records, [f"tars:{path}"])
+
+
+REPEATED_PEOPLE = {
+    "many": [person(poses(1)[0])] * 100_000,
+    "large": [person(poses(1)[0], keypoints_2d=np.ones((150_000, 3)))] * 100,
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED_PEOPLE)
+def test_one_person_repeated_by_a_pickle_is_not_read_for_ever(tmp_path, trap, kind):
+    """Each repetition takes two bytes."""
+    people = pickle.dumps(REPEATED_PEOPLE[kind])
+    path = tmp_path / "0.tar"
+    path.write_bytes(tar({"0.jpg": jpeg(), "0.data.pyd": people}))
+
+    refused("holds nothing", data.read_records, [f"tars:{path}"])
+
+
+READ_ALL = """
+import pathlib, resource, sys, tokenizer, unipose
+
+pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 300_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for path in pathlib.Path(sys.argv[1]).iterdir():
+    try:
+        if path.suffix == ".ckpt":
+            unipose.map_tensors(path)
+        else:
+            tokenizer.read_arrays(path, [*tokenizer.BODY_SHAPES, "poses"])
+    except tokenizer.UserError as error:
+        while error:
+            assert not isinstance(error, MemoryError), path
+            error = error.__context__
+"""
+
+
+def test_no_hostile_file_asks_for_memory(tmp_path):
+    """All of them in one new process that may ask for 300 MB more than it has."""
+    trap = tmp_path / "ran"
+    for kind in CODE + NO_ARRAYS:
+        code = hostile_code(kind, trap)
+        (tmp_path / f"{kind}.pkl").write_bytes(hostile_body(code))
+        hostile_torch_file(tmp_path / f"{kind}.ckpt", code)
+    lay(tmp_path, BAD_ARRAY_FILES)
+
+    command = [sys.executable, "-c", READ_ALL, tmp_path]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", saved_arrays())
+def test_a_pickled_array_is_read_back(kind, protocol):
+    array = saved_arrays()[kind]
+    pickled = pickle.dumps({"a": array}, protocol)
+
+    read = tokenizer.to_array(tokenizer.load_pickle(pickled)["a"])
+
+    np.testing.assert_array_equal(read, array, strict=False)
+    assert read.shape == np.shape(array)
+    assert read.dtype == np.asarray(array).dtype.newbyteorder("=")
+    assert read.flags.writeable
+
+
+@pytest.mark.parametrize("protocol", PYTHON_2.values(), ids=PYTHON_2)
+def test_an_official_smpl_file_of_python_2_poses_like_its_arrays(tmp_path, protocol):
+    """Arrays by byte order and layout, chumpy and scipy objects, old-fashioned text."""
+    arrays = fake_smpl()
+    arrays["weights"] = arrays["weights"].astype(">f8")
+    arrays["posedirs"] = np.asfortranarray(arrays["posedirs"])
+    path = tmp_path / "basicModel.pkl"
+    path.write_bytes(python_2_smpl(arrays, protocol))
+
+    read = tokenizer.read_arrays(path, arrays)
+
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(read[key], array)
+    joints, _ = tokenizer.load_body(path)(poses(2))
+    expected, _ = plain_smpl()(poses(2))
+    torch.testing.assert_close(joints, expected)
+
+
+def test_a_selection_of_chumpy_is_read():
+    code = selection_of(numbers(1, 2, 3), numbers(2, 0, code="i4"), shape_of(2, 1))
+
+    read = tokenizer.to_array(tokenizer.load_pickle(code + pickle.STOP))
+
+    np.testing.assert_array_equal(read, [[3], [1]])
 
 
 # ---- unipose.py ----------------------------------------------------------------------------------
@@ -4524,6 +5168,136 @@ def add_yacs_settings(path, monkeypatch):
         patch.setitem(sys.modules, "yacs", config)
         patch.setitem(sys.modules, "yacs.config", config)
         torch.save(torch.load(path) | {"hyper_parameters": settings}, path)
+
+
+def beside_tensors():
+    """{kind: data that checkpoints have beside their weights}"""
+    return {
+        "numpy_number": np.float64(1.5),
+        "numpy_array": np.zeros(3),
+        "path": pathlib.PurePosixPath("a"),
+        "defaultdict": collections.defaultdict(dict, a={}),
+        "counter": collections.Counter("aab"),
+        "sets": ({1, 2}, frozenset("a")),
+        "bytes": (b"abc", bytearray(b"abc")),
+        "numbers": (2 ** 62, 1e300, 1j, True, None),
+        "namespace": argparse.Namespace(a=1),
+        "optimizer": {0: {"exp_avg": torch.ones(3)}},
+        "types": (torch.float32, torch.Size([1]), torch.device("cpu")),
+        "uint16": torch.ones(3, dtype=torch.uint16),
+    }
+
+
+STATE = {
+    "matrix": torch.arange(6.0).reshape(2, 3),
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "part": torch.arange(12.0)[2:9:3],
+    "number": torch.tensor(2.5),
+    "empty": torch.zeros(0, 3),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+    "bfloat16": torch.arange(3).bfloat16(),
+    "half": torch.arange(3).half(),
+    "double": torch.arange(3).double(),
+    "int64": torch.arange(3),
+    "bool": torch.tensor([True, False]),
+}
+TORCH_FORMATS = {"zip": True, "before_1.6": False}
+
+
+@pytest.mark.parametrize("zipped", TORCH_FORMATS.values(), ids=TORCH_FORMATS)
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_the_tensors_of_a_torch_file_are_those_that_torch_reads(tmp_path, zipped, protocol):
+    path = tmp_path / "w.ckpt"
+    state = collections.OrderedDict(STATE)
+    state._metadata = {"version": 1}  # modules of torch leave it there
+    torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+
+    tensors = unipose.map_tensors(path)
+
+    assert list(tensors) == list(STATE)
+    for key, tensor in STATE.items():
+        assert tensors[key].dtype == tensor.dtype
+        assert torch.equal(tensors[key], tensor)
+
+
+@pytest.mark.parametrize("zipped", TORCH_FORMATS.values(), ids=TORCH_FORMATS)
+@pytest.mark.parametrize("kind", beside_tensors())
+def test_data_beside_tensors_is_no_reason_to_refuse_a_torch_file(tmp_path, kind, zipped):
+    path = tmp_path / "w.ckpt"
+    content = {"state_dict": {"a": torch.arange(3.0)}, "extra": beside_tensors()[kind]}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+
+    tensors = unipose.map_tensors(path)
+
+    assert list(tensors) == ["a"]
+    close(tensors["a"], torch.arange(3.0))
+
+
+def test_settings_of_yacs_are_read_without_the_package(tmp_path, monkeypatch):
+    """TokenHMR stores them beside its weights."""
+    path = tmp_path / "w.ckpt"
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    settings = yacs.CfgNode(MODEL=yacs.CfgNode(BACKBONE="vit"))
+    settings.__dict__["__immutable__"] = True
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", yacs)
+        patch.setitem(sys.modules, "yacs.config", yacs)
+        torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": settings}, path)
+
+    assert list(unipose.map_tensors(path)) == ["a"]
+
+
+# A tensor of three float32 in the pickle of a torch file: offset, shape, strides.
+PLAIN = b"K\0K\3\x85q\x08K\1\x85"
+BAD_TENSORS = {
+    "shape_of_4_tb": b"K\0J\xff\xff\xff\x3f\x85q\x08K\0\x85",
+    "larger_than_its_numbers": b"K\0K\4\x85q\x08K\1\x85",
+    "long_strides": b"K\0K\3\x85q\x08K\2\x85",
+    "offset": b"K\1K\3\x85q\x08K\1\x85",
+    "negative_offset": b"J\xff\xff\xff\xffK\3\x85q\x08K\1\x85",
+    "negative_strides": b"K\2K\3\x85q\x08J\xff\xff\xff\xff\x85",
+    "negative_shape": b"K\0J\xff\xff\xff\xff\x85q\x08K\1\x85",
+    "more_strides": b"K\0K\3\x85q\x08K\1K\1\x86",
+    "no_shape": b"K\0Nq\x08N",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_a_tensor_outside_of_its_numbers_is_refused(tmp_path, trap, kind):
+    path = tmp_path / "w.ckpt"
+    torch.save({"a": torch.arange(3.0)}, path)
+    replace_in_torch_file(path, PLAIN, BAD_TENSORS[kind])
+
+    refused("is not a complete file of weights", unipose.map_tensors, path)
+
+
+def test_numbers_in_a_torch_file_are_found_by_text_alone(tmp_path, trap):
+    """A key of nested tuples would be hashed for years."""
+    path = tmp_path / "w.ckpt"
+    torch.save({"a": torch.arange(3.0)}, path)
+    replace_in_torch_file(path, b"X\1\0\0\x000q", nest(tuple_of(), twins, 60) + b"q")
+
+    refused("without a name", unipose.map_tensors, path)
+
+
+@pytest.mark.parametrize("kind", ["cut_off", "no_numbers", "web_page", "compressed"])
+def test_a_damaged_torch_file_is_refused(tmp_path, kind):
+    path = tmp_path / "w.ckpt"
+    torch.save({"a": torch.arange(3.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {member: archive.read(member) for member in archive.namelist()}
+    if kind == "cut_off":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "no_numbers":
+        del members["w/data/0"]
+        path.write_bytes(zip_of(members))
+    elif kind == "web_page":
+        path.write_text("<!DOCTYPE html>log in")
+    else:
+        path.write_bytes(zip_of(members, zipfile.ZIP_DEFLATED))
+
+    refused("is not a complete file of weights", unipose.map_tensors, path)
 
 
 # ---- sample.py -----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -48,6 +49,7 @@ import re
 import sys
 import tempfile
 import typing
+import zipfile
 
 import numpy as np
 import torch
@@ -757,7 +759,7 @@ def first_line(error):
     if isinstance(error, KeyError):
         return f"it has no {error}"
     message = str(error) or type(error).__name__
-    return message.splitlines()[0]
+    return message.splitlines()[0][:200]  # libraries quote what they found, at any length
 
 
 @contextlib.contextmanager
@@ -925,73 +927,355 @@ def load_asset(name):
     return load_json(ASSETS / f"{name}.json")
 
 
-class PickledObject:
-    """Stands in for chumpy and scipy objects in an SMPL pickle: has their state, not their code."""
+# A pickle is a program for a small stack machine, and the usual machine calls any function that the
+# program names. Ours calls none: it records what is to be called with what, and `to_array` makes an
+# array of such a record once everything in it has been checked.
+MAX_BYTES = 2 ** 30  # in a pickle, and unpacked from an .npz
+MAX_OPCODES = 500_000  # in a pickle; a body file has a few hundred, a torch file 60 per tensor
+MAX_DENSE = 2 ** 20  # numbers in a sparse matrix made dense; J_regressor has up to 576,125
+MAX_LIST = 2 ** 14  # numbers in nested lists
+MAX_NESTING = 4  # of chumpy objects; also the most dimensions that lists may have
+MAX_DIMENSIONS = 8
+NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
-    def __init__(self, *arguments):
-        self.state = {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def to_array(self):
-        """The array that the object stands for."""
-        state = {key: to_plain(value) for key, value in self.state.items()}
-        if "indptr" in state:  # scipy's csc_matrix, to a dense one
-            dense = np.zeros(tuple(state.get("_shape", state.get("shape"))))
-            columns = np.repeat(np.arange(dense.shape[1]), np.diff(state["indptr"]))
-            np.add.at(dense, (state["indices"], columns), state["data"])
-            return dense
-        if "idxs" in state:  # chumpy's Select: some elements of another array
-            elements = state["a"].ravel()[state["idxs"]]
-            return elements.reshape(state["preferred_shape"])
-        return state["x"]  # chumpy's Ch, a plain array
-
-
-def to_plain(value):
-    """A PickledObject -> its array; other values are returned as they are."""
-    return value.to_array() if isinstance(value, PickledObject) else value
-
-
-def encode_latin1(text, encoding="latin1"):
-    """The stand-in of codecs.encode, with which Python 3 pickles bytes under protocol 2."""
-    return text.encode("latin1")
-
-
-def read_scalar(dtype, data):
-    """The stand-in of numpy's scalar, which takes bytes of an object dtype for pointers."""
-    return np.frombuffer(data, dtype)[0]
-
-
-# numpy's own functions that create arrays; asked of numpy, because they move between its versions
-RECONSTRUCT = np.ndarray(0).__reduce__()[0]
-FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
-ALLOWED = {
-    "chumpy.ch.Ch": PickledObject,
-    "chumpy.reordering.Select": PickledObject,
-    "scipy.sparse.csc.csc_matrix": PickledObject,
-    "scipy.sparse._csc.csc_matrix": PickledObject,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
-    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
-    "numpy.core.numeric._frombuffer": FROM_BUFFER,
-    "numpy._core.numeric._frombuffer": FROM_BUFFER,
-    "numpy.core.multiarray.scalar": read_scalar,
-    "numpy._core.multiarray.scalar": read_scalar,
-    "__builtin__.set": set,
-    "_codecs.encode": encode_latin1,
+RENAMED_MODULES = {  # their names today -> those in old pickles
+    "builtins": "__builtin__",
+    "copyreg": "copy_reg",
+    "numpy._core.multiarray": "numpy.core.multiarray",
+    "numpy._core.numeric": "numpy.core.numeric",
+    "scipy.sparse._csc": "scipy.sparse.csc",
+}
+ALLOWED = {  # what arrays name in their pickles -> what we call its Record
+    "numpy.ndarray": "class",
+    "numpy.dtype": "dtype",
+    "numpy.core.multiarray._reconstruct": "array",
+    "numpy.core.multiarray.scalar": "scalar",
+    "numpy.core.numeric._frombuffer": "buffer",
+    "scipy.sparse.csc.csc_matrix": "sparse matrix",
+    "chumpy.ch.Ch": "chumpy array",
+    "chumpy.reordering.Select": "chumpy selection",
+    # how bytes and objects are written in the pickle protocols of Python 2
+    "_codecs.encode": "bytes",
+    "__builtin__.bytes": "bytes",
+    "copy_reg._reconstructor": "reconstructor",
+    "__builtin__.object": "class",
+    "__builtin__.set": "set",
 }
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Reads pickled arrays. A pickle is a program, and this one calls nothing outside ALLOWED."""
+class Record(dict):
+    """What a pickle calls: a name and its arguments, then the state that the result is to get.
+
+    arguments: None if the name is only mentioned. A dict, because some objects get items as well.
+    """
+
+    __slots__ = ("name", "arguments", "state")
+
+    def __init__(self, name, arguments=None):
+        self.name = name
+        self.arguments = arguments
+        self.state = None
+
+
+class SafeUnpickler(pickle._Unpickler):
+    """Reads a pickle into numbers, text, bytes, lists, tuples, dicts and Records; calls nothing.
+
+    Based on Python's unpickler in Python, since the one in C believes every length that it reads
+    and asks for the memory first. Names outside of `allowed` raise an UnpicklingError.
+    """
+
+    # instructions that do no more than put values on the stack and into the memo; the rest is
+    # defined below or refused
+    HARMLESS = (
+        pickle.PROTO + pickle.MARK + pickle.POP + pickle.POP_MARK + pickle.DUP
+        + pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE
+        + pickle.INT + pickle.BININT + pickle.BININT1 + pickle.BININT2
+        + pickle.LONG + pickle.LONG1 + pickle.FLOAT + pickle.BINFLOAT
+        + pickle.STRING + pickle.BINSTRING + pickle.SHORT_BINSTRING
+        + pickle.UNICODE + pickle.BINUNICODE + pickle.SHORT_BINUNICODE + pickle.BINUNICODE8
+        + pickle.BINBYTES + pickle.SHORT_BINBYTES + pickle.BINBYTES8
+        + pickle.EMPTY_TUPLE + pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
+        + pickle.EMPTY_LIST + pickle.LIST + pickle.APPEND + pickle.APPENDS + pickle.EMPTY_DICT
+        + pickle.GET + pickle.BINGET + pickle.LONG_BINGET
+        + pickle.BINPUT + pickle.LONG_BINPUT + pickle.MEMOIZE
+        + pickle.GLOBAL + pickle.STACK_GLOBAL + pickle.BINPERSID
+    )
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in HARMLESS}
+
+    def __init__(self, file, allowed=ALLOWED):
+        super().__init__(file, encoding="latin1")  # text of Python 2, some of which is bytes
+        self.read = file.read
+        self.readline = file.readline
+        self.allowed = allowed
+
+    def load(self):
+        """The object in the pickle. Raises exceptions of any kind, see pickle_errors."""
+        self.metastack = []
+        self.stack = []
+        self.append = self.stack.append
+        for _ in range(MAX_OPCODES):
+            code = self.read(1)
+            if code == pickle.STOP:
+                return self.stack.pop()
+            if not code:
+                raise pickle.UnpicklingError("it ends too early")
+            carry_out = self.dispatch.get(code[0])
+            if carry_out is None:
+                raise pickle.UnpicklingError("it has instructions that no array needs")
+            carry_out(self)
+        raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} instructions")
 
     def find_class(self, module, name):
-        path = f"{module}.{name}"
-        if path not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks to run {path}")
-        return ALLOWED[path]
+        """The hook for names: a Record that can be called."""
+        path = f"{RENAMED_MODULES.get(module, module)}.{name}"
+        if path not in self.allowed:
+            asked = ascii(f"{module}.{name}"[:80]).strip("'")
+            raise pickle.UnpicklingError(f"it asks to run {asked}")
+        return Record(self.allowed[path])
+
+    def load_call(self):
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        callable_ = type(function) is Record and function.arguments is None
+        if not callable_ or type(arguments) is not tuple:
+            raise pickle.UnpicklingError("it calls something that is not a function")
+        if function.name == "reconstructor":  # called with a class, its base, and no state
+            function = arguments[0]
+            arguments = ()
+        self.append(Record(function.name, arguments))
+    dispatch[pickle.REDUCE[0]] = load_call
+    dispatch[pickle.NEWOBJ[0]] = load_call
+
+    def load_build(self):
+        state = self.stack.pop()
+        record = self.stack[-1]
+        if type(record) is not Record or record.arguments is None or record.state is not None:
+            raise pickle.UnpicklingError("it gives a state to something that takes none")
+        record.state = state
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def set_items(self, items):
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise pickle.UnpicklingError("it puts items into something that is not a dict")
+        for key, value in zip(items[::2], items[1::2]):
+            # Only text is ever looked up. The hash of nested tuples can take years.
+            if type(key) is str:
+                target[key] = value
+
+    def load_setitem(self):
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.set_items([key, value])
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self):
+        self.set_items(self.pop_mark())
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.set_items(items)
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_put(self):
+        index = int(self.readline())
+        if not 0 <= index < 2 ** 32:  # of larger ones, many could have the same hash
+            raise pickle.UnpicklingError("its memo is too large")
+        self.memo[index] = self.stack[-1]
+    dispatch[pickle.PUT[0]] = load_put
+
+    def load_frame(self):
+        self.read(8)  # a length for buffered reading
+    dispatch[pickle.FRAME[0]] = load_frame
+
+    # sets become lists, which hash nothing, and bytearrays bytes, which are not allocated unseen
+    dispatch[pickle.EMPTY_SET[0]] = pickle._Unpickler.load_empty_list
+    dispatch[pickle.FROZENSET[0]] = pickle._Unpickler.load_list
+    dispatch[pickle.ADDITEMS[0]] = pickle._Unpickler.load_appends
+    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
+
+
+@contextlib.contextmanager
+def pickle_errors(message):
+    """Raises an UnpicklingError that says `message` in the place of any other exception."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:
+        raise pickle.UnpicklingError(message) from error
+
+
+def load_pickle(data):
+    """The bytes of a pickle -> its object, see SafeUnpickler. Raises UnpicklingError."""
+    with pickle_errors("it is damaged"):
+        return SafeUnpickler(io.BytesIO(data)).load()
+
+
+def to_array(value):
+    """A value of load_pickle -> an array of numbers. Raises UnpicklingError if it is none."""
+    with pickle_errors("it holds a damaged array"):
+        return record_to_array(value)
+
+
+def record_to_array(value, nesting=0):
+    """The work of to_array. nesting: how many chumpy objects surround the value."""
+    if nesting > MAX_NESTING:
+        raise pickle.UnpicklingError("it holds arrays inside of arrays")
+    if type(value) is not Record:
+        return list_to_array(value)
+
+    if value.name == "array":
+        shape, dtype, is_fortran, data = value.state[-4:]  # after a version, which is always 1
+        return build_array(data, to_dtype(dtype), shape, "F" if is_fortran else "C")
+    if value.name == "buffer":
+        data, dtype, shape, order, *axes = value.arguments
+        if order == "K":  # a transposed array and how to transpose it
+            return build_array(data, to_dtype(dtype), shape).transpose(*axes)
+        return build_array(data, to_dtype(dtype), shape, order)
+    if value.name == "scalar":
+        dtype, data = value.arguments
+        return build_array(data, to_dtype(dtype), ())
+    if value.name == "sparse matrix":
+        return sparse_to_array(value.state)
+    if value.name == "chumpy array":
+        return record_to_array(value.state["x"], nesting + 1)
+    if value.name == "chumpy selection":
+        elements = record_to_array(value.state["a"], nesting + 1).ravel()
+        indices = record_to_array(value.state["idxs"], MAX_NESTING)
+        shape = record_to_array(value.state["preferred_shape"], MAX_NESTING)
+        return elements[indices].reshape(shape.tolist())
+    raise pickle.UnpicklingError(f"it holds a {value.name} in the place of an array")
+
+
+def list_to_array(value):
+    """A number, or evenly nested lists of numbers -> their array."""
+    shape = []
+    level = [value]  # everything at one depth; a list may occur many times in it
+    while level and isinstance(level[0], (list, tuple)):
+        shape.append(len(level[0]))
+        for row in level:
+            if not isinstance(row, (list, tuple)) or len(row) != shape[-1]:
+                raise pickle.UnpicklingError("it holds lists of different lengths")
+        if len(shape) > MAX_NESTING or math.prod(shape) > MAX_LIST:
+            raise pickle.UnpicklingError("it holds lists of too many numbers")
+        level = list(itertools.chain.from_iterable(level))
+
+    numbers = []
+    for number in level:
+        if type(number) is Record and number.name == "scalar":
+            number = record_to_array(number).item()
+        if type(number) not in (bool, int, float):
+            raise pickle.UnpicklingError("it holds something else in the place of a number")
+        numbers.append(number)
+    array = np.array(numbers).reshape(shape)
+    if array.dtype.kind not in "biuf":  # integers of more than 64 bits
+        raise pickle.UnpicklingError("it holds a number that is too large")
+    return array
+
+
+def to_dtype(record):
+    """The Record of a dtype -> the dtype, if it is one of plain numbers."""
+    code, *_ = record.arguments
+    _, byte_order, *rest = record.state
+    # no parts, no names, no fields; size, alignment and flags as the code implies them
+    is_plain = record.name == "dtype" and rest == [None, None, None, -1, -1, 0]
+    if not is_plain or code not in NUMBER_CODES or byte_order not in ("<", ">", "|", "="):
+        raise pickle.UnpicklingError("it holds an array of something else than plain numbers")
+    return np.dtype(byte_order + code)
+
+
+def count_bytes(dtype, shape):
+    """The size of an array, with integers that cannot overflow. Raises UnpicklingError."""
+    if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS:
+        raise pickle.UnpicklingError("it holds an array without a proper shape")
+    for length in shape:
+        if type(length) is not int or not 0 <= length <= MAX_BYTES:
+            raise pickle.UnpicklingError("it holds an array of an impossible shape")
+    return math.prod(shape) * dtype.itemsize
+
+
+def build_array(data, dtype, shape, order="C"):
+    """Bytes -> a new array, in the byte order of this machine. order: "C", or "F" for Fortran."""
+    if type(data) is Record and data.name == "bytes":
+        data, *_ = data.arguments or [b""]
+    # text holds bytes as latin1; its length is checked before it is copied
+    if type(data) not in (bytes, str) or len(data) != count_bytes(dtype, shape):
+        raise pickle.UnpicklingError("it holds an array whose bytes do not fit its shape")
+    if type(data) is str:
+        data = data.encode("latin1")
+    array = np.frombuffer(data, dtype).reshape(shape, order=order)
+    return array.astype(dtype.newbyteorder("="))
+
+
+def sparse_to_array(state):
+    """The state of scipy's csc_matrix, a matrix column by column -> the dense matrix."""
+    data = record_to_array(state["data"], MAX_NESTING)                        # (n,)
+    rows = record_to_array(state["indices"], MAX_NESTING).astype(np.int64)    # (n,)
+    ends = record_to_array(state["indptr"], MAX_NESTING).astype(np.int64)     # (columns+1,)
+    shape = list_to_array(state.get("_shape", state.get("shape"))).tolist()
+    n_rows, n_columns = shape
+    if min(shape) < 0 or n_rows * n_columns > MAX_DENSE:
+        raise pickle.UnpicklingError("it holds a sparse matrix that is too large")
+
+    lengths = np.diff(ends)                                                   # (columns,)
+    fits = data.shape == rows.shape and ends.shape == (n_columns + 1,)
+    if not fits or ends[0] != 0 or ends[-1] != len(rows) or (ends[1:] < ends[:-1]).any():
+        raise pickle.UnpicklingError("it holds a damaged sparse matrix")
+    if (rows < 0).any() or (rows >= n_rows).any():
+        raise pickle.UnpicklingError("it holds a sparse matrix with numbers outside of it")
+    dense = np.zeros(shape)
+    columns = np.repeat(np.arange(n_columns), lengths)                        # (n,)
+    np.add.at(dense, (rows, columns), data)
+    return dense
+
+
+def to_element(value):
+    """The element of a pickled object array of shape (); other values are returned as they are."""
+    if type(value) is Record and value.name == "array" and type(value.state) is tuple:
+        shape, _, _, elements = value.state[-4:]
+        if shape == () and type(elements) is list:
+            return elements[0]
+    return value
+
+
+def read_npy(file, size):
+    """The array in an open .npy file of `size` bytes. Raises exceptions of any kind."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+
+    is_text = dtype.kind in "SU" and dtype.itemsize > 0
+    if not is_text and dtype.str[1:] not in NUMBER_CODES:
+        raise ValueError(f"it holds an array of {dtype.name}, not of numbers or text")
+    n_bytes = count_bytes(dtype, shape)
+    if n_bytes > size:  # before any memory is asked for
+        raise ValueError("it is shorter than its array")
+    return build_array(file.read(n_bytes), dtype, shape, "F" if is_fortran else "C")
+
+
+def read_npz(file, names):
+    """The arrays `names` in an open .npz file -> {name: array}. Raises exceptions of any kind."""
+    arrays = {}
+    n_bytes = 0  # of all arrays together
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        for name in names:
+            member = members.get(f"{name}.npy")
+            if member is None:
+                continue
+            n_bytes += member.file_size  # zipfile unpacks no more than this
+            if n_bytes > MAX_BYTES:
+                raise ValueError(f"its arrays have more than {MAX_BYTES:,} bytes")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("it is packed in a way that numpy does not use")
+            with archive.open(member) as unpacked:
+                arrays[name] = read_npy(unpacked, member.file_size)
+    return arrays
 
 
 def read_arrays(path, names):
@@ -1001,20 +1285,24 @@ def read_arrays(path, names):
     Nothing in the file is executed, and entries that are not in `names` are not decoded.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.is_file():  # a device or a pipe may never end
         raise UserError(f"no file {path}: check the path")
     hint = f". Is it a complete {path.suffix} file of plain arrays?"
-    with as_user_error(f"cannot read {path}: ", hint):
+    with as_user_error(f"cannot read {path}: ", hint), open(path, "rb") as file:
+        size = path.stat().st_size
         if path.suffix.lower() == ".pkl":
-            with open(path, "rb") as file:
-                entries = SafeUnpickler(file, encoding="latin1").load()
-            return {name: np.asarray(to_plain(entries[name])) for name in names if name in entries}
+            if size > MAX_BYTES:
+                raise pickle.UnpicklingError(f"it is larger than {MAX_BYTES:,} bytes")
+            entries = load_pickle(file.read(size))
+            if not isinstance(entries, dict):
+                raise pickle.UnpicklingError("it holds no arrays that have names")
+            return {name: to_array(entries[name]) for name in names if name in entries}
 
-        entries = np.load(path, allow_pickle=False)  # an array of objects would be a pickle
-        if isinstance(entries, np.ndarray):
-            return {"": entries}
-        with entries:
-            return {name: entries[name] for name in names if name in entries.files}
+        is_zip = file.read(2) == b"PK"
+        file.seek(0)
+        if is_zip:
+            return read_npz(file, names)
+        return {"": read_npy(file, size)}
 
 
 # ---- 7. Run me -----------------------------------------------------------------------------------

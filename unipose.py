@@ -28,15 +28,16 @@ does not generate them. A pose has no hands, no face, no body shape and no place
     python unipose.py --weights cache --merge out/llm         # the released LLM, for transformers
 """
 import copy
+import io
 import json
 import math
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -49,8 +50,8 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    TINY, PoseTokenizer, TokenizerConfig, UserError, as_user_error, atomic_write, cli,
-    first_line, run_main,
+    ALLOWED, MAX_BYTES, TINY, PoseTokenizer, Record, SafeUnpickler, TokenizerConfig, UserError,
+    as_user_error, atomic_write, cli, count_bytes, first_line, pickle_errors, run_main,
 )
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------
@@ -1022,23 +1023,161 @@ def explain_unreadable(error):
     return f"it asks to run {code[1]}" if code else first_line(error)[:300]
 
 
+STORAGES = {  # what a torch file calls an array of numbers, by their type
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+TENSORS = {  # what makes a tensor of it
+    "torch._utils._rebuild_tensor": "tensor",
+    "torch._utils._rebuild_tensor_v2": "tensor",
+    "torch._utils._rebuild_parameter": "parameter",
+}
+BESIDE_TENSORS = (  # data that checkpoints hold as well: recorded, and never looked at
+    "__builtin__.bool", "__builtin__.int", "__builtin__.float", "__builtin__.complex",
+    "__builtin__.str", "__builtin__.unicode", "__builtin__.bytearray", "__builtin__.frozenset",
+    "__builtin__.tuple", "__builtin__.list", "__builtin__.dict",
+    "collections.OrderedDict", "collections.Counter", "collections.defaultdict",
+    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
+    "argparse.Namespace", "yacs.config.CfgNode", "typing.Any",
+    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode",
+    "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v3",
+    "torch.uint16", "torch.uint32", "torch.uint64", *map(str, STORAGES.values()),
+)
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch file that is no zip
+
+
+class TorchUnpickler(SafeUnpickler):
+    """Reads the pickle in a torch file, in which numbers are only referred to.
+
+    dtypes: {key of a storage, an array of numbers in the file: their type}.
+    torch.load(weights_only=True) executes no foreign code either, but an 80-byte file makes it
+    hash nested tuples for years, and another one allocate all memory.
+    """
+
+    def __init__(self, file):
+        allowed = ALLOWED | TENSORS | {path: path for path in STORAGES}
+        super().__init__(file, allowed | dict.fromkeys(BESIDE_TENSORS, "other"))
+        self.dtypes = {}
+
+    def persistent_load(self, reference):
+        """The hook for references: ("storage", type, key, device, length)."""
+        kind, key = reference[1:3]
+        if type(key) is not str:
+            raise pickle.UnpicklingError("it refers to numbers without a name")
+        self.dtypes[key] = STORAGES[kind.name]
+        return Record("storage", key)
+
+
+def read_zipped(file):
+    """An open torch file, a zip -> its object, {key of a storage: (dtype, start, n_bytes)}."""
+    storages = {}
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        path = next(name for name in members if name.endswith("/data.pkl"))
+        if members[path].file_size > MAX_BYTES:
+            raise pickle.UnpicklingError(f"its pickle is larger than {MAX_BYTES:,} bytes")
+        unpickler = TorchUnpickler(io.BytesIO(archive.read(path)))
+        content = unpickler.load()
+
+        for key, dtype in unpickler.dtypes.items():
+            member = members[path.removesuffix(".pkl") + "/" + key]
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise pickle.UnpicklingError("its tensors are compressed")
+            # the numbers follow a header of 30 bytes, whose last 4 are the lengths of what is
+            # between: the name and an extra field
+            file.seek(member.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")
+            start = member.header_offset + 30 + int(lengths.sum())
+            storages[key] = (dtype, start, member.file_size)
+    return content, storages
+
+
+def read_unzipped(file):
+    """The same of a file of torch before 1.6: pickles, then a length and numbers per storage."""
+    if SafeUnpickler(file).load() != TORCH_MAGIC:
+        raise pickle.UnpicklingError("it is no torch file")
+    SafeUnpickler(file).load()  # the version of the format
+    SafeUnpickler(file).load()  # the machine that wrote it
+    unpickler = TorchUnpickler(file)
+    content = unpickler.load()
+    keys = SafeUnpickler(file).load()
+
+    storages = {}
+    position = file.tell()
+    for key in keys:
+        file.seek(position)
+        dtype = unpickler.dtypes[key]
+        n_bytes = int.from_bytes(file.read(8), "little") * dtype.itemsize
+        storages[key] = (dtype, position + 8, n_bytes)
+        position += 8 + n_bytes
+    return content, storages
+
+
+def map_tensor(record, storages, file_bytes):
+    """The Record of a tensor -> the tensor, whose numbers stay in the mapped file."""
+    if record.name == "parameter":
+        record = record.arguments[0]
+    storage, offset, shape, strides = record.arguments[:4]
+    if record.name != "tensor" or storage.name != "storage":
+        raise pickle.UnpicklingError("it holds a damaged tensor")
+    dtype, start, n_bytes = storages[storage.arguments]
+
+    size = count_bytes(dtype, shape)  # which checks the shape
+    reach = offset  # the index of the last number
+    for length, stride in zip(shape, strides, strict=True):
+        reach += (length - 1) * stride
+    size = max(size, (reach + 1) * dtype.itemsize)
+    is_negative = min(offset, *strides, 0) < 0
+    if is_negative or size > n_bytes or start + n_bytes > len(file_bytes):
+        raise pickle.UnpicklingError("it holds a tensor that is larger than its numbers")
+
+    numbers = file_bytes[start:start + n_bytes]
+    if start % dtype.itemsize:  # as in old files; memory cannot be read as numbers from there
+        numbers = numbers.clone()
+    numbers = numbers.view(dtype)
+    return numbers.as_strided(shape, strides, numbers.storage_offset() + offset)
+
+
+def read_torch_file(path):
+    """{name: tensor} of a torch file. Nothing in its pickle is executed. Raises UnpicklingError."""
+    with pickle_errors("it is damaged or cut off"), open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            content, storages = read_zipped(file)
+        else:
+            file.seek(0)
+            content, storages = read_unzipped(file)
+
+        n_bytes = path.stat().st_size
+        file_bytes = torch.from_file(str(path), size=n_bytes, dtype=torch.uint8)
+        tensors = {}
+        for name, value in content.get("state_dict", content).items():
+            if type(value) is Record and value.name in TENSORS.values():
+                tensors[name] = map_tensor(value, storages, file_bytes)
+        return tensors
+
+
 def map_tensors(path):
     """{name: tensor} of a safetensors or torch file, mapped into memory: read once it is used.
 
-    A torch file is a pickle. None of its code runs, and the yacs settings that TokenHMR stores
-    beside its weights become a plain dict. Raises UserError.
+    Raises UserError.
     """
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        state = content.get("state_dict", content)
-        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+        return load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere
-        raise UserError(f"{path} is not a complete file of weights ({explain_unreadable(error)}); "
+        raise UserError(f"{path} is not a complete file of weights ({first_line(error)}); "
                         "get it again, from a source you trust") from None
 
 
