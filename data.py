@@ -31,17 +31,20 @@ Left out: hands, faces, body shapes, motion, and pictures with more than one per
     python data.py --check amass:/data/AMASS/CMU           # real data: counts, ranges, a picture
     python data.py --build imagescript --poses world:train:2000 --quota world=500
 """
+import contextlib
 import functools
 import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import sys
 import tarfile
 import textwrap
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -1057,22 +1060,139 @@ def write_pose(path, rotmat):
         )
 
 
-def open_image(image, draft_size=None):
-    """Decodes an image given as [file, first byte, number of bytes (-1: all)] -> PIL RGB picture.
+MOST_BYTES = 2**29      # of a picture file
+SMALLEST = 16           # pixels of a side of a picture
+LARGEST = 8192
+MOST_ELONGATED = 20     # the longer side by the shorter one
+LARGEST_SQUARE = 2048   # pixels of a side of what `square` cuts out; the model sees 336
 
-    draft_size: a JPEG may be decoded at a lower resolution, but not below this (width, height).
-    Raises UserError.
+
+@contextlib.contextmanager
+def undecoded(source):
+    """Opens a picture as PIL image and checks its size, before any pixel is decoded.
+
+    source: a path, or [path, first byte, number of bytes (-1: all)]. Raises UserError, also in the
+    place of any exception of the decoder.
     """
-    path, first_byte, n_bytes = image
-    try:
+    if isinstance(source, (str, os.PathLike)):
+        source = [source, 0, -1]
+    path, first_byte, n_bytes = source
+    content = read_bytes(pathlib.Path(path), first_byte, n_bytes)
+
+    advice = (f"give a PNG or JPEG with sides of {SMALLEST} to {LARGEST} pixels, one at most "
+              f"{MOST_ELONGATED} times the other")
+    with as_user_error(f"{path} cannot be decoded as a picture (", f"); {advice}"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of Pillow, about metadata
+            with Image.open(io.BytesIO(content)) as picture:
+                width, height = picture.size
+                shorter, longer = sorted(picture.size)
+                if shorter < SMALLEST or longer > LARGEST or longer > MOST_ELONGATED * shorter:
+                    raise UserError(f"{path} is {width}x{height} pixels; {advice}")
+                yield picture
+
+
+def open_picture(source, draft_size=None):
+    """Opens a picture of any kind as PIL RGB image, turned upright as its EXIF data says.
+
+    source: see `undecoded`. draft_size: a JPEG may be decoded at a lower resolution, but not below
+    this (width, height). Raises UserError.
+    """
+    with undecoded(source) as picture:
+        if draft_size:
+            picture.draft("RGB", draft_size)
+        return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def picture_size(source):
+    """The width and height of a picture that `open_picture` would return. Raises UserError."""
+    with undecoded(source) as picture:
+        width, height = picture.size
+        is_on_its_side = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # orientation
+        return (height, width) if is_on_its_side else (width, height)
+
+
+def read_bytes(path, first_byte, n_bytes):
+    """Part of a picture file -> bytes; n_bytes -1: up to its end. Raises UserError."""
+    with as_user_error(f"{path} cannot be read (", ")"):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name one picture in it")
+        if not path.exists():
+            raise UserError(f"there is no image file {path}; check the path")
+        if not path.is_file():          # a pipe would wait for ever, a device may have no end
+            raise UserError(f"{path} is not a regular file; copy the picture into one")
+
+        if n_bytes < 0:
+            n_bytes = path.stat().st_size - first_byte
+        if n_bytes > MOST_BYTES:
+            raise UserError(f"{path} is a picture of {n_bytes / 2**20:.0f} MB, and at most "
+                            f"{MOST_BYTES / 2**20:.0f} are read; save it smaller")
         with open(path, "rb") as file:
             file.seek(first_byte)
-            picture = Image.open(io.BytesIO(file.read(n_bytes)))
-        picture.draft("RGB", draft_size)
-        return picture.convert("RGB")
-    except Exception as error:  # decoders raise many kinds of exceptions on damaged files
-        raise UserError(
-            f"{path} holds an image that cannot be decoded ({type(error).__name__})") from None
+            return file.read(n_bytes)
+
+
+def to_rgb(picture):
+    """Any PIL image -> RGB. Deep greys are scaled to 8 bits, transparent parts become white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, np.float64)                                # (H,W)
+        values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+        values = 255 * values / max(values.max(), 1)
+        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def square(picture, box=None):
+    """Cuts out a box, grown to a square about its middle; without a box, the whole picture.
+
+    box: left, top, width, height in pixels. What lies beyond the border repeats the pixels at the
+    border: the model knows backgrounds, but no bars (padded boxes of 118 people: image2pose is
+    136 mm off with repeated pixels, 197 mm with grey bars, 489 mm if the square in the middle is
+    cut out). -> PIL image of at most LARGEST_SQUARE pixels a side. Raises UserError.
+    """
+    if box is None:
+        if picture.width == picture.height:
+            return picture
+        box = (0, 0, *picture.size)
+
+    left, top, width, height = box
+    side = max(width, height)
+    x = left + width / 2
+    y = top + height / 2
+    check_box(box, picture.size)
+
+    shrink = math.ceil(side / LARGEST_SQUARE)
+    if shrink > 1:
+        picture = picture.reduce(shrink)
+    pixels = np.asarray(picture)                                                # (H,W,3)
+    steps = np.arange(round(side / shrink))                                     # (S,)
+    columns = steps + round((x - side / 2) / shrink)
+    rows = steps + round((y - side / 2) / shrink)
+    columns = columns.clip(0, picture.width - 1)        # beyond the border: the pixel at the border
+    rows = rows.clip(0, picture.height - 1)
+    return Image.fromarray(pixels[rows[:, None], columns])                      # (S,S,3)
+
+
+def check_box(box, size):
+    """Raises UserError unless a box has its middle in a picture and is not far larger than it.
+
+    box: left, top, width, height in pixels; size: width, height of the picture.
+    """
+    left, top, width, height = box
+    x = left + width / 2
+    y = top + height / 2
+    side = max(width, height)
+    is_positive = min(width, height) > 0                    # these are false for NaN, too
+    is_inside = 0 <= x <= size[0] and 0 <= y <= size[1]
+    if not is_positive or not is_inside or not 1 <= side <= 2 * max(size):
+        numbers = ",".join(f"{number:g}" for number in box)
+        raise UserError(f"the box {numbers} (left, top, width, height) does not lie in the picture "
+                        f"of {size[0]}x{size[1]} pixels")
 
 
 # ---- 6. Readers of real data sets ----------------------------------------------------------------
@@ -1228,22 +1348,23 @@ def read_posescript(path, amass, skipped, patterns):
 def picture_record(image, center=None, sides=None, pose=None):
     """The keys that a picture and a person in it give to a record. Raises UserError.
 
-    image: as `open_image` takes it. center (x, y), sides (width, height): the person's box, pixels.
+    image: as `open_picture` takes it. center (x, y), sides (width, height): the person's box, pixels.
     It becomes the square that 4D-Humans cuts out: the box is widened to 3:4, then to a square.
     pose: with its root in the camera's axes.
     """
-    open_image(image, (64, 64))  # a picture that cannot be decoded is no entry
+    open_picture(image, (64, 64))  # a picture that cannot be decoded is no entry
     path, first_byte, n_bytes = image
     record = {"image": [str(path), first_byte, n_bytes]}
 
     if sides is not None:
         x, y = np.asarray(center, float).tolist()
         width, height = np.asarray(sides, float).tolist()
-        # numpy's max, unlike Python's, is NaN if any number is
-        is_sane = 1 <= np.max([width, height]) < 1e5 and np.max(np.abs([x, y])) < 1e5
-        if not is_sane:
-            raise UserError(f"its box is {width} x {height} pixels around ({x}, {y})")
-        record["box"] = [x, y, max(height, width * 4 / 3)]
+        side = max(height, width * 4 / 3)
+
+        size = picture_size(image)
+        check_box((x - width / 2, y - height / 2, width, height), size)
+        check_box((x - side / 2, y - side / 2, side, side), size)
+        record["box"] = [x, y, side]
 
     if pose is not None:
         record["pose"] = pose_from_camera(pose, "its pose").numpy()
@@ -1253,7 +1374,7 @@ def picture_record(image, center=None, sides=None, pose=None):
 def person_record(person, image):
     """The record of one person of a 4D-Humans tar.
 
-    image: as `open_image` takes it. Raises UserError, also for people that HMR2's training drops.
+    image: as `open_picture` takes it. Raises UserError, also for people that HMR2's training drops.
     """
     keypoints = np.asarray(person["keypoints_2d"])                         # (44,3)
     n_visible = (keypoints[:, 2] > 0.3).sum()
@@ -1453,22 +1574,17 @@ def records_with_pose(specs):
 
 
 def crop_picture(record, size, prefix=""):
-    """Cuts a square out of a record's picture -> PIL (size,size).
+    """Cuts the person out of a record's picture -> PIL (size,size).
 
-    The square is the record's box, or else the middle of the picture. prefix: "start_" for the
-    picture of pose A, which has no box.
+    The record's box, or the whole picture, is padded to a square. prefix: "start_" for the picture
+    of pose A, which has no box.
     """
-    picture = open_image(record[prefix + "image"])
+    picture = open_picture(record[prefix + "image"])
+    box = None
     if "box" in record and not prefix:
         x, y, side = record["box"]
-    else:
-        x = picture.width / 2
-        y = picture.height / 2
-        side = min(picture.size)
-
-    half = side / 2
-    corners = (round(x - half), round(y - half), round(x + half), round(y + half))
-    return picture.crop(corners).resize((size, size))
+        box = (x - side / 2, y - side / 2, side, side)
+    return square(picture, box).resize((size, size))
 
 
 def summarise(records, path, n_drawn=16):

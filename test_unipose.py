@@ -2433,13 +2433,61 @@ def test_a_picture_is_cropped_to_its_box(real):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
-def test_a_picture_without_a_box_is_cropped_to_its_middle(real):
+def test_a_picture_without_a_box_is_padded_to_a_square(real):
+    """20 of 100 rows lie above and below a picture of 100 x 60 pixels."""
     record = data.read_records([real.specs["images"]])[0]
 
-    picture = data.crop_picture(record, 60)
+    picture = np.asarray(data.crop_picture(record, 100))
 
-    expected = Image.open(io.BytesIO(jpeg())).crop((20, 0, 80, 60))
-    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    whole = np.asarray(Image.open(io.BytesIO(jpeg())))
+    assert np.array_equal(picture[20:80], whole)
+    assert np.array_equal(picture[:20], whole[[0] * 20])
+    assert np.array_equal(picture[80:], whole[[59] * 20])
+
+
+@parametrize("name", {
+    "a photograph on its side": "turned.jpg",
+    "16 bits deep": "deep.png",
+    "transparent": "transparent.png",
+    "a palette": "palette.png",
+    "a palette with a transparent colour": "hole.png",
+})
+def test_pictures_of_a_data_set_look_as_they_do_in_a_viewer(tmp_path, name):
+    """A bright upper half over a dark one, as every viewer shows these files."""
+    save_awkward_picture(tmp_path / name)
+    [record] = data.read_records([f"images:{tmp_path}"])
+
+    picture = np.asarray(data.crop_picture(record, 64), float).mean(-1)
+
+    assert picture[:24].min() > 200
+    assert picture[40:].max() < 90
+
+
+@parametrize("box", {
+    "beside the picture": [200, 0, 20, 20],
+    "far larger than the picture": [-900, -900, 1900, 1900],
+    "a negative width": [10, 10, -5, 20],
+    "infinite": [0, 0, 1e400, 5],
+    "words": ["a", "b", "c", "d"],
+    "nested": [[1, 2], 3, 4],
+    "null": [None, 1, 2, 3],
+})
+def test_a_person_outside_of_the_picture_is_skipped(real, replace, capsys, box):
+    replace("Bilder/boxes.json", {"ü.jpg": box})
+
+    assert_one_is_skipped(real.specs["images"], 1, capsys)
+
+
+def test_a_box_lies_in_the_picture_as_it_is_seen(tmp_path):
+    """100 x 60 pixels on their side are 60 x 100: a box at the lower end is in the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("RGB", (100, 60)).save(tmp_path / "a.jpg", exif=exif)
+    lay(tmp_path, {"boxes.json": {"a.jpg": [10, 70, 30, 30]}})
+
+    [record] = data.read_records([f"images:{tmp_path}"])
+
+    assert record["box"] == [25, 85, 40]
 
 
 def test_check_counts_entries_and_prints_ranges(real, tmp_path, capsys):
@@ -3150,6 +3198,31 @@ def posefix_files():
         "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
         "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
     }
+
+
+def save_awkward_picture(path):
+    """Saves a bright upper half over a dark one, in a way that a careless reader gets wrong."""
+    upright = np.full((64, 64), 40, np.uint8)
+    upright[:32] = 230
+    picture = Image.fromarray(upright)
+    options = {}
+
+    if path.name == "turned.jpg":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6  # orientation: to be turned to the right by a quarter
+        picture = picture.rotate(90)
+    elif path.name == "deep.png":
+        picture = Image.fromarray(upright.astype(np.uint16) * 257)
+    elif path.name == "transparent.png":
+        # black all over, and nothing of the upper half is there: a viewer shows white
+        picture = Image.merge("LA", [Image.new("L", (64, 64)), Image.fromarray(np.where(upright < 99, 255, 0).astype(np.uint8))])
+    elif path.name in ("palette.png", "hole.png"):
+        picture = Image.fromarray((upright < 99).astype(np.uint8), "P")
+        picture.putpalette([230, 230, 230, 40, 40, 40])
+        if path.name == "hole.png":
+            picture.putpalette([0, 0, 0, 40, 40, 40])
+            options["transparency"] = 0
+    picture.save(path, **options)
 
 
 def jpeg():
