@@ -45,6 +45,7 @@ import tarfile
 import textwrap
 import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -930,30 +931,49 @@ def vocabulary(texts=()):
 
 
 # ---- 5. Pose files and pictures ------------------------------------------------------------------
+JOINT_COUNTS = (22, 24, 52, 55)  # ours; SMPL, SMPL-H, SMPL-X: the first 22 joints are the same
+
+
+def count_pose_axes(shape):
+    """How many of the last axes of a shape are one pose: 3, 2 or 1; 0 if they are none.
+
+    A pose is rotation matrices (J,3,3) or axis-angles (J,3) or (3J,), J one of JOINT_COUNTS.
+    """
+    if len(shape) >= 3 and shape[-2:] == (3, 3) and shape[-3] in JOINT_COUNTS:
+        return 3
+    if len(shape) >= 2 and shape[-1] == 3 and shape[-2] in JOINT_COUNTS:
+        return 2
+    if len(shape) >= 1 and shape[-1] in [3 * n_joints for n_joints in JOINT_COUNTS]:
+        return 1
+    return 0
+
+
 def as_rotations(array, where):
     """Converts the numbers of one pose to rotation matrices (22,3,3) float32, exactly orthonormal.
 
-    array: rotation matrices (22,3,3), or axis-angles (66,), (22,3) or (72,). where: how error
+    array: as in `count_pose_axes`, with any number of axes of length 1 before. where: how error
     messages name it. Matrices within 1e-2 of orthonormal become the nearest rotations (storage in
     bfloat16 alone is off by up to 4e-3). Raises UserError for anything else.
     """
     if array.dtype.kind not in "iuf":
         raise UserError(
             f"{where} holds {array.dtype}, not numbers: give rotation matrices or axis-angles")
-    if array.shape not in {(22, 3, 3), (66,), (22, 3), (72,)}:
+    n_axes = count_pose_axes(array.shape)
+    if not n_axes or math.prod(array.shape[:-n_axes]) != 1:
         raise UserError(
-            f"{where} has the shape {array.shape}: one pose is (22,3,3), "
-            "or axis-angles (66,), (22,3), (72,)")
+            f"{where} has the shape {array.shape}: one pose is (22,3,3) or (24,3,3), "
+            "or axis-angles (22,3), (24,3), (66,), (72,), (156,), (165,)")
 
-    pose = torch.as_tensor(array.astype(np.float64))
+    pose = array.reshape(array.shape[-n_axes:])
+    pose = pose[:66] if n_axes == 1 else pose[:22]  # no hands, no face
+    pose = torch.as_tensor(pose.astype(np.float64))
     in_range = pose.abs() < 1000  # false for NaN too; no angle in radians is that large
     if not in_range.all():
         raise UserError(
             f"{where} has NaN, infinite or huge numbers in it: a pose is 22 rotations, in radians")
 
-    if pose.dim() < 3:
-        axis_angles = pose.reshape(-1, 3)[:22]  # 72 numbers end in SMPL's two hand joints
-        return aa_to_matrix(axis_angles).float()
+    if n_axes < 3:
+        return aa_to_matrix(pose.reshape(22, 3)).float()
 
     error = (pose @ pose.mT - torch.eye(3)).abs().amax((1, 2))             # (22,)
     is_bad = (error > 1e-2) | (torch.linalg.det(pose) < 0)                 # (22,)
@@ -964,6 +984,14 @@ def as_rotations(array, where):
             "is not orthonormal with determinant 1")
     left, _, right = torch.linalg.svd(pose)
     return (left @ right).float()  # the nearest rotation, in the least-squares sense
+
+
+# which way is up in a file: the turn into our frame
+UP_TURNS = {
+    "y": torch.eye(3),
+    "z": Z_UP_TO_Y_UP,
+    "camera": torch.tensor([1.0, -1.0, -1.0]).diag(),       # z ahead, y down
+}
 
 
 RATE_KEYS = ("mocap_framerate", "mocap_frame_rate")  # AMASS has both spellings
@@ -1012,33 +1040,246 @@ def pose_from_camera(array, where):
 
     array: as `as_rotations` takes it. In our frame +z points towards the camera.
     """
-    half_turn_about_x = torch.tensor([1.0, -1.0, -1.0]).diag()
-    return turn_root(as_rotations(np.asarray(array), where), half_turn_about_x)
+    return turn_root(as_rotations(np.asarray(array), where), UP_TURNS["camera"])
 
 
-def read_pose(path):
-    """Reads a file with one pose -> rotmat (22,3,3).
+# Where pose files of other programs have their poses, and which way is up there
+POSE_KEYS = {
+    "poses": "z",               # AMASS, SMPL-H
+    "fullpose": "z",            # MoSh++, SMPL-X
+    "smpl_thetas": "camera",    # ROMP
+    "pose": "camera",           # VIBE
+    "body_pose": "camera",      # 4D-Humans' data sets: root and body in one
+}
+SPLIT_KEYS = {
+    ("root_orient", "pose_body"): "z",          # AMASS, SMPL-X
+    ("global_orient", "body_pose"): "camera",   # HMR2, TokenHMR, GVHMR, SMPLify-X
+}
+GROUP_KEYS = {                  # of what holds the above; of several, the first one is read
+    "smpl_params_global": "y",  # GVHMR
+    "smpl_params_incam": "camera",
+    "pred_smpl_params": "camera",               # HMR2, TokenHMR
+    "smpl_params": "camera",
+    "smpl": "camera",           # PHALP
+    "results": "",              # ROMP: as what it holds says
+}
+POSE_PATH = re.compile(r"(.+?\.(?:npy|npz|pkl|pt|pth))((?::[^:]+)*)", re.IGNORECASE)
 
-    .npy: (22,3,3), or axis-angles (66,), (22,3), (72,), in the body frame (y up).
-    .npz: AMASS keys (`poses`, or `root_orient` and `pose_body`), z up, converted to y up.
-    `walk.npz:120` is frame 120 of walk.npz.
-    Raises UserError if the file is missing, damaged or not one pose.
+
+def read_pose(path, up=""):
+    """Reads one pose -> rotmat (22,3,3). Raises UserError on a file that is not one pose.
+
+    .npy: rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`.
+    .npz, .pkl, .pt, .pth: the keys of POSE_KEYS, SPLIT_KEYS and GROUP_KEYS.
+    Where a file holds several people or frames, what follows its name chooses one: `walk.npz:120`
+    is frame 120, `people.pkl:3:120` is frame 120 of person 3, and `results.pt:smpl_params_incam:9`
+    names a key. A level that has one entry only needs no name.
+    up: which way is up in the file, a key of UP_TURNS; "": as the kind of file says.
     """
     path = str(path)
-    frame = ""
-    if re.search(r"\.npz:\d+$", path):
-        path, _, frame = path.rpartition(":")
+    match = POSE_PATH.fullmatch(path)
+    names = []
+    if match:
+        path = match[1]
+        names = match[2].split(":")[1:]
 
-    arrays = read_arrays(path, MOTION_KEYS)
-    if "" in arrays:  # a .npy, whose only array has no name
-        return as_rotations(arrays[""], path)
+    entry = PoseEntry(path, names)
+    with as_user_error(f"cannot read {path}: "):
+        array, usual_up = entry.find(read_pose_file(pathlib.Path(path)))
+    if entry.names_left and not set(entry.names_left) <= set(entry.passed):
+        name = entry.names_left[0]
+        raise UserError(f"{path} has no frame {shorten(name)}: it holds 1, which needs no number")
+    return turn_root(as_rotations(array, entry.where), UP_TURNS[up or usual_up])
 
-    poses, _ = read_motion(arrays, path)
-    if not frame and len(poses) > 1:
+
+def read_pose_file(path):
+    """Reads what `read_pose` takes -> an array, or nested dicts and lists with arrays in them.
+
+    Nothing in the file is executed. Raises exceptions of any kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".pkl", ".pt", ".pth"):
+        return read_arrays(path, ()).get("")
+    if not path.is_file():
+        raise UserError(f"no file {path}: check the path")
+
+    if suffix in (".pt", ".pth"):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # its message advises to run whatever is in the file
+            raise UserError(f"{path} is not a torch file of tensors alone: convert what else is in "
+                            "it to tensors, and save its tensors again in a dict") from error
+    if suffix == ".pkl":
+        with as_user_error(f"{path} is not a pickle of plain numpy arrays: save them again with "
+                           "pickle.dump or numpy.savez, without joblib or torch (", ")"):
+            return unpickle(path.read_bytes())
+
+    keys = [*POSE_KEYS, *itertools.chain(*SPLIT_KEYS)]
+    arrays = read_arrays(path, keys)
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        for name in set(GROUP_KEYS) & set(names):
+            # a dict, which numpy pickles behind the header of an array
+            content = archive.read(f"{name}.npy")
+            arrays[name] = unpickle(content[content.index(b"\n") + 1:])
+    return arrays or dict.fromkeys(names)
+
+
+def unpickle(content):
+    """The bytes of a pickle -> its object, made of numbers, dicts, lists and arrays."""
+    return SafeUnpickler(io.BytesIO(content), encoding="latin1").load()
+
+
+def join_root(root, body, where):
+    """The root's rotation and those of the body, matrices or axis-angles -> one array of poses.
+
+    root (...,3,3) or (...,3), body (...,J,3,3), (...,J,3) or (...,3J); J is 21, 23 or more.
+    """
+    body_counts = [n_joints - 1 for n_joints in JOINT_COUNTS]
+    if body.ndim >= 3 and body.shape[-2:] == (3, 3) and body.shape[-3] in body_counts:
+        lead = body.shape[:-3]
+        rotation = (3, 3)
+    elif body.ndim >= 2 and body.shape[-1] == 3 and body.shape[-2] in body_counts:
+        lead = body.shape[:-2]
+        rotation = (3,)
+    elif body.ndim >= 1 and body.shape[-1] in [3 * n_joints for n_joints in body_counts]:
+        lead = body.shape[:-1]
+        rotation = (3,)
+    else:
+        lead = None
+
+    if lead is None or root.size != math.prod(lead + rotation):
         raise UserError(
-            f"{path} holds {len(poses)} frames, but one pose is needed: "
-            f"choose a frame, for example {path}:0")
-    return pose_of_frame(poses, int(frame or 0), path)
+            f"{where} has a root of shape {root.shape} and a body of shape {body.shape}: both must "
+            "be rotation matrices, (1,3,3) and (23,3,3), or both axis-angles, (3,) and (63,)")
+    root = root.reshape(*lead, 1, *rotation)
+    body = body.reshape(*lead, -1, *rotation)
+    return np.concatenate([root, body], len(lead))
+
+
+def to_numbers(value):
+    """A tensor, an array or nested lists of numbers -> array."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().double().numpy()  # numpy knows no bfloat16
+    return np.asarray(value)
+
+
+def shorten(name):
+    """A name as error messages show it."""
+    return name if len(name) <= 40 else name[:40] + "..."
+
+
+class PoseEntry:
+    """One pose of a file, chosen by names: at each level with several entries, the next name.
+
+    where: the path of the file and the names that were used. names_left: those that were not.
+    passed: the names of entries that are alone at their level.
+    """
+
+    def __init__(self, path, names):
+        self.where = path
+        self.names_left = list(names)
+        self.passed = []
+
+    def find(self, node, up=""):
+        """Descends from a node of the file to the pose -> array, a key of UP_TURNS.
+
+        up: which way is up, if a key above the node says so. Raises UserError.
+        """
+        if isinstance(node, np.ndarray) and node.dtype == object and node.size == 1:
+            node = node.item()
+        if isinstance(node, dict):
+            return self.find_in_dict(node, up)
+
+        is_list = isinstance(node, (list, tuple)) and len(node) > 0
+        if is_list and isinstance(node[0], (dict, list, tuple, np.ndarray, torch.Tensor)):
+            keys = [str(k) for k in range(len(node))]
+            return self.find(node[self.choose(keys)], up)
+
+        array = to_numbers(node)
+        n_axes = count_pose_axes(array.shape) or array.ndim  # of another shape: refused later
+        while array.ndim > n_axes:
+            n_entries = len(array) if array.size else 0
+            keys = [str(k) for k in range(n_entries)]
+            array = array[self.choose(keys)]
+        return array, up or "y"
+
+    def find_in_dict(self, entries, up):
+        """The part of `find` for a dict."""
+        for (root, body), usual_up in SPLIT_KEYS.items():
+            if root in entries and body in entries:
+                root = to_numbers(entries[root])
+                body = to_numbers(entries[body])
+                poses = join_root(root, body, self.where)
+                return self.find(poses, up or usual_up)
+        for key, usual_up in POSE_KEYS.items():
+            if key in entries:
+                return self.find(entries[key], up or usual_up)
+
+        groups = [key for key in GROUP_KEYS if key in entries]
+        if groups:
+            key = groups[0]
+            if self.names_left and self.names_left[0] in groups:
+                key = self.names_left.pop(0)
+                self.where += f":{key}"
+            return self.find(entries[key], GROUP_KEYS[key] or up)
+
+        people = {str(key): entry for key, entry in entries.items()
+                  if isinstance(entry, (dict, list, tuple))}
+        if not people:
+            keys = ", ".join(shorten(str(key)) for key in list(entries)[:12])
+            raise UserError(
+                f"{self.where} holds no pose under a known key: it has {keys or 'no keys'}, and needs "
+                "poses, pose, smpl_thetas, or global_orient with body_pose")
+        keys = list(people)
+        return self.find(people[keys[self.choose(keys)]], up)
+
+    def choose(self, keys):
+        """Chooses one of the entries at a level -> its number. Raises UserError."""
+        names = self.names_left
+        is_named = bool(names) and names[0] in keys
+        if len(keys) == 1 and not (is_named and len(names) > 1):
+            self.passed.append(keys[0])
+            return 0
+
+        if not names or not keys:
+            example = shorten(keys[0]) if keys else "0"
+            raise UserError(
+                f"{self.where} holds {len(keys)} frames or people, but one pose is needed: choose "
+                f"one, for example {self.where}:{example}")
+        name = names.pop(0)
+        if name in keys:
+            number = keys.index(name)
+        elif name.isdecimal() and len(name) < 10 and not any(map(str.isdecimal, keys)):
+            number = int(name)  # of an entry with a longer name, such as that of a picture
+        else:
+            number = len(keys)
+        if number >= len(keys):
+            counted = "counted from 0" if keys[0] == "0" else "named " + shorten(", ".join(keys))
+            raise UserError(
+                f"{self.where} has no frame {shorten(name)}: it holds {len(keys)}, {counted}")
+        self.where += f":{name}"
+        return number
+
+
+def uprightness(rotmat):
+    """How far the way from the feet to the head (22,3,3) points up -> -1 (upside down) to 1."""
+    joints = forward_kinematics(rotmat, rest_joints())                     # (22,3)
+    feet = joints[[JOINTS.index("left_ankle"), JOINTS.index("right_ankle")]].mean(0)
+    return float(F.normalize(joints[HEAD] - feet, dim=0)[1])
+
+
+def upright_reading(path, up=""):
+    """The `up` with which `read_pose` would read an upright person, if it does not do so now.
+
+    "" if the head is above the feet as the pose is read, or if no reading has the person upright.
+    Raises UserError.
+    """
+    if uprightness(read_pose(path, up)) >= 0:
+        return ""
+    heights = {other: uprightness(read_pose(path, other)) for other in UP_TURNS}
+    best = max(heights, key=heights.get)
+    return best if heights[best] > 0.7 else ""
 
 
 def write_pose(path, rotmat):
@@ -1348,8 +1589,8 @@ def read_posescript(path, amass, skipped, patterns):
 def picture_record(image, center=None, sides=None, pose=None):
     """The keys that a picture and a person in it give to a record. Raises UserError.
 
-    image: as `open_picture` takes it. center (x, y), sides (width, height): the person's box, pixels.
-    It becomes the square that 4D-Humans cuts out: the box is widened to 3:4, then to a square.
+    image: as `open_picture` takes it. center (x, y), sides (width, height): the person's box in
+    pixels. It becomes the square that 4D-Humans cuts out: widened to 3:4, then to a square.
     pose: with its root in the camera's axes.
     """
     open_picture(image, (64, 64))  # a picture that cannot be decoded is no entry

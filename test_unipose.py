@@ -2764,6 +2764,79 @@ def test_the_name_of_a_data_set_that_cannot_be_understood_is_refused(spec, reaso
     refused(reason, data.read_records, [spec])
 
 
+POSE_LAYOUTS = [
+    "smpl_matrices.npy", "smpl_axis_angles.npy", "smpl_batch.npy", "batch.npy",
+    "smpl_batch_of_matrices.npy", "batch_of_axis_angles.npy", "smplh.npy", "smplx.npy", "smplh_joints.npy", "smplx_joints.npy",
+    "clip.npy:2", "people.npy:1:2",
+    "amass.npz:2", "hmr2.pt", "hmr2.pt:0", "hmr2.pkl", "hmr2.npz", "hmr2_people.pt:1", "tokenhmr.pt",
+    "hmr2_axis_angles.npz", "vibe.pkl:2", "vibe.pkl:7:2", "vibe_people.pkl:7:2", "romp.npz:1",
+    "romp_one.npz", "romp_results.npz:1", "gvhmr.pt:2", "gvhmr.pt:smpl_params_incam:2",
+    "gvhmr.pt:smpl_params_global:2", "smplifyx.pkl", "phalp.pkl:b.jpg:1", "phalp.pkl:1:1",
+    "tensors.pth", "list_of_people.pt:1", "half.pt",
+]
+
+
+@pytest.mark.parametrize("name", POSE_LAYOUTS)
+def test_poses_are_read_as_other_programs_hold_them(tmp_path, name):
+    """An SMPL pose with its root in the frame that the program uses: the same pose comes back."""
+    file = name.partition(":")[0]
+    save_pose_layout(tmp_path / file, A)
+
+    close(data.read_pose(tmp_path / name), A, atol=1e-2 if file == "half.pt" else 1e-5)
+
+
+@pytest.mark.parametrize("up", data.UP_TURNS)
+@pytest.mark.parametrize("name", ["plain.npy", "amass.npz", "hmr2.pt"])
+def test_up_replaces_what_the_kind_of_file_says(tmp_path, up, name):
+    turned = tokenizer.turn_root(A, data.UP_TURNS[up].T)
+    aa = tokenizer.matrix_to_aa(turned).flatten()
+    if name == "plain.npy":
+        np.save(tmp_path / name, aa)
+    elif name == "amass.npz":
+        np.savez(tmp_path / name, poses=aa[None])
+    else:
+        torch.save({"global_orient": aa[:3], "body_pose": aa[3:]}, tmp_path / name)
+
+    close(data.read_pose(tmp_path / name, up), A)
+
+
+@parametrize("up, name", {
+    "z up, given as y up": ("z", "pose.npy"),
+    "a camera's axes, given as y up": ("camera", "pose.npy"),
+})
+def test_a_reading_in_which_the_person_stands_is_found(tmp_path, up, name):
+    standing = torch.eye(3).expand(22, 3, 3)
+    turned = tokenizer.turn_root(standing, data.UP_TURNS[up].T @ rotation_about_x(0.3))
+    np.save(tmp_path / name, turned)
+
+    assert data.upright_reading(tmp_path / name) == up
+    assert data.upright_reading(tmp_path / name, up) == ""
+
+
+@parametrize("name, message", {
+    "several people": ("vibe_people.pkl", "choose one, for example"),
+    "several frames of a person": ("vibe_people.pkl:7", "5 frames or people"),
+    "no such person": ("vibe_people.pkl:6:2", "named 5, 7"),
+    "no such frame": ("vibe_people.pkl:7:5", "no frame 5"),
+    "a name too many": ("smplifyx.pkl:4", "no frame 4"),
+    "a frame number of 4,400 digits": ("gvhmr.pt:" + "9" * 4400, "no frame 999"),
+    "a frame before the first": ("gvhmr.pt:-1", "no frame -1"),
+    "a word": ("gvhmr.pt:last", "no frame last"),
+    "unknown keys": ("unknown.npz", "it has theta, betas"),
+    "no root": ("rootless.npz", "(69,)"),
+    "a latent code": ("vposer.pkl", "(1, 32)"),
+    "a pose in 6D": ("sixd.npy", "(144,)"),
+    "a file of joblib": ("joblib.pkl", "without joblib"),
+    "a module in a torch file": ("module.pt", "save its tensors again"),
+    "text in a torch file": ("text.pt", "save its tensors again"),
+})
+def test_a_pose_that_cannot_be_chosen_is_refused_by_a_way_out(tmp_path, name, message):
+    file = name.partition(":")[0]
+    save_pose_layout(tmp_path / file, A)
+
+    refused(message, data.read_pose, tmp_path / name)
+
+
 def test_farthest_points_are_those_of_the_plain_search():
     """Always the body whose mean joint distance to the nearest earlier choice is largest."""
     points = np.random.default_rng(0).normal(size=(200, 22, 3)).astype(np.float32)
@@ -3198,6 +3271,93 @@ def posefix_files():
         "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
         "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
     }
+
+
+def rotation_about_x(angle):
+    """Rotation matrix about x."""
+    return tokenizer.aa_to_matrix(torch.tensor([angle, 0.0, 0.0]))
+
+
+def save_pose_layout(path, rotmat):
+    """Saves a pose (22,3,3) as another program would under this name, with its root in its frame.
+
+    Where a file has several people or frames, the pose is frame 2 of the last person.
+    """
+    kind = path.stem
+    up = "camera"
+    if path.suffix == ".npy" or kind == "tensors":
+        up = "y"
+    elif kind == "amass":
+        up = "z"
+    hands = torch.eye(3).expand(33, 3, 3)
+    smplx = torch.cat([tokenizer.turn_root(rotmat, data.UP_TURNS[up].T), hands])  # (55,3,3)
+    aa = tokenizer.matrix_to_aa(smplx).numpy()                                # (55,3)
+    smpl = smplx[:24].numpy()
+    clip = np.zeros((5, 72), np.float32)
+    clip[2] = aa[:24].ravel()
+    matrices = {"global_orient": torch.tensor(smpl[None, :1]),
+                "body_pose": torch.tensor(smpl[None, 1:])}
+    others = {"betas": np.zeros((1, 10)), "pred_cam": np.zeros((1, 3))}
+    split = {"global_orient": torch.tensor(clip[:, :3]), "body_pose": torch.tensor(clip[:, 3:66])}
+    in_global = tokenizer.matrix_to_aa(rotmat[0]).expand(5, 3)
+    person = {"global_orient": smpl[:1], "body_pose": smpl[1:], "betas": np.zeros(10)}
+    nobody = {"global_orient": 0 * smpl[:1], "body_pose": 0 * smpl[1:], "betas": np.zeros(10)}
+
+    contents = {
+        "smpl_matrices": smpl,
+        "smpl_axis_angles": aa[:24],
+        "smpl_batch": aa[:24].reshape(1, 72),
+        "batch": smpl[None, :22],
+        "smpl_batch_of_matrices": smpl[None],
+        "batch_of_axis_angles": aa[:22].reshape(1, 66),
+        "smplh": aa[:52].ravel(),
+        "smplx": aa.ravel(),
+        "smplh_joints": aa[:52],
+        "smplx_joints": aa,
+        "clip": clip,
+        "people": np.stack([clip * 0, clip]),
+        "amass": {"poses": clip, "mocap_framerate": np.array(30.0)},
+        "hmr2": {"pred_smpl_params": matrices, "pred_cam": torch.zeros(1, 3)},
+        "hmr2_people": {"pred_smpl_params": {
+            name: torch.cat([0 * value, value]) for name, value in matrices.items()}},
+        "tokenhmr": {"smpl": {"global_orient": matrices["global_orient"],
+                              "body_pose": matrices["body_pose"][:, :21]}},
+        "hmr2_axis_angles": {"global_orient": aa[:1], "body_pose": aa[1:24], **others},
+        "vibe": {7: {"pose": clip, "betas": np.zeros((5, 10)), "frame_ids": np.arange(5)}},
+        "vibe_people": {5: {"pose": 0 * clip}, 7: {"pose": clip}},
+        "romp": {"smpl_thetas": clip[1:3], "smpl_betas": np.zeros((2, 11))},
+        "romp_one": {"smpl_thetas": clip[2:3]},
+        "romp_results": {"results": np.array({"smpl_thetas": clip[1:3]}, object)},
+        "gvhmr": {"smpl_params_incam": split,
+                  "smpl_params_global": split | {"global_orient": in_global},
+                  "K_fullimg": torch.eye(3)},
+        "smplifyx": {"global_orient": aa[:1], "body_pose": aa[1:22].reshape(1, 63), **others},
+        "phalp": {"out/a.jpg": {"tid": [1], "smpl": [nobody]},
+                  "b.jpg": {"tid": [1, 2], "smpl": [nobody, person]}},
+        "tensors": torch.tensor(smpl),
+        "list_of_people": [{"pose": torch.zeros(72)}, {"pose": torch.tensor(clip[2])}],
+        "half": {"smpl": {name: value.bfloat16() for name, value in matrices.items()}},
+        "unknown": {"theta": clip, "betas": np.zeros(10)},
+        "rootless": {"body_pose": clip[2, 3:]},
+        "vposer": {"global_orient": aa[:1], "body_pose": np.zeros((1, 32))},
+        "sixd": np.zeros(144),
+        "joblib": b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n.",
+        "module": torch.nn.Linear(1, 1),
+    }
+    content = contents.get(kind)
+    if kind == "hmr2" and path.suffix == ".npz":
+        in_numpy = {name: value.numpy() for name, value in matrices.items()}
+        np.savez(path, pred_smpl_params=np.array(in_numpy, object))
+    elif kind == "text":
+        path.write_text("hello")
+    elif path.suffix in (".pt", ".pth"):
+        torch.save(content, path)
+    elif path.suffix == ".pkl":
+        if kind == "hmr2":
+            content = {name: value.numpy() for name, value in matrices.items()}
+        path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    else:
+        lay(path.parent, {path.name: content})
 
 
 def save_awkward_picture(path):
