@@ -1229,8 +1229,8 @@ class PoseEntry:
         if not people:
             keys = ", ".join(shorten(str(key)) for key in list(entries)[:12])
             raise UserError(
-                f"{self.where} holds no pose under a known key: it has {keys or 'no keys'}, and needs "
-                "poses, pose, smpl_thetas, or global_orient with body_pose")
+                f"{self.where} holds no pose under a known key: it has {keys or 'no keys'}, and "
+                "needs poses, pose, smpl_thetas, or global_orient with body_pose")
         keys = list(people)
         return self.find(people[keys[self.choose(keys)]], up)
 
@@ -1308,6 +1308,13 @@ MOST_ELONGATED = 20     # the longer side by the shorter one
 LARGEST_SQUARE = 2048   # pixels of a side of what `square` cuts out; the model sees 336
 
 
+@functools.cache
+def picture_formats():
+    """The formats that Pillow reads by itself; for the others it would start another program."""
+    Image.init()
+    return sorted(set(Image.OPEN) - {"EPS"})
+
+
 @contextlib.contextmanager
 def undecoded(source):
     """Opens a picture as PIL image and checks its size, before any pixel is decoded.
@@ -1325,7 +1332,7 @@ def undecoded(source):
     with as_user_error(f"{path} cannot be decoded as a picture (", f"); {advice}"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # of Pillow, about metadata
-            with Image.open(io.BytesIO(content)) as picture:
+            with Image.open(io.BytesIO(content), formats=picture_formats()) as picture:
                 width, height = picture.size
                 shorter, longer = sorted(picture.size)
                 if shorter < SMALLEST or longer > LARGEST or longer > MOST_ELONGATED * shorter:
@@ -1497,7 +1504,7 @@ def find_poses(folder, amass, numbers):
     -> {number: (pose (22,3,3), name of its sequence)}, {number: why the pose cannot be read}
     """
     index_files = folder.glob("ids_2_dataset*index*.json")
-    index = load_json(next(index_files, folder / "ids_2_dataset_index.json"))
+    index = load_json(check_file(next(index_files, folder / "ids_2_dataset_index.json")))
     found = {}
     missing = {}
 
@@ -1526,12 +1533,12 @@ HUMAN = ["posescript_human_*", "human*", "posefix_human_*", "posefix_paraphrases
 
 
 def read_texts(folder, patterns):
-    """All texts of a PoseScript or PoseFix release -> {entry: [text, ...]}."""
+    """All texts of a PoseScript or PoseFix release -> {entry: [text, ...]}, not yet checked."""
     texts = {}
     for pattern in patterns:
         for file in sorted(folder.glob(f"{pattern}.json")):
-            for key, value in load_json(file).items():
-                new = [value] if isinstance(value, str) else value
+            for key, value in load_json(check_file(file)).items():
+                new = value if isinstance(value, list) else [value]
                 texts.setdefault(key, []).extend(new)
     return texts
 
@@ -1541,7 +1548,7 @@ def read_splits(folder):
     splits = {}
     for split in SPLITS:
         for file in folder.glob(f"{split}_*ids*.json"):
-            for key in load_json(file):
+            for key in load_json(check_file(file)):
                 splits[str(key)] = split
     return splits
 
@@ -1558,7 +1565,7 @@ def read_posescript(path, amass, skipped, patterns):
     pairs_file = folder / "pair_id_2_pose_ids.json"
     is_posefix = pairs_file.exists()
     if is_posefix:
-        numbers = {str(k): pair for k, pair in enumerate(load_json(pairs_file))}
+        numbers = {str(k): pair for k, pair in enumerate(load_json(check_file(pairs_file)))}
     else:
         numbers = {key: [key] for key in texts}
 
@@ -1640,21 +1647,24 @@ def read_tars(path, skipped):
     Of each picture KEY.jpg the tar holds KEY.data.pyd, a pickled list of the people in it.
     """
     def key_of(member):
-        return re.match(r"(.*/)?[^/.]*", member.name)[0]
+        if member.size < 0:  # Python's tarfile would go back, and read the same for ever
+            raise UserError("a file in the tar has a negative size")
+        return re.match(r"(.*/)?[^/.]*", member.name, re.DOTALL)[0]
 
     for file in list_files(path, ".tar"):
         source = file.resolve().parent.name
         # a truncated tar yields the people before the cut
-        with skip_bad_entry(skipped, file), tarfile.open(file, "r:") as tar:
+        with skip_bad_entry(skipped, file), tarfile.open(check_file(file), "r:") as tar:
             for key, members in itertools.groupby(tar, key_of):
                 where = f"{file}/{key}"
                 with skip_bad_entry(skipped, where):
                     group = {member.name[len(key):].lower(): member for member in members}
                     picture = group.get(".jpeg") or group.get(".png") or group[".jpg"]
                     image = [file, picture.offset_data, picture.size]
-                    pickled = tar.extractfile(group[".data.pyd"])
+                    if group[".data.pyd"].size > MOST_BYTES:
+                        raise UserError("its list of people is too large")
 
-                    for person in SafeUnpickler(pickled, encoding="latin1").load():
+                    for person in unpickle(tar.extractfile(group[".data.pyd"]).read()):
                         with skip_bad_entry(skipped, where):
                             entry = {"id": f"{file.name}/{key}", "source": source}
                             yield entry | person_record(person, image)
@@ -1686,51 +1696,61 @@ def read_evaluation(path, images, skipped):
 
 
 def read_images(path, skipped):
-    """A folder of pictures, without poses.
+    """A folder of pictures of any kind that Pillow reads, without poses.
 
     The file boxes.json in it may locate people: {"a.jpg": [left, top, width, height], ...}, or a
     list of such boxes for a picture.
     """
     folder = pathlib.Path(path)
     boxes_file = folder / "boxes.json"
-    boxes = load_json(boxes_file) if boxes_file.exists() else {}
+    boxes = load_json(check_file(boxes_file)) if boxes_file.exists() else {}
+    if not isinstance(boxes, dict):
+        raise UserError(f"{boxes_file} must hold boxes by the names of pictures")
 
-    for file in list_files(path, ".jpg", ".jpeg", ".png", ".bmp"):
+    for file in sorted(folder.rglob("*")):
+        if file == boxes_file or file.is_dir():
+            continue
         with skip_bad_entry(skipped, file):
             name = file.relative_to(folder).as_posix()
             entry = {"id": name, "source": folder.resolve().name}
             image = [file, 0, -1]
-            own_boxes = boxes.get(name)
-            if own_boxes is None:
+            if name not in boxes:
                 yield entry | picture_record(image)
                 continue
 
-            for box in np.reshape(own_boxes, (-1, 4)).astype(float):
-                corner = box[:2]
-                sides = box[2:]
-                yield entry | picture_record(image, corner + sides / 2, sides)
+            own_boxes = np.array(boxes[name])
+            if own_boxes.dtype.kind not in "iuf" or own_boxes.size == 0:
+                raise UserError("its boxes in boxes.json are not lists of four numbers")
+            for box in own_boxes.reshape(-1, 4).astype(float):
+                with skip_bad_entry(skipped, file):
+                    corner = box[:2]
+                    sides = box[2:]
+                    yield entry | picture_record(image, corner + sides / 2, sides)
 
 
 def read_built(path, skipped, only_refined=False):
     """What `--build` wrote. only_refined: the rows with a refined text, and no other text."""
     for file in list_files(path, ".jsonl"):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            with skip_bad_entry(skipped, f"{file}, line {number}"):
-                row = json.loads(line)
-                read_built_pose(row, file.parent, "pose", "image")
-                if "start" in row:
-                    read_built_pose(row, file.parent, "start", "start_image")
-
-                if not only_refined:
-                    yield row
-                elif "refined" in row:
-                    yield row | {"texts": [row["refined"]]}
+        with skip_bad_entry(skipped, file):
+            lines = check_file(file).read_bytes().splitlines()
+            for number, line in enumerate(lines, 1):
+                with skip_bad_entry(skipped, f"{file}, line {number}"):
+                    row = json.loads(line)
+                    if not only_refined or "refined" in row:
+                        yield built_record(row, file.parent, only_refined)
 
 
-def read_built_pose(row, folder, pose_key, image_key):
-    """Converts one pose and one image of a row to those of a record, in place. Raises UserError."""
-    row[pose_key] = as_rotations(np.array(row[pose_key]), pose_key).numpy()
-    row[image_key] = picture_record([folder / row[image_key], 0, -1])["image"]
+def built_record(row, folder, only_refined):
+    """The record of one row of a built data set. Raises exceptions of any kind."""
+    record = {"id": row["id"], "source": row["source"], "split": row.get("split", "")}
+    record["texts"] = [row["refined"]] if only_refined else row["texts"]
+    record["pose"] = as_rotations(np.array(row["pose"]), "pose").numpy()
+    record |= picture_record([folder / row["image"], 0, -1])
+    if "start" in row:
+        record["start"] = as_rotations(np.array(row["start"]), "start").numpy()
+        record["start_id"] = row["start_id"]
+        record["start_image"] = picture_record([folder / row["start_image"], 0, -1])["image"]
+    return record
 
 
 def read_embedded(path, skipped):
@@ -1776,6 +1796,61 @@ def parse_spec(spec):
     return read, paths
 
 
+MOST_CHARACTERS = 10_000  # of a text
+
+
+def check_file(path):
+    """The path itself. Raises UserError unless it is a regular file: a pipe may never end."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}, from which JSON or a tar can be read: check the path")
+    return path
+
+
+def check_record(record, skipped):
+    """Makes sure that a record is as section 6 promises -> the record, without unusable texts.
+
+    Poses, pictures and boxes were checked where they were converted: by `as_rotations` and
+    `picture_record`. skipped: gets the reason for each text that is left out. Raises UserError.
+    """
+    record = dict(record)
+    for key in ("id", "start_id", "source"):
+        if key in record:
+            record[key] = check_name(record[key], key)
+    if record.get("split", "") not in ("", *SPLITS):
+        raise UserError(f"its split is not one of {', '.join(SPLITS)}")
+
+    if "texts" in record:
+        if not isinstance(record["texts"], list):
+            raise UserError("its texts are not a list")
+        texts = [text for text in record["texts"] if is_usable_text(text)]
+        n_unusable = len(record["texts"]) - len(texts)
+        if not texts:
+            raise UserError("it has no text")
+        if n_unusable:
+            skipped.append(f"{record['id']}: texts that are empty, too long, or none: {n_unusable}")
+        record["texts"] = texts
+    return record
+
+
+def check_name(name, key):
+    """The name of an entry or source, printable, from text or a whole number. Raises UserError."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not isinstance(name, str) or not 1 <= len(name) <= 1000:
+        raise UserError(f"its {key} is not a name")
+    return name.encode("utf-8", "replace").decode()  # file names may hold bytes of other encodings
+
+
+def is_usable_text(text):
+    """Is it a text with at least one letter, which UTF-8 can hold?"""
+    if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+        return False
+    has_lone_surrogate = re.search("[\ud800-\udfff]", text)  # JSON allows it, UTF-8 does not
+    has_letter = any(map(str.isalnum, text))
+    return has_letter and not has_lone_surrogate
+
+
 def read_records(specs):
     """Reads data sets, ["KIND:PATH", ...] with the kinds of READERS -> a list of all records.
 
@@ -1786,13 +1861,17 @@ def read_records(specs):
         read, paths = parse_spec(spec)
         skipped = []
         try:
-            found = list(tqdm(read(*paths, skipped), spec, leave=False))
+            found = []
+            for record in tqdm(read(*paths, skipped), spec, leave=False):
+                with skip_bad_entry(skipped, f"entry {record['id']}"):
+                    found.append(check_record(record, skipped))
         except Exception as error:  # a release with another layout can raise any exception
             raise UserError(f"{spec} cannot be read: {first_line(error)}") from error
 
         if skipped:
             print(f"{spec}: entries left out: {len(skipped)}, for example", file=sys.stderr)
             for reason in skipped[:3]:
+                reason = reason[:500].encode("utf-8", "backslashreplace").decode()
                 print(f"    {reason}", file=sys.stderr)
         if not found:
             raise UserError(f"{spec} holds nothing that can be read: check the path")

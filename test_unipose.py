@@ -2345,7 +2345,7 @@ def test_people_without_a_view_do_not_count_in_the_view_metrics():
     assert evaluation.view_metrics(["A."], [""]) == {}
 
 
-# ---- data.py: readers, builders, real data in training ---------------------------------------------
+# ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
     return pytest.mark.parametrize(arguments, list(cases.values()), ids=list(cases))
@@ -2715,7 +2715,7 @@ def test_a_picture_with_a_wrong_box_is_skipped(real, replace, capsys, box):
 
 @parametrize("content, reason", {
     "truncated": (b"{", "JSON"),
-    "a list": ([1], "holds nothing"),
+    "a list": ([1], "by the names of pictures"),
 })
 def test_a_damaged_file_of_boxes_is_refused(real, replace, content, reason):
     replace("Bilder/boxes.json", content)
@@ -2740,6 +2740,136 @@ def test_a_built_data_set_without_a_decodable_picture_holds_nothing(real, replac
     replace("built/b.jpg", HTML)
 
     refused("holds nothing", data.read_records, [real.specs["built"]])
+
+
+@parametrize("texts", {
+    "null": None,
+    "a number": 5,
+    "empty": "",
+    "no list entries": [],
+    "spaces and marks": " . ",
+    "nested": [["one"]],
+    "a list of null and numbers": [None, 3, {}],
+    "a lone surrogate": "\ud800 one",
+    "far too long": "one " * 5000,
+})
+def test_an_entry_without_a_usable_text_is_skipped(real, replace, capsys, texts):
+    replace(V2_TEXTS, dict.fromkeys("012", ["one"]) | {"3": texts})
+
+    assert_one_is_skipped(real.specs["posescript v2"], 3, capsys)
+
+
+def test_the_usable_texts_of_an_entry_are_kept(real, replace, capsys):
+    replace(V2_TEXTS, {"0": ["one", None, "", 5, "two"]})
+
+    [record] = data.read_records([real.specs["posescript v2"]])
+
+    assert record["texts"] == ["one", "two"]
+    assert "none: 3" in capsys.readouterr().err
+
+
+@parametrize("change", {
+    "texts of null": {"texts": None},
+    "a text in the place of texts": {"texts": "one"},
+    "a picture of null": {"image": None},
+    "a picture that is a folder": {"image": "."},
+    "an id of null": {"id": None},
+    "a source that is a list": {"source": ["x"]},
+    "another split": {"split": "exam"},
+    "a pose of words": {"pose": ["a"] * 66},
+    "a pair without its picture": {"start": [0.1] * 66, "start_id": "b"},
+})
+def test_an_unsound_row_of_a_built_data_set_is_skipped(real, replace, capsys, change):
+    row = json.loads((real.folder / BUILT).read_text().splitlines()[0])
+    replace(BUILT, f"{json.dumps(row)}\n{json.dumps(row | change)}")
+
+    assert_one_is_skipped(real.specs["built"], 1, capsys)
+
+
+def test_a_box_in_a_row_of_a_built_data_set_is_not_believed(real, replace):
+    row = json.loads((real.folder / BUILT).read_text().splitlines()[0])
+    replace(BUILT, json.dumps(row | {"box": "x", "together": "y"}))
+
+    [record] = data.read_records([real.specs["built"]])
+
+    assert not {"box", "together"} & record.keys()
+
+
+@pytest.mark.parametrize("special", ["a pipe", "a link to a device"])
+@parametrize("kind, name", {
+    "amass": ("amass", "a.npz"),
+    "tars": ("tars", "a.tar"),
+    "images": ("images", "a.png"),
+    "boxes": ("images", "boxes.json"),
+    "built": ("built", "a.jsonl"),
+})
+def test_only_regular_files_are_opened(tmp_path, special, kind, name):
+    """The others may never end."""
+    if special == "a pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+
+    refused(str(tmp_path), data.read_records, [f"{kind}:{tmp_path}"])
+
+
+def test_a_tar_with_a_negative_size_ends(real, replace, capsys):
+    """Python's tarfile goes back and reads the same member again and again."""
+    info = tarfile.TarInfo("train/2.jpg")
+    info.size = -1024
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    whole = people_tar(real.poses)
+    end = whole.rindex(b"train/1.jpg")
+    replace(TAR, whole[:end] + header + bytes(1024))
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+
+
+def test_images_are_read_in_every_format_of_pillow(tmp_path, capsys):
+    """What is no picture is counted."""
+    formats = ["webp", "tif", "gif", "ppm", "tga", "jp2", "JPG"]
+    for suffix in formats:
+        Image.new("RGB", (40, 40)).save(tmp_path / f"a.{suffix}")
+    lay(tmp_path, {"notes.txt": "hello", "film.mp4": bytes(1000)})
+
+    records = data.read_records([f"images:{tmp_path}"])
+
+    assert sorted(record["id"] for record in records) == sorted(f"a.{name}" for name in formats)
+    assert "entries left out: 2," in capsys.readouterr().err
+
+
+def test_a_picture_that_another_program_would_have_to_read_is_refused(tmp_path):
+    """PostScript is a programming language, and Pillow would run it by ghostscript."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.eps")
+
+    refused("cannot be decoded", data.open_picture, tmp_path / "a.eps")
+
+
+@pytest.mark.parametrize("name", [
+    "amass", "amass smplx", "posescript v1", "posescript v2", "posefix", "tars", "evaluation",
+    "images", "built"])
+def test_damaged_data_sets_give_sound_records_or_a_user_error(real, replace, capsys, name):
+    """80 damages drawn from a seed: nothing that uses a record meets what it does not expect."""
+    rng = np.random.default_rng(len(name))
+    originals = {file: (real.folder / file).read_bytes() for file in MUTATED[name]}
+
+    for _ in range(80):
+        file = MUTATED[name][rng.integers(len(MUTATED[name]))]
+        damaged = damage(file, originals[file], rng)
+        replace(file, damaged)
+        try:
+            records = data.read_records([real.specs[name]])
+        except tokenizer.UserError:
+            continue
+        finally:
+            (real.folder / file).write_bytes(originals[file])
+            capsys.readouterr()
+        (real.folder / file).write_bytes(damaged)
+        for record in records:
+            assert_is_sound(record)
+        data.print_counts(records)
+        data.print_ranges(records)
+        (real.folder / file).write_bytes(originals[file])
 
 
 @pytest.mark.parametrize("folder", ["empty", "absent"])
@@ -3074,6 +3204,22 @@ def assert_one_is_skipped(spec, n_left, capsys):
     assert "entries left out: 1," in capsys.readouterr().err
 
 
+def assert_is_sound(record):
+    """A record holds what section 6 of data.py promises."""
+    assert isinstance(record["id"], str) and record["id"]
+    assert isinstance(record["source"], str) and record["source"]
+    assert record.get("split", "") in ("", *data.SPLITS)
+    for text in record.get("texts", ["one"]):
+        assert text.strip()
+        text.encode("utf-8")
+    for key in {"pose", "start"} & record.keys():
+        rotmat = torch.tensor(record[key])
+        close(rotmat @ rotmat.mT, torch.eye(3).expand(22, 3, 3))
+    for prefix in ("", "start_"):
+        if prefix + "image" in record:
+            assert data.crop_picture(record, 16, prefix).size == (16, 16)
+
+
 def build(kind, out, *flags):
     """data.py --build in this process, from 400 people."""
     flags = [str(flag) for flag in flags]
@@ -3174,6 +3320,17 @@ V2_TEXTS = "v2/posescript_auto_100k.json"
 PAIRS = "fix/pair_id_2_pose_ids.json"
 TAR = "h36m/0.tar"
 BUILT = "built/imagescript.jsonl"
+MUTATED = {  # data set: those of its files that are damaged
+    "amass": [MOTION],
+    "amass smplx": ["X/CMU/1/b_stageii.npz"],
+    "posescript v1": ["v1/automatic_A.json", "v1/train_ids.json"],
+    "posescript v2": [V2_INDEX, V2_TEXTS, MOTION, "v2/test_ids_100k.json"],
+    "posefix": [PAIRS, V2_INDEX.replace("v2", "fix"), "fix/posefix_human_6157.json"],
+    "tars": [TAR],
+    "evaluation": ["3dpw.npz", "Bilder/b.jpg"],
+    "images": ["Bilder/boxes.json", "Bilder/ü.jpg"],
+    "built": [BUILT, "built/b.jpg"],
+}
 
 
 def release_specs(folder):
@@ -3358,6 +3515,74 @@ def save_pose_layout(path, rotmat):
         path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     else:
         lay(path.parent, {path.name: content})
+
+
+ODD_VALUES = [None, True, 5, -1, 1e308, float("nan"), "", "a", "\ud800", [], {}, [[1]], [None],
+              "x" * 20_000, [0] * 3, {"a": 1}, 10**400]
+
+
+def damage_json(value, rng):
+    """Replaces a random part of a JSON value by an odd one."""
+    if isinstance(value, (list, dict)) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[rng.integers(len(keys))]
+        changed = value.copy()
+        changed[key] = damage_json(value[key], rng)
+        return changed
+    return ODD_VALUES[rng.integers(len(ODD_VALUES))]
+
+
+def damage_array(array, rng):
+    """An array of another type, shape or content."""
+    numbers = array if array.dtype.kind in "iuf" else np.zeros(array.shape)
+    return [
+        numbers * np.nan,
+        numbers * 1e30,
+        numbers.astype(complex),
+        array.astype(str),
+        array.astype(object),
+        array[None],
+        array.ravel()[:1],
+        array.ravel()[:0],
+        np.array(-1.0),
+        np.zeros((3, 2, 3)),
+    ][rng.integers(10)]
+
+
+def damage_bytes(content, rng):
+    """Cuts bytes off or changes some."""
+    if rng.random() < 0.4:
+        return content[:rng.integers(len(content))]
+    changed = np.frombuffer(content, np.uint8).copy()
+    places = rng.integers(len(changed), size=rng.integers(1, 6))
+    changed[places] = rng.integers(0, 256, len(places))
+    return changed.tobytes()
+
+
+def damage(file, content, rng):
+    """The bytes of a file of a release, damaged in a random way that fits its kind."""
+    suffix = pathlib.Path(file).suffix
+    if suffix in (".jpg", ".jpeg") or rng.random() < 0.25:
+        return damage_bytes(content, rng)
+    if suffix == ".json":
+        return json.dumps(damage_json(json.loads(content), rng)).encode()
+    if suffix == ".jsonl":
+        first, *rest = content.splitlines()
+        changed = damage_json(json.loads(first), rng)
+        return b"\n".join([json.dumps(changed).encode(), *rest])
+    if suffix == ".npz":
+        arrays = dict(np.load(io.BytesIO(content), allow_pickle=True))
+        name = sorted(arrays)[rng.integers(len(arrays))]
+        arrays[name] = damage_array(arrays[name], rng)
+        return file_bytes(np.savez, **arrays)
+
+    values = person(A)
+    name = sorted(values)[rng.integers(len(values))]
+    if name != "extra_info" and rng.random() < 0.5:
+        values[name] = damage_array(np.asarray(values[name]), rng)
+    else:
+        values[name] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+    return people_tar(poses(2), {"1.data.pyd": pickle.dumps([values])})
 
 
 def save_awkward_picture(path):
