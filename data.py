@@ -851,14 +851,16 @@ class World:
         """How to get from person i to its partner, in words."""
         return difference(self.pairs[i % 2], i // 2, rng)
 
-    def subjects(self, task, i):
-        """The people that a task is about: (i,), or i and its partner."""
-        return (i, i ^ 1) if TASKS[task].pair else (i,)
+    def subjects(self, task, i, same=False):
+        """The people that a task is about: (i,), or i and its partner. same: i and itself."""
+        if not TASKS[task].pair:
+            return (i,)
+        return (i, i) if same else (i, i ^ 1)
 
-    def text(self, task, i, rng, training=False):
+    def text(self, task, i, rng, training=False, same=False):
         """The text of a task about person i, or about the way from i to its partner.
 
-        training: see `example`.
+        training, same: see `example`.
         """
         row = TASKS[task]
         method = row.text
@@ -866,22 +868,25 @@ class World:
             method = row.typed
         if training and row.target == "text":
             rng = None                                     # one fixed wording
+        if same and row.pair:
+            return to_text([], rng, demand=True)           # that nothing changes
         return getattr(self, method)(i, rng)
 
-    def example(self, task, i, rng, training=False, cache=None):
+    def example(self, task, i, rng, training=False, cache=None, same=False):
         """The inputs of a task about person i, in order, then its target.
 
         rng: of the wording of texts. training: prompts vary as people type them; targets have one
         fixed wording, because the input does not tell which one was drawn. cache: replaces this
         world's `poses`, `camera_poses` and `image`, for example by codes and image features.
+        same: a pair task is about person i and itself, who do not differ.
         """
         source = cache or self
-        subjects = self.subjects(task, i)
+        subjects = self.subjects(task, i, same)
 
         def value_of(kind, which):
             person = subjects[which]
             if kind == "text":
-                return self.text(task, i, rng, training)
+                return self.text(task, i, rng, training, same)
             if kind == "image":
                 return source.image(person)
             if TASKS[task].frame == "camera":
@@ -891,10 +896,14 @@ class World:
         return task_values(task, value_of)
 
 
+SHARE_OF_SAME = 0.03                                       # of pair tasks: a person and itself
+
+
 class Mixture:
     """Training examples of some tasks without end: mixture[k] -> (task, segments).
 
-    Example k depends on (seed, k) only. cache: see `World.example`. templates: how many of the 200
+    Example k depends on (seed, k) only. In 3 % of the pair tasks a person is compared with itself,
+    or a model would find differences everywhere. cache: see `World.example`. templates: how many of the 200
     instructions are used (1: the plain one). photos: how many of the people image tasks are about
     (0: all).
     """
@@ -916,7 +925,8 @@ class Mixture:
         i = int(rng.integers(n_people))
         template = templates(task)[rng.integers(self.templates)]
 
-        values = self.world.example(task, i, rng, training=True, cache=self.cache)
+        same = np.random.default_rng((self.seed, k, 1)).random() < SHARE_OF_SAME
+        values = self.world.example(task, i, rng, training=True, cache=self.cache, same=same)
         return task, render_template(task, values, template)
 
 

@@ -2180,10 +2180,39 @@ def test_a_pair_task_goes_from_either_person_to_its_partner(mixture_examples):
         if task == "posediff":
             pairs.append([value for kind, value, _ in segments if kind == "pose"])
 
+    pairs = [(a, b) for a, b in pairs if a != b]
     for a, b in pairs:
         assert a ^ b == 1, (a, b)
     forward = [a < b for a, b in pairs]
     assert 0.35 < np.mean(forward) < 0.65
+
+
+PAIR_TASKS = [task for task, row in data.TASKS.items() if row.pair]
+
+
+def test_three_in_a_hundred_pairs_are_of_a_person_and_itself(mixture_of):
+    mixture = mixture_of(PAIR_TASKS)
+
+    n_same = 0
+    for k in range(1000):
+        _, segments = mixture[k]
+        people = [value for kind, value, _ in segments if kind != "text"]
+        n_same += people[0] == people[1]
+
+    assert 15 <= n_same <= 50
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("task", PAIR_TASKS)
+def test_a_person_does_not_differ_from_itself(world, task, training):
+    rng = np.random.default_rng(0)
+
+    values = world.example(task, 5, rng, training=training, same=True)
+
+    people = [value for value in values if not isinstance(value, str)]
+    [text] = [value for value in values if isinstance(value, str)]
+    assert np.array_equal(people[0], people[1])
+    assert text == "Keep the pose as it is."
 
 
 def test_with_one_template_a_mixture_uses_the_plain_one(mixture_of):
