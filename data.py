@@ -671,12 +671,13 @@ def random_background(rng, size):
     return (255 * picture).astype(np.uint8)
 
 
-def render_photo(rotmat, size, look, rng):
+def render_photo(rotmat, size, look, rng, body=None):
     """Photographs one person: rotmat (22,3,3) -> picture (size,size,3) uint8, joints (22,2) pixels.
 
-    look: RNG of the clothes; rng: RNG of light, exposure, background, scale and position.
+    look: RNG of the clothes; rng: RNG of light, exposure, background, scale and position. body:
+    None for the free one.
     """
-    body = default_body()
+    body = body or default_body()
     zoom = rng.uniform(0.75, 1.0)
     light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
     exposure = rng.uniform(0.75, 1.15)
@@ -903,9 +904,9 @@ class Mixture:
     """Training examples of some tasks without end: mixture[k] -> (task, segments).
 
     Example k depends on (seed, k) only. In 3 % of the pair tasks a person is compared with itself,
-    or a model would find differences everywhere. cache: see `World.example`. templates: how many of the 200
-    instructions are used (1: the plain one). photos: how many of the people image tasks are about
-    (0: all).
+    or a model would find differences everywhere. cache: see `World.example`. templates: how many of
+    the 200 instructions are used (1: the plain one). photos: how many of the people image tasks are
+    about (0: all).
     """
 
     def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0):
@@ -1917,7 +1918,7 @@ def crop_picture(record, size, prefix=""):
     return square(picture, box).resize((size, size))
 
 
-def summarise(records, path, n_drawn=16):
+def summarise(records, path, body, n_drawn=16):
     """Prints counts and ranges of records, and draws some of them, spread evenly."""
     print_counts(records)
     print_ranges(records)
@@ -1931,7 +1932,7 @@ def summarise(records, path, n_drawn=16):
                 cells.append((f"{record['source']}, {which}", picture))
         for key, which in [("start", "pose A"), ("pose", "pose")]:
             if key in record:
-                cells.append((f"{record['source']}, {which}", draw_pose(record[key])))
+                cells.append((f"{record['source']}, {which}", draw_pose(record[key], body)))
     save_cells(cells, path)
 
 
@@ -1970,9 +1971,8 @@ def print_range(name, values):
         print(f"{name:<30}{len(values):>11}   {spread}")
 
 
-def draw_pose(pose):
-    """Draws a pose (22,3,3), a numpy array, on the default body -> picture (CELL,CELL,3) uint8."""
-    body = default_body()
+def draw_pose(pose, body):
+    """Draws a pose (22,3,3), a numpy array -> picture (CELL,CELL,3) uint8."""
     _, vertices = body(torch.tensor(pose)[None])
     return render(vertices[0], body.faces, body_colors(body), CELL)
 
@@ -2147,15 +2147,15 @@ def load_features(path, n_poses):
     return features
 
 
-def choose_rows(config, records, front):
+def choose_rows(config, records, front, body):
     """Chooses the poses that the quotas ask for -> [Choice, ...]. Raises UserError.
 
-    front: the poses of the records, facing front (M,22,3,3).
+    front: the poses of the records, facing front (M,22,3,3). body: whose joints are compared.
     """
     # distances are those of bodies at orientation zero
     level = front.clone()
     level[:, 0] = torch.eye(3)
-    joints = [forward_kinematics(part, rest_joints()) for part in level.split(10_000)]
+    joints = [forward_kinematics(part, body.rest) for part in level.split(10_000)]
     joints = torch.cat(joints).numpy()                                     # (M,22,3)
 
     is_pair = config.build == "imagediff"
@@ -2192,29 +2192,28 @@ def build_data_set(config, out):
 
     Writes rows to OUT/imagescript.jsonl or OUT/imagediff.jsonl and pictures to OUT/images.
     """
+    body = load_body(config.body)
+    refine = load_refiner(config.refine) if config.refine else None
     records, poses = records_with_pose(config.poses)
     front = face_front(poses)
-    refine = load_refiner(config.refine) if config.refine else None
-    rows = choose_rows(config, records, front)
-
-    shuffled = np.random.default_rng(config.seed).permutation(len(rows))
-    to_refine = set(shuffled[:config.refined or len(rows)].tolist())
+    rows = choose_rows(config, records, front, body)
+    to_refine = choose_refined(rows, config.refined, config.seed) if refine else set()
     n_kept = 0
 
     path = out / f"{config.build}.jsonl"
     with atomic_write(path) as new, open(new, "w", encoding="utf-8") as file:
         for k, (split, b, a) in enumerate(tqdm(rows, config.build, leave=False)):
-            row = write_half(records[b], poses[b], b, config.seed, out)
+            row = write_half(records[b], poses[b], b, config.seed, out, body)
             row |= {"source": records[b]["source"], "split": split}
             if a is not None:
-                half = write_half(records[a], poses[a], a, config.seed, out)
+                half = write_half(records[a], poses[a], a, config.seed, out, body)
                 row |= {"start_id": half["id"], "start_image": half["image"], "start": half["pose"]}
 
             codes = posecodes(front[[b]]) if a is None else paircodes(front[[a]], front[[b]])
             rng = np.random.default_rng((config.seed, k))
             row["texts"] = [full_caption(codes, 0, rng) for _ in range(3)]
 
-            if refine and k in to_refine:
+            if k in to_refine:
                 row["refined"] = refine(row["texts"][0])
                 if not row["refined"]:
                     row["refined"] = row["texts"][0]
@@ -2227,18 +2226,29 @@ def build_data_set(config, out):
     print(summary)
 
 
-def write_half(record, pose, k, seed, out):
+def choose_refined(rows, n_train, seed):
+    """The numbers of the rows whose texts are refined, a set: n_train of train (0: all), as UniPose
+    does with 6,250 of them, and all of the other splits.
+    """
+    train = [k for k, row in enumerate(rows) if row.split == "train"]
+    others = [k for k, row in enumerate(rows) if row.split != "train"]
+    if n_train:
+        train = np.random.default_rng(seed).permutation(train)[:n_train].tolist()
+    return {*train, *others}
+
+
+def write_half(record, pose, k, seed, out, body):
     """Writes the picture of one pose -> what a row says of the pose.
 
     record, pose (22,3,3): the record and its pose, k: their number among all. The picture is the
-    record's own, or a rendered photograph if it has none.
+    record's own, or a rendered photograph of the body if it has none.
     """
     if "image" in record:
         picture = crop_picture(record, PICTURE_SIZE)
     else:
         look = np.random.default_rng((seed, k, 0))
         rng = np.random.default_rng((seed, k, 1))
-        photo, _ = render_photo(pose, PICTURE_SIZE, look, rng)
+        photo, _ = render_photo(pose, PICTURE_SIZE, look, rng, body)
         picture = Image.fromarray(photo)
 
     name = f"images/{k:06d}.jpg"
@@ -2263,7 +2273,8 @@ class Config:
     features: str = ""  # imagediff: .npy that eval.py --features wrote for the same --poses
     differ: int = 10  # imagediff: minimum number of codes in which the poses of a pair differ
     refine: str = ""  # --build: folder of a chat model that rewrites texts
-    refined: int = 0  # --refine: number of rows to refine, drawn at random; 0: all
+    refined: int = 0  # --refine: train rows to refine, drawn at random; 0: all; others: always all
+    body: str = ""  # --build, --check: SMPL file of the body to measure and to draw; empty: ours
 
 
 def time_captions(split, n, seed):
@@ -2331,7 +2342,8 @@ def main(argv=None):
     if config.build:
         build_data_set(config, out)
     elif config.check:
-        summarise(read_records(config.check), out / "check.png")
+        body = load_body(config.body)
+        summarise(read_records(config.check), out / "check.png", body)
     elif config.speed > 0:
         time_captions(config.split, config.speed, config.seed)
     else:

@@ -2925,9 +2925,9 @@ def test_the_name_of_a_data_set_that_cannot_be_understood_is_refused(spec, reaso
 
 POSE_LAYOUTS = [
     "smpl_matrices.npy", "smpl_axis_angles.npy", "smpl_batch.npy", "batch.npy",
-    "smpl_batch_of_matrices.npy", "batch_of_axis_angles.npy", "smplh.npy", "smplx.npy", "smplh_joints.npy", "smplx_joints.npy",
-    "clip.npy:2", "people.npy:1:2",
-    "amass.npz:2", "hmr2.pt", "hmr2.pt:0", "hmr2.pkl", "hmr2.npz", "hmr2_people.pt:1", "tokenhmr.pt",
+    "smpl_batch_of_matrices.npy", "batch_of_axis_angles.npy", "smplh.npy", "smplx.npy",
+    "smplh_joints.npy", "smplx_joints.npy", "clip.npy:2", "people.npy:1:2", "amass.npz:2",
+    "hmr2.pt", "hmr2.pt:0", "hmr2.pkl", "hmr2.npz", "hmr2_people.pt:1", "tokenhmr.pt",
     "hmr2_axis_angles.npz", "vibe.pkl:2", "vibe.pkl:7:2", "vibe_people.pkl:7:2", "romp.npz:1",
     "romp_one.npz", "romp_results.npz:1", "gvhmr.pt:2", "gvhmr.pt:smpl_params_incam:2",
     "gvhmr.pt:smpl_params_global:2", "smplifyx.pkl", "phalp.pkl:b.jpg:1", "phalp.pkl:1:1",
@@ -3076,6 +3076,51 @@ def test_a_refined_text_that_loses_a_part_is_replaced_by_the_original(tmp_path, 
     for row in refined:
         assert row["refined"] == row["texts"][0]
     assert "3 refined, 3 kept" in capsys.readouterr().out
+
+
+@parametrize("n_train, n_refined", {"two of train": (2, 2), "all of train": (0, 6)})
+def test_rows_of_train_are_drawn_for_refinement_and_those_of_test_are_all_refined(
+        n_train, n_refined):
+    rows = [data.Choice(split, 0, None) for split in ["train"] * 6 + ["test"] * 3]
+
+    chosen = data.choose_refined(rows, n_train, seed=0)
+
+    assert {6, 7, 8} <= chosen
+    assert len(chosen - {6, 7, 8}) == n_refined
+
+
+def test_refined_counts_rows_of_train(tmp_path, chat_model):
+    quotas = ["--quota=world=4", "--quota=world=2:test"]
+
+    build("imagescript", tmp_path, *quotas, "--refined=1", "--refine", chat_model)
+
+    refined = [row["split"] for row in read_rows(tmp_path) if "refined" in row]
+    assert sorted(refined) == ["test", "test", "train"]
+
+
+@pytest.mark.parametrize("command", ["build", "check"])
+def test_a_body_of_the_users_own_is_drawn(tmp_path, command):
+    arrays = dict(np.load(HERE / "assets/body.npz"))
+    arrays["v_template"] = arrays["v_template"] * [0.5, 1, 1]
+    slim = write_body_file(tmp_path / "slim.npz", arrays)
+
+    pictures = []
+    for path in ("", str(slim)):
+        out = tmp_path / ("slim" if path else "usual")
+        if command == "build":
+            build("imagescript", out, "--quota=world=2", "--body", path)
+            pictures.append(next((out / "images").iterdir()).read_bytes())
+        else:
+            data.main(["--check=world:train:2", "--out", str(out), "--body", path])
+            pictures.append((out / "check.png").read_bytes())
+
+    assert pictures[0] != pictures[1]
+
+
+def test_a_body_that_is_no_file_is_refused_before_anything_is_read(tmp_path):
+    flags = ["--check=amass:nowhere", "--body", "none.npz", "--out", str(tmp_path)]
+
+    refused("none.npz", data.main, flags)
 
 
 def test_refined_texts_are_read_alone(tmp_path):
@@ -3629,7 +3674,8 @@ def save_awkward_picture(path):
         picture = Image.fromarray(upright.astype(np.uint16) * 257)
     elif path.name == "transparent.png":
         # black all over, and nothing of the upper half is there: a viewer shows white
-        picture = Image.merge("LA", [Image.new("L", (64, 64)), Image.fromarray(np.where(upright < 99, 255, 0).astype(np.uint8))])
+        opacity = np.where(upright < 99, 255, 0).astype(np.uint8)
+        picture = Image.merge("LA", [Image.new("L", (64, 64)), Image.fromarray(opacity)])
     elif path.name in ("palette.png", "hole.png"):
         picture = Image.fromarray((upright < 99).astype(np.uint8), "P")
         picture.putpalette([230, 230, 230, 40, 40, 40])
