@@ -1203,7 +1203,7 @@ class PoseEntry:
             return self.find_in_dict(node, up)
 
         is_list = isinstance(node, (list, tuple)) and len(node) > 0
-        if is_list and isinstance(node[0], (dict, list, tuple, np.ndarray, torch.Tensor)):
+        if is_list and isinstance(node[0], (dict, np.ndarray, torch.Tensor)):
             keys = [str(k) for k in range(len(node))]
             return self.find(node[self.choose(keys)], up)
 
