@@ -1467,7 +1467,8 @@ def check_box(box, size):
 #   together      of a pair: are both poses frames of the same sequence?
 #
 # A release that cannot be read raises UserError. An unreadable entry is skipped, and the reason
-# is appended to the list `skipped`.
+# is appended to the list `skipped`. Entries are checked here once, when they are converted and by
+# `check_record`; what uses records relies on it.
 def read_amass(path, skipped):
     """AMASS in SMPL+H or SMPL-X layout: one file, a subset, or all of it.
 
@@ -1652,6 +1653,9 @@ def person_record(person, image):
     return picture_record(image, person["center"], sides, np.asarray(person["body_pose"]))
 
 
+MOST_BYTES_OF_PEOPLE = 2**22  # in one picture of a tar; a person has a few thousand
+
+
 def read_tars(path, skipped):
     """4D-Humans' training data: a tar, or a folder of tars.
 
@@ -1672,10 +1676,11 @@ def read_tars(path, skipped):
                     group = {member.name[len(key):].lower(): member for member in members}
                     picture = group.get(".jpeg") or group.get(".png") or group[".jpg"]
                     image = [file, picture.offset_data, picture.size]
-                    if group[".data.pyd"].size > MOST_BYTES:
-                        raise UserError("its list of people is too large")
+                    people = group[".data.pyd"]
+                    if not people.isreg() or people.size > MOST_BYTES_OF_PEOPLE:
+                        raise UserError("its list of people is a link, or too large")
 
-                    for person in unpickle(tar.extractfile(group[".data.pyd"]).read()):
+                    for person in unpickle(tar.extractfile(people).read()):
                         with skip_bad_entry(skipped, where):
                             entry = {"id": f"{file.name}/{key}", "source": source}
                             yield entry | person_record(person, image)
