@@ -31,17 +31,21 @@ Left out: hands, faces, body shapes, motion, and pictures with more than one per
     python data.py --check amass:/data/AMASS/CMU           # real data: counts, ranges, a picture
     python data.py --build imagescript --poses world:train:2000 --quota world=500
 """
+import contextlib
 import functools
 import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import sys
 import tarfile
 import textwrap
 import time
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,7 +62,7 @@ from captions import (
     full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, Z_UP_TO_Y_UP, UserError, aa_to_matrix, as_user_error, atomic_write, cli, face_front,
+    JOINTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write, cli, face_front,
     first_line, forward_kinematics, list_files, load_asset, load_body, load_json, load_pickle,
     matrix_to_aa, mirror, read_arrays, run_main, skip_bad_entry, to_array, to_element, turn_root,
 )
@@ -667,12 +671,13 @@ def random_background(rng, size):
     return (255 * picture).astype(np.uint8)
 
 
-def render_photo(rotmat, size, look, rng):
+def render_photo(rotmat, size, look, rng, body=None):
     """Photographs one person: rotmat (22,3,3) -> picture (size,size,3) uint8, joints (22,2) pixels.
 
-    look: RNG of the clothes; rng: RNG of light, exposure, background, scale and position.
+    look: RNG of the clothes; rng: RNG of light, exposure, background, scale and position. body:
+    None for the free one.
     """
-    body = default_body()
+    body = body or default_body()
     zoom = rng.uniform(0.75, 1.0)
     light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
     exposure = rng.uniform(0.75, 1.15)
@@ -847,14 +852,16 @@ class World:
         """How to get from person i to its partner, in words."""
         return difference(self.pairs[i % 2], i // 2, rng)
 
-    def subjects(self, task, i):
-        """The people that a task is about: (i,), or i and its partner."""
-        return (i, i ^ 1) if TASKS[task].pair else (i,)
+    def subjects(self, task, i, same=False):
+        """The people that a task is about: (i,), or i and its partner. same: i and itself."""
+        if not TASKS[task].pair:
+            return (i,)
+        return (i, i) if same else (i, i ^ 1)
 
-    def text(self, task, i, rng, training=False):
+    def text(self, task, i, rng, training=False, same=False):
         """The text of a task about person i, or about the way from i to its partner.
 
-        training: see `example`.
+        training, same: see `example`.
         """
         row = TASKS[task]
         method = row.text
@@ -862,22 +869,25 @@ class World:
             method = row.typed
         if training and row.target == "text":
             rng = None                                     # one fixed wording
+        if same and row.pair:
+            return to_text([], rng, demand=True)           # that nothing changes
         return getattr(self, method)(i, rng)
 
-    def example(self, task, i, rng, training=False, cache=None):
+    def example(self, task, i, rng, training=False, cache=None, same=False):
         """The inputs of a task about person i, in order, then its target.
 
         rng: of the wording of texts. training: prompts vary as people type them; targets have one
         fixed wording, because the input does not tell which one was drawn. cache: replaces this
         world's `poses`, `camera_poses` and `image`, for example by codes and image features.
+        same: a pair task is about person i and itself, who do not differ.
         """
         source = cache or self
-        subjects = self.subjects(task, i)
+        subjects = self.subjects(task, i, same)
 
         def value_of(kind, which):
             person = subjects[which]
             if kind == "text":
-                return self.text(task, i, rng, training)
+                return self.text(task, i, rng, training, same)
             if kind == "image":
                 return source.image(person)
             if TASKS[task].frame == "camera":
@@ -887,12 +897,16 @@ class World:
         return task_values(task, value_of)
 
 
+SHARE_OF_SAME = 0.03                                       # of pair tasks: a person and itself
+
+
 class Mixture:
     """Training examples of some tasks without end: mixture[k] -> (task, segments).
 
-    Example k depends on (seed, k) only. cache: see `World.example`. templates: how many of the 200
-    instructions are used (1: the plain one). photos: how many of the people image tasks are about
-    (0: all).
+    Example k depends on (seed, k) only. In 3 % of the pair tasks a person is compared with itself,
+    or a model would find differences everywhere. cache: see `World.example`. templates: how many of
+    the 200 instructions are used (1: the plain one). photos: how many of the people image tasks are
+    about (0: all).
     """
 
     def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0):
@@ -912,7 +926,8 @@ class Mixture:
         i = int(rng.integers(n_people))
         template = templates(task)[rng.integers(self.templates)]
 
-        values = self.world.example(task, i, rng, training=True, cache=self.cache)
+        same = np.random.default_rng((self.seed, k, 1)).random() < SHARE_OF_SAME
+        values = self.world.example(task, i, rng, training=True, cache=self.cache, same=same)
         return task, render_template(task, values, template)
 
 
@@ -927,30 +942,49 @@ def vocabulary(texts=()):
 
 
 # ---- 5. Pose files and pictures ------------------------------------------------------------------
+JOINT_COUNTS = (22, 24, 52, 55)  # ours; SMPL, SMPL-H, SMPL-X: the first 22 joints are the same
+
+
+def count_pose_axes(shape):
+    """How many of the last axes of a shape are one pose: 3, 2 or 1; 0 if they are none.
+
+    A pose is rotation matrices (J,3,3) or axis-angles (J,3) or (3J,), J one of JOINT_COUNTS.
+    """
+    if len(shape) >= 3 and shape[-2:] == (3, 3) and shape[-3] in JOINT_COUNTS:
+        return 3
+    if len(shape) >= 2 and shape[-1] == 3 and shape[-2] in JOINT_COUNTS:
+        return 2
+    if len(shape) >= 1 and shape[-1] in [3 * n_joints for n_joints in JOINT_COUNTS]:
+        return 1
+    return 0
+
+
 def as_rotations(array, where):
     """Converts the numbers of one pose to rotation matrices (22,3,3) float32, exactly orthonormal.
 
-    array: rotation matrices (22,3,3), or axis-angles (66,), (22,3) or (72,). where: how error
+    array: as in `count_pose_axes`, with any number of axes of length 1 before. where: how error
     messages name it. Matrices within 1e-2 of orthonormal become the nearest rotations (storage in
     bfloat16 alone is off by up to 4e-3). Raises UserError for anything else.
     """
     if array.dtype.kind not in "iuf":
         raise UserError(
             f"{where} holds {array.dtype}, not numbers: give rotation matrices or axis-angles")
-    if array.shape not in {(22, 3, 3), (66,), (22, 3), (72,)}:
+    n_axes = count_pose_axes(array.shape)
+    if not n_axes or math.prod(array.shape[:-n_axes]) != 1:
         raise UserError(
-            f"{where} has the shape {array.shape}: one pose is (22,3,3), "
-            "or axis-angles (66,), (22,3), (72,)")
+            f"{where} has the shape {array.shape}: one pose is (22,3,3) or (24,3,3), "
+            "or axis-angles (22,3), (24,3), (66,), (72,), (156,), (165,)")
 
-    pose = torch.as_tensor(array.astype(np.float64))
+    pose = array.reshape(array.shape[-n_axes:])
+    pose = pose[:66] if n_axes == 1 else pose[:22]  # no hands, no face
+    pose = torch.as_tensor(pose.astype(np.float64))
     in_range = pose.abs() < 1000  # false for NaN too; no angle in radians is that large
     if not in_range.all():
         raise UserError(
             f"{where} has NaN, infinite or huge numbers in it: a pose is 22 rotations, in radians")
 
-    if pose.dim() < 3:
-        axis_angles = pose.reshape(-1, 3)[:22]  # 72 numbers end in SMPL's two hand joints
-        return aa_to_matrix(axis_angles).float()
+    if n_axes < 3:
+        return aa_to_matrix(pose.reshape(22, 3)).float()
 
     error = (pose @ pose.mT - torch.eye(3)).abs().amax((1, 2))             # (22,)
     is_bad = (error > 1e-2) | (torch.linalg.det(pose) < 0)                 # (22,)
@@ -961,6 +995,14 @@ def as_rotations(array, where):
             "is not orthonormal with determinant 1")
     left, _, right = torch.linalg.svd(pose)
     return (left @ right).float()  # the nearest rotation, in the least-squares sense
+
+
+# which way is up in a file: the turn into our frame
+UP_TURNS = {
+    "y": torch.eye(3),
+    "z": Z_UP_TO_Y_UP,
+    "camera": torch.tensor([1.0, -1.0, -1.0]).diag(),       # z ahead, y down
+}
 
 
 RATE_KEYS = ("mocap_framerate", "mocap_frame_rate")  # AMASS has both spellings
@@ -1009,33 +1051,273 @@ def pose_from_camera(array, where):
 
     array: as `as_rotations` takes it. In our frame +z points towards the camera.
     """
-    half_turn_about_x = torch.tensor([1.0, -1.0, -1.0]).diag()
-    return turn_root(as_rotations(np.asarray(array), where), half_turn_about_x)
+    return turn_root(as_rotations(np.asarray(array), where), UP_TURNS["camera"])
 
 
-def read_pose(path):
-    """Reads a file with one pose -> rotmat (22,3,3).
+# Where pose files of other programs have their poses, and which way is up there
+POSE_KEYS = {
+    "poses": "z",               # AMASS, SMPL-H
+    "fullpose": "z",            # MoSh++, SMPL-X
+    "smpl_thetas": "camera",    # ROMP
+    "pose": "camera",           # VIBE
+    "body_pose": "camera",      # 4D-Humans' data sets: root and body in one
+}
+SPLIT_KEYS = {
+    ("root_orient", "pose_body"): "z",          # AMASS, SMPL-X
+    ("global_orient", "body_pose"): "camera",   # HMR2, TokenHMR, GVHMR, SMPLify-X
+}
+GROUP_KEYS = {                  # of what holds the above; of several, the first one is read
+    "smpl_params_global": "y",  # GVHMR
+    "smpl_params_incam": "camera",
+    "pred_smpl_params": "camera",               # HMR2, TokenHMR
+    "smpl_params": "camera",
+    "smpl": "camera",           # PHALP
+    "results": "",              # ROMP: as what it holds says
+}
+POSE_PATH = re.compile(r"(.+?\.(?:npy|npz|pkl|pt|pth))((?::[^:]+)*)", re.IGNORECASE)
 
-    .npy: (22,3,3), or axis-angles (66,), (22,3), (72,), in the body frame (y up).
-    .npz: AMASS keys (`poses`, or `root_orient` and `pose_body`), z up, converted to y up.
-    `walk.npz:120` is frame 120 of walk.npz.
-    Raises UserError if the file is missing, damaged or not one pose.
+
+def read_pose(path, up=""):
+    """Reads one pose -> rotmat (22,3,3). Raises UserError on a file that is not one pose.
+
+    .npy: rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`.
+    .npz, .pkl, .pt, .pth: the keys of POSE_KEYS, SPLIT_KEYS and GROUP_KEYS.
+    Where a file holds several people or frames, what follows its name chooses one: `walk.npz:120`
+    is frame 120, `people.pkl:3:120` is frame 120 of person 3, and `results.pt:smpl_params_incam:9`
+    names a key. A level that has one entry only needs no name.
+    up: which way is up in the file, a key of UP_TURNS; "": as the kind of file says.
     """
     path = str(path)
-    frame = ""
-    if re.search(r"\.npz:\d+$", path):
-        path, _, frame = path.rpartition(":")
+    match = POSE_PATH.fullmatch(path)
+    names = []
+    if match:
+        path = match[1]
+        names = match[2].split(":")[1:]
 
-    arrays = read_arrays(path, MOTION_KEYS)
-    if "" in arrays:  # a .npy, whose only array has no name
-        return as_rotations(arrays[""], path)
+    entry = PoseEntry(path, names)
+    with as_user_error(f"cannot read {path}: "):
+        array, usual_up = entry.find(read_pose_file(pathlib.Path(path)))
+    if entry.names_left and not set(entry.names_left) <= set(entry.passed):
+        name = entry.names_left[0]
+        raise UserError(f"{path} has no frame {shorten(name)}: it holds 1, which needs no number")
+    return turn_root(as_rotations(array, entry.where), UP_TURNS[up or usual_up])
 
-    poses, _ = read_motion(arrays, path)
-    if not frame and len(poses) > 1:
+
+def read_pose_file(path):
+    """Reads what `read_pose` takes -> an array, or nested dicts and lists with arrays in them.
+
+    Nothing in the file is executed. Raises exceptions of any kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".pkl", ".pt", ".pth"):
+        return read_arrays(path, ()).get("")
+    if not path.is_file():
+        raise UserError(f"no file {path}: check the path")
+
+    if suffix in (".pt", ".pth"):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # its message advises to run whatever is in the file
+            raise UserError(f"{path} is not a torch file of tensors alone: convert what else is in "
+                            "it to tensors, and save its tensors again in a dict") from error
+    if suffix == ".pkl":
+        with as_user_error(f"{path} is not a pickle of plain numpy arrays: save them again with "
+                           "pickle.dump or numpy.savez, without joblib or torch (", ")"):
+            return unpickle(path.read_bytes())
+
+    keys = [*POSE_KEYS, *itertools.chain(*SPLIT_KEYS)]
+    arrays = read_arrays(path, keys)
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        for name in set(GROUP_KEYS) & set(names):
+            # a dict, which numpy pickles behind the header of an array
+            content = archive.read(f"{name}.npy")
+            arrays[name] = unpickle(content[content.index(b"\n") + 1:])
+    return arrays or dict.fromkeys(names)
+
+
+def unpickle(content):
+    """The bytes of a pickle -> its object, made of numbers, text, dicts, lists and arrays."""
+    return build_arrays(load_pickle(content), 0, {})
+
+
+def build_arrays(value, depth, built):
+    """A value of `load_pickle` with its records built into arrays.
+
+    built: what was built before, by id: a container that a pickle repeats is visited once. Raises
+    UserError for containers that lie too deep in each other, such as one in itself.
+    """
+    if depth > MOST_NESTED:
+        raise UserError("its entries lie too deep in each other")
+    if id(value) in built:
+        return built[id(value)]
+
+    if isinstance(value, Record):
+        element = to_element(value)
+        if element is value:
+            result = to_array(value)
+        else:
+            result = build_arrays(element, depth + 1, built)
+    elif isinstance(value, dict):
+        result = {key: build_arrays(entry, depth + 1, built) for key, entry in value.items()}
+    elif isinstance(value, (list, tuple)):
+        result = [build_arrays(entry, depth + 1, built) for entry in value]
+    else:
+        result = value
+    built[id(value)] = result
+    return result
+
+
+def join_root(root, body, where):
+    """The root's rotation and those of the body, matrices or axis-angles -> one array of poses.
+
+    root (...,3,3) or (...,3), body (...,J,3,3), (...,J,3) or (...,3J); J is 21, 23 or more.
+    """
+    body_counts = [n_joints - 1 for n_joints in JOINT_COUNTS]
+    if body.ndim >= 3 and body.shape[-2:] == (3, 3) and body.shape[-3] in body_counts:
+        lead = body.shape[:-3]
+        rotation = (3, 3)
+    elif body.ndim >= 2 and body.shape[-1] == 3 and body.shape[-2] in body_counts:
+        lead = body.shape[:-2]
+        rotation = (3,)
+    elif body.ndim >= 1 and body.shape[-1] in [3 * n_joints for n_joints in body_counts]:
+        lead = body.shape[:-1]
+        rotation = (3,)
+    else:
+        lead = None
+
+    if lead is None or root.size != math.prod(lead + rotation):
         raise UserError(
-            f"{path} holds {len(poses)} frames, but one pose is needed: "
-            f"choose a frame, for example {path}:0")
-    return pose_of_frame(poses, int(frame or 0), path)
+            f"{where} has a root of shape {root.shape} and a body of shape {body.shape}: both must "
+            "be rotation matrices, (1,3,3) and (23,3,3), or both axis-angles, (3,) and (63,)")
+    root = root.reshape(*lead, 1, *rotation)
+    body = body.reshape(*lead, -1, *rotation)
+    return np.concatenate([root, body], len(lead))
+
+
+def to_numbers(value):
+    """A tensor, an array or nested lists of numbers -> array."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().double().numpy()  # numpy knows no bfloat16
+    return np.asarray(value)
+
+
+def shorten(name):
+    """A name as error messages show it."""
+    return name if len(name) <= 40 else name[:40] + "..."
+
+
+class PoseEntry:
+    """One pose of a file, chosen by names: at each level with several entries, the next name.
+
+    where: the path of the file and the names that were used. names_left: those that were not.
+    passed: the names of entries that are alone at their level.
+    """
+
+    def __init__(self, path, names):
+        self.where = path
+        self.names_left = list(names)
+        self.passed = []
+
+    def find(self, node, up=""):
+        """Descends from a node of the file to the pose -> array, a key of UP_TURNS.
+
+        up: which way is up, if a key above the node says so. Raises UserError.
+        """
+        if isinstance(node, np.ndarray) and node.dtype == object and node.size == 1:
+            node = node.item()
+        if isinstance(node, dict):
+            return self.find_in_dict(node, up)
+
+        is_list = isinstance(node, (list, tuple)) and len(node) > 0
+        if is_list and isinstance(node[0], (dict, np.ndarray, torch.Tensor)):
+            keys = [str(k) for k in range(len(node))]
+            return self.find(node[self.choose(keys)], up)
+
+        array = to_numbers(node)
+        n_axes = count_pose_axes(array.shape) or array.ndim  # of another shape: refused later
+        while array.ndim > n_axes:
+            n_entries = len(array) if array.size else 0
+            keys = [str(k) for k in range(n_entries)]
+            array = array[self.choose(keys)]
+        return array, up or "y"
+
+    def find_in_dict(self, entries, up):
+        """The part of `find` for a dict."""
+        for (root, body), usual_up in SPLIT_KEYS.items():
+            if root in entries and body in entries:
+                root = to_numbers(entries[root])
+                body = to_numbers(entries[body])
+                poses = join_root(root, body, self.where)
+                return self.find(poses, up or usual_up)
+        for key, usual_up in POSE_KEYS.items():
+            if key in entries:
+                return self.find(entries[key], up or usual_up)
+
+        groups = [key for key in GROUP_KEYS if key in entries]
+        if groups:
+            key = groups[0]
+            if self.names_left and self.names_left[0] in groups:
+                key = self.names_left.pop(0)
+                self.where += f":{key}"
+            return self.find(entries[key], GROUP_KEYS[key] or up)
+
+        people = {str(key): entry for key, entry in entries.items()
+                  if isinstance(entry, (dict, list, tuple))}
+        if not people:
+            keys = ", ".join(shorten(str(key)) for key in list(entries)[:12])
+            raise UserError(
+                f"{self.where} holds no pose under a known key: it has {keys or 'no keys'}, and "
+                "needs poses, pose, smpl_thetas, or global_orient with body_pose")
+        keys = list(people)
+        return self.find(people[keys[self.choose(keys)]], up)
+
+    def choose(self, keys):
+        """Chooses one of the entries at a level -> its number. Raises UserError."""
+        names = self.names_left
+        is_named = bool(names) and names[0] in keys
+        if len(keys) == 1 and not (is_named and len(names) > 1):
+            self.passed.append(keys[0])
+            return 0
+
+        if not names or not keys:
+            example = shorten(keys[0]) if keys else "0"
+            raise UserError(
+                f"{self.where} holds {len(keys)} frames or people, but one pose is needed: choose "
+                f"one, for example {self.where}:{example}")
+        name = names.pop(0)
+        if name in keys:
+            number = keys.index(name)
+        elif name.isdecimal() and len(name) < 10 and not any(map(str.isdecimal, keys)):
+            number = int(name)  # of an entry with a longer name, such as that of a picture
+        else:
+            number = len(keys)
+        if number >= len(keys):
+            counted = "counted from 0" if keys[0] == "0" else "named " + shorten(", ".join(keys))
+            raise UserError(
+                f"{self.where} has no frame {shorten(name)}: it holds {len(keys)}, {counted}")
+        self.where += f":{name}"
+        return number
+
+
+def uprightness(rotmat):
+    """How far the way from the feet to the head (22,3,3) points up -> -1 (upside down) to 1."""
+    joints = forward_kinematics(rotmat, rest_joints())                     # (22,3)
+    feet = joints[[JOINTS.index("left_ankle"), JOINTS.index("right_ankle")]].mean(0)
+    return float(F.normalize(joints[HEAD] - feet, dim=0)[1])
+
+
+def upright_reading(path, up=""):
+    """The `up` with which `read_pose` would read an upright person, if it does not do so now.
+
+    "" if the head is above the feet as the pose is read, or if no reading has the person upright.
+    Raises UserError.
+    """
+    if uprightness(read_pose(path, up)) >= 0:
+        return ""
+    heights = {other: uprightness(read_pose(path, other)) for other in UP_TURNS}
+    best = max(heights, key=heights.get)
+    return best if heights[best] > 0.7 else ""
 
 
 def write_pose(path, rotmat):
@@ -1057,22 +1339,146 @@ def write_pose(path, rotmat):
         )
 
 
-def open_image(image, draft_size=None):
-    """Decodes an image given as [file, first byte, number of bytes (-1: all)] -> PIL RGB picture.
+MOST_BYTES = 2**29      # of a picture file
+SMALLEST = 16           # pixels of a side of a picture
+LARGEST = 8192
+MOST_ELONGATED = 20     # the longer side by the shorter one
+LARGEST_SQUARE = 2048   # pixels of a side of what `square` cuts out; the model sees 336
 
-    draft_size: a JPEG may be decoded at a lower resolution, but not below this (width, height).
-    Raises UserError.
+
+@functools.cache
+def picture_formats():
+    """The formats that Pillow reads by itself; for the others it would start another program."""
+    Image.init()
+    return sorted(set(Image.OPEN) - {"EPS"})
+
+
+@contextlib.contextmanager
+def undecoded(source):
+    """Opens a picture as PIL image and checks its size, before any pixel is decoded.
+
+    source: a path, or [path, first byte, number of bytes (-1: all)]. Raises UserError, also in the
+    place of any exception of the decoder.
     """
-    path, first_byte, n_bytes = image
-    try:
+    if isinstance(source, (str, os.PathLike)):
+        source = [source, 0, -1]
+    path, first_byte, n_bytes = source
+    content = read_bytes(pathlib.Path(path), first_byte, n_bytes)
+
+    advice = (f"give a PNG or JPEG with sides of {SMALLEST} to {LARGEST} pixels, one at most "
+              f"{MOST_ELONGATED} times the other")
+    with as_user_error(f"{path} cannot be decoded as a picture (", f"); {advice}"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of Pillow, about metadata
+            with Image.open(io.BytesIO(content), formats=picture_formats()) as picture:
+                width, height = picture.size
+                shorter, longer = sorted(picture.size)
+                if shorter < SMALLEST or longer > LARGEST or longer > MOST_ELONGATED * shorter:
+                    raise UserError(f"{path} is {width}x{height} pixels; {advice}")
+                yield picture
+
+
+def open_picture(source, draft_size=None):
+    """Opens a picture of any kind as PIL RGB image, turned upright as its EXIF data says.
+
+    source: see `undecoded`. draft_size: a JPEG may be decoded at a lower resolution, but not below
+    this (width, height). Raises UserError.
+    """
+    with undecoded(source) as picture:
+        if draft_size:
+            picture.draft("RGB", draft_size)
+        return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def picture_size(source):
+    """The width and height of a picture that `open_picture` would return. Raises UserError."""
+    with undecoded(source) as picture:
+        width, height = picture.size
+        is_on_its_side = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # orientation
+        return (height, width) if is_on_its_side else (width, height)
+
+
+def read_bytes(path, first_byte, n_bytes):
+    """Part of a picture file -> bytes; n_bytes -1: up to its end. Raises UserError."""
+    with as_user_error(f"{path} cannot be read (", ")"):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name one picture in it")
+        if not path.exists():
+            raise UserError(f"there is no image file {path}; check the path")
+        if not path.is_file():          # a pipe would wait for ever, a device may have no end
+            raise UserError(f"{path} is not a regular file; copy the picture into one")
+
+        if n_bytes < 0:
+            n_bytes = path.stat().st_size - first_byte
+        if n_bytes > MOST_BYTES:
+            raise UserError(f"{path} is a picture of {n_bytes / 2**20:.0f} MB, and at most "
+                            f"{MOST_BYTES / 2**20:.0f} are read; save it smaller")
         with open(path, "rb") as file:
             file.seek(first_byte)
-            picture = Image.open(io.BytesIO(file.read(n_bytes)))
-        picture.draft("RGB", draft_size)
-        return picture.convert("RGB")
-    except Exception as error:  # decoders raise many kinds of exceptions on damaged files
-        raise UserError(
-            f"{path} holds an image that cannot be decoded ({type(error).__name__})") from None
+            return file.read(n_bytes)
+
+
+def to_rgb(picture):
+    """Any PIL image -> RGB. Deep greys are scaled to 8 bits, transparent parts become white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, np.float64)                                # (H,W)
+        values = np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+        values = 255 * values / max(values.max(), 1)
+        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def square(picture, box=None):
+    """Cuts out a box, grown to a square about its middle; without a box, the whole picture.
+
+    box: left, top, width, height in pixels. What lies beyond the border repeats the pixels at the
+    border: the model knows backgrounds, but no bars (padded boxes of 118 people: image2pose is
+    136 mm off with repeated pixels, 197 mm with grey bars, 489 mm if the square in the middle is
+    cut out). -> PIL image of at most LARGEST_SQUARE pixels a side. Raises UserError.
+    """
+    if box is None:
+        if picture.width == picture.height:
+            return picture
+        box = (0, 0, *picture.size)
+
+    left, top, width, height = box
+    side = max(width, height)
+    x = left + width / 2
+    y = top + height / 2
+    check_box(box, picture.size)
+
+    shrink = math.ceil(side / LARGEST_SQUARE)
+    if shrink > 1:
+        picture = picture.reduce(shrink)
+    pixels = np.asarray(picture)                                                # (H,W,3)
+    steps = np.arange(round(side / shrink))                                     # (S,)
+    columns = steps + round((x - side / 2) / shrink)
+    rows = steps + round((y - side / 2) / shrink)
+    columns = columns.clip(0, picture.width - 1)        # beyond the border: the pixel at the border
+    rows = rows.clip(0, picture.height - 1)
+    return Image.fromarray(pixels[rows[:, None], columns])                      # (S,S,3)
+
+
+def check_box(box, size):
+    """Raises UserError unless a box has its middle in a picture and is not far larger than it.
+
+    box: left, top, width, height in pixels; size: width, height of the picture.
+    """
+    left, top, width, height = box
+    x = left + width / 2
+    y = top + height / 2
+    side = max(width, height)
+    is_positive = min(width, height) > 0                    # these are false for NaN, too
+    is_inside = 0 <= x <= size[0] and 0 <= y <= size[1]
+    if not is_positive or not is_inside or not 1 <= side <= 2 * max(size):
+        numbers = ",".join(f"{number:g}" for number in box)
+        raise UserError(f"the box {numbers} (left, top, width, height) does not lie in the picture "
+                        f"of {size[0]}x{size[1]} pixels")
 
 
 # ---- 6. Readers of real data sets ----------------------------------------------------------------
@@ -1088,7 +1494,8 @@ def open_image(image, draft_size=None):
 #   together      of a pair: are both poses frames of the same sequence?
 #
 # A release that cannot be read raises UserError. An unreadable entry is skipped, and the reason
-# is appended to the list `skipped`.
+# is appended to the list `skipped`. Entries are checked here once, when they are converted and by
+# `check_record`; what uses records relies on it.
 def read_amass(path, skipped):
     """AMASS in SMPL+H or SMPL-X layout: one file, a subset, or all of it.
 
@@ -1136,7 +1543,7 @@ def find_poses(folder, amass, numbers):
     -> {number: (pose (22,3,3), name of its sequence)}, {number: why the pose cannot be read}
     """
     index_files = folder.glob("ids_2_dataset*index*.json")
-    index = load_json(next(index_files, folder / "ids_2_dataset_index.json"))
+    index = load_json(check_file(next(index_files, folder / "ids_2_dataset_index.json")))
     found = {}
     missing = {}
 
@@ -1165,12 +1572,12 @@ HUMAN = ["posescript_human_*", "human*", "posefix_human_*", "posefix_paraphrases
 
 
 def read_texts(folder, patterns):
-    """All texts of a PoseScript or PoseFix release -> {entry: [text, ...]}."""
+    """All texts of a PoseScript or PoseFix release -> {entry: [text, ...]}, not yet checked."""
     texts = {}
     for pattern in patterns:
         for file in sorted(folder.glob(f"{pattern}.json")):
-            for key, value in load_json(file).items():
-                new = [value] if isinstance(value, str) else value
+            for key, value in load_json(check_file(file)).items():
+                new = value if isinstance(value, list) else [value]
                 texts.setdefault(key, []).extend(new)
     return texts
 
@@ -1180,7 +1587,7 @@ def read_splits(folder):
     splits = {}
     for split in SPLITS:
         for file in folder.glob(f"{split}_*ids*.json"):
-            for key in load_json(file):
+            for key in load_json(check_file(file)):
                 splits[str(key)] = split
     return splits
 
@@ -1197,7 +1604,7 @@ def read_posescript(path, amass, skipped, patterns):
     pairs_file = folder / "pair_id_2_pose_ids.json"
     is_posefix = pairs_file.exists()
     if is_posefix:
-        numbers = {str(k): pair for k, pair in enumerate(load_json(pairs_file))}
+        numbers = {str(k): pair for k, pair in enumerate(load_json(check_file(pairs_file)))}
     else:
         numbers = {key: [key] for key in texts}
 
@@ -1228,28 +1635,30 @@ def read_posescript(path, amass, skipped, patterns):
 def picture_record(image, center=None, sides=None, pose=None):
     """The keys that a picture and a person in it give to a record. Raises UserError.
 
-    image: as `open_image` takes it. center (x, y), sides (width, height): the person's box, pixels.
-    It becomes the square that 4D-Humans cuts out: the box is widened to 3:4, then to a square.
+    image: as `open_picture` takes it. center (x, y), sides (width, height): the person's box in
+    pixels. It becomes the square that 4D-Humans cuts out: widened to 3:4, then to a square.
     pose: with its root in the camera's axes.
     """
-    open_image(image, (64, 64))  # a picture that cannot be decoded is no entry
+    open_picture(image, (64, 64))  # a picture that cannot be decoded is no entry
     path, first_byte, n_bytes = image
     record = {"image": [str(path), first_byte, n_bytes]}
 
     if sides is not None:
         x, y = np.asarray(center, float).tolist()
         width, height = np.asarray(sides, float).tolist()
-        # numpy's max, unlike Python's, is NaN if any number is
-        is_sane = 1 <= np.max([width, height]) < 1e5 and np.max(np.abs([x, y])) < 1e5
-        if not is_sane:
-            raise UserError(f"its box is {width} x {height} pixels around ({x}, {y})")
-        record["box"] = [x, y, max(height, width * 4 / 3)]
+        side = max(height, width * 4 / 3)
+
+        size = picture_size(image)
+        check_box((x - width / 2, y - height / 2, width, height), size)
+        check_box((x - side / 2, y - side / 2, side, side), size)
+        record["box"] = [x, y, side]
 
     if pose is not None:
         record["pose"] = pose_from_camera(pose, "its pose").numpy()
     return record
 
 
+MOST_NESTED = 10  # dicts and lists in each other, in a file of poses
 MAX_PYD = 2 ** 22  # bytes; one person takes a few thousand
 MAX_PEOPLE = 100  # in a picture
 
@@ -1265,7 +1674,7 @@ def person_array(person, name):
 def person_record(person, image):
     """The record of one person of a 4D-Humans tar.
 
-    image: as `open_image` takes it. Raises UserError, also for people that HMR2's training drops.
+    image: as `open_picture` takes it. Raises UserError, also for people that HMR2's training drops.
     """
     keypoints = person_array(person, "keypoints_2d")                       # (44,3)
     n_visible = (keypoints[:, 2] > 0.3).sum()
@@ -1305,13 +1714,13 @@ def read_tars(path, skipped):
     """
     def key_of(member):
         if member.size < 0:  # tarfile would step back and read the member again, for ever
-            raise UserError(f"{member.name} has a negative size")
-        return re.match(r"(.*/)?[^/.]*", member.name)[0]
+            raise UserError("a file in the tar has a negative size")
+        return re.match(r"(.*/)?[^/.]*", member.name, re.DOTALL)[0]
 
     for file in list_files(path, ".tar"):
         source = file.resolve().parent.name
         # a truncated tar yields the people before the cut
-        with skip_bad_entry(skipped, file), tarfile.open(file, "r:") as tar:
+        with skip_bad_entry(skipped, file), tarfile.open(check_file(file), "r:") as tar:
             for key, members in itertools.groupby(tar, key_of):
                 where = f"{file}/{key}"
                 with skip_bad_entry(skipped, where):
@@ -1350,51 +1759,61 @@ def read_evaluation(path, images, skipped):
 
 
 def read_images(path, skipped):
-    """A folder of pictures, without poses.
+    """A folder of pictures of any kind that Pillow reads, without poses.
 
     The file boxes.json in it may locate people: {"a.jpg": [left, top, width, height], ...}, or a
     list of such boxes for a picture.
     """
     folder = pathlib.Path(path)
     boxes_file = folder / "boxes.json"
-    boxes = load_json(boxes_file) if boxes_file.exists() else {}
+    boxes = load_json(check_file(boxes_file)) if boxes_file.exists() else {}
+    if not isinstance(boxes, dict):
+        raise UserError(f"{boxes_file} must hold boxes by the names of pictures")
 
-    for file in list_files(path, ".jpg", ".jpeg", ".png", ".bmp"):
+    for file in sorted(folder.rglob("*")):
+        if file == boxes_file or file.is_dir():
+            continue
         with skip_bad_entry(skipped, file):
             name = file.relative_to(folder).as_posix()
             entry = {"id": name, "source": folder.resolve().name}
             image = [file, 0, -1]
-            own_boxes = boxes.get(name)
-            if own_boxes is None:
+            if name not in boxes:
                 yield entry | picture_record(image)
                 continue
 
-            for box in np.reshape(own_boxes, (-1, 4)).astype(float):
-                corner = box[:2]
-                sides = box[2:]
-                yield entry | picture_record(image, corner + sides / 2, sides)
+            own_boxes = np.array(boxes[name])
+            if own_boxes.dtype.kind not in "iuf" or own_boxes.size == 0:
+                raise UserError("its boxes in boxes.json are not lists of four numbers")
+            for box in own_boxes.reshape(-1, 4).astype(float):
+                with skip_bad_entry(skipped, file):
+                    corner = box[:2]
+                    sides = box[2:]
+                    yield entry | picture_record(image, corner + sides / 2, sides)
 
 
 def read_built(path, skipped, only_refined=False):
     """What `--build` wrote. only_refined: the rows with a refined text, and no other text."""
     for file in list_files(path, ".jsonl"):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            with skip_bad_entry(skipped, f"{file}, line {number}"):
-                row = json.loads(line)
-                read_built_pose(row, file.parent, "pose", "image")
-                if "start" in row:
-                    read_built_pose(row, file.parent, "start", "start_image")
-
-                if not only_refined:
-                    yield row
-                elif "refined" in row:
-                    yield row | {"texts": [row["refined"]]}
+        with skip_bad_entry(skipped, file):
+            lines = check_file(file).read_bytes().splitlines()
+            for number, line in enumerate(lines, 1):
+                with skip_bad_entry(skipped, f"{file}, line {number}"):
+                    row = json.loads(line)
+                    if not only_refined or "refined" in row:
+                        yield built_record(row, file.parent, only_refined)
 
 
-def read_built_pose(row, folder, pose_key, image_key):
-    """Converts one pose and one image of a row to those of a record, in place. Raises UserError."""
-    row[pose_key] = as_rotations(np.array(row[pose_key]), pose_key).numpy()
-    row[image_key] = picture_record([folder / row[image_key], 0, -1])["image"]
+def built_record(row, folder, only_refined):
+    """The record of one row of a built data set. Raises exceptions of any kind."""
+    record = {"id": row["id"], "source": row["source"], "split": row.get("split", "")}
+    record["texts"] = [row["refined"]] if only_refined else row["texts"]
+    record["pose"] = as_rotations(np.array(row["pose"]), "pose").numpy()
+    record |= picture_record([folder / row["image"], 0, -1])
+    if "start" in row:
+        record["start"] = as_rotations(np.array(row["start"]), "start").numpy()
+        record["start_id"] = row["start_id"]
+        record["start_image"] = picture_record([folder / row["start_image"], 0, -1])["image"]
+    return record
 
 
 def read_embedded(path, skipped):
@@ -1440,6 +1859,61 @@ def parse_spec(spec):
     return read, paths
 
 
+MOST_CHARACTERS = 10_000  # of a text
+
+
+def check_file(path):
+    """The path itself. Raises UserError unless it is a regular file: a pipe may never end."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}, from which JSON or a tar can be read: check the path")
+    return path
+
+
+def check_record(record, skipped):
+    """Makes sure that a record is as section 6 promises -> the record, without unusable texts.
+
+    Poses, pictures and boxes were checked where they were converted: by `as_rotations` and
+    `picture_record`. skipped: gets the reason for each text that is left out. Raises UserError.
+    """
+    record = dict(record)
+    for key in ("id", "start_id", "source"):
+        if key in record:
+            record[key] = check_name(record[key], key)
+    if record.get("split", "") not in ("", *SPLITS):
+        raise UserError(f"its split is not one of {', '.join(SPLITS)}")
+
+    if "texts" in record:
+        if not isinstance(record["texts"], list):
+            raise UserError("its texts are not a list")
+        texts = [text for text in record["texts"] if is_usable_text(text)]
+        n_unusable = len(record["texts"]) - len(texts)
+        if not texts:
+            raise UserError("it has no text")
+        if n_unusable:
+            skipped.append(f"{record['id']}: texts that are empty, too long, or none: {n_unusable}")
+        record["texts"] = texts
+    return record
+
+
+def check_name(name, key):
+    """The name of an entry or source, printable, from text or a whole number. Raises UserError."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not isinstance(name, str) or not 1 <= len(name) <= 1000:
+        raise UserError(f"its {key} is not a name")
+    return name.encode("utf-8", "replace").decode()  # file names may hold bytes of other encodings
+
+
+def is_usable_text(text):
+    """Is it a text with at least one letter, which UTF-8 can hold?"""
+    if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+        return False
+    has_lone_surrogate = re.search("[\ud800-\udfff]", text)  # JSON allows it, UTF-8 does not
+    has_letter = any(map(str.isalnum, text))
+    return has_letter and not has_lone_surrogate
+
+
 def read_records(specs):
     """Reads data sets, ["KIND:PATH", ...] with the kinds of READERS -> a list of all records.
 
@@ -1450,13 +1924,17 @@ def read_records(specs):
         read, paths = parse_spec(spec)
         skipped = []
         try:
-            found = list(tqdm(read(*paths, skipped), spec, leave=False))
+            found = []
+            for record in tqdm(read(*paths, skipped), spec, leave=False):
+                with skip_bad_entry(skipped, f"entry {record['id']}"):
+                    found.append(check_record(record, skipped))
         except Exception as error:  # a release with another layout can raise any exception
             raise UserError(f"{spec} cannot be read: {first_line(error)}") from error
 
         if skipped:
             print(f"{spec}: entries left out: {len(skipped)}, for example", file=sys.stderr)
             for reason in skipped[:3]:
+                reason = reason[:500].encode("utf-8", "backslashreplace").decode()
                 print(f"    {reason}", file=sys.stderr)
         if not found:
             raise UserError(f"{spec} holds nothing that can be read: check the path")
@@ -1479,25 +1957,20 @@ def records_with_pose(specs):
 
 
 def crop_picture(record, size, prefix=""):
-    """Cuts a square out of a record's picture -> PIL (size,size).
+    """Cuts the person out of a record's picture -> PIL (size,size).
 
-    The square is the record's box, or else the middle of the picture. prefix: "start_" for the
-    picture of pose A, which has no box.
+    The record's box, or the whole picture, is padded to a square. prefix: "start_" for the picture
+    of pose A, which has no box.
     """
-    picture = open_image(record[prefix + "image"])
+    picture = open_picture(record[prefix + "image"])
+    box = None
     if "box" in record and not prefix:
         x, y, side = record["box"]
-    else:
-        x = picture.width / 2
-        y = picture.height / 2
-        side = min(picture.size)
-
-    half = side / 2
-    corners = (round(x - half), round(y - half), round(x + half), round(y + half))
-    return picture.crop(corners).resize((size, size))
+        box = (x - side / 2, y - side / 2, side, side)
+    return square(picture, box).resize((size, size))
 
 
-def summarise(records, path, n_drawn=16):
+def summarise(records, path, body, n_drawn=16):
     """Prints counts and ranges of records, and draws some of them, spread evenly."""
     print_counts(records)
     print_ranges(records)
@@ -1511,7 +1984,7 @@ def summarise(records, path, n_drawn=16):
                 cells.append((f"{record['source']}, {which}", picture))
         for key, which in [("start", "pose A"), ("pose", "pose")]:
             if key in record:
-                cells.append((f"{record['source']}, {which}", draw_pose(record[key])))
+                cells.append((f"{record['source']}, {which}", draw_pose(record[key], body)))
     save_cells(cells, path)
 
 
@@ -1550,9 +2023,8 @@ def print_range(name, values):
         print(f"{name:<30}{len(values):>11}   {spread}")
 
 
-def draw_pose(pose):
-    """Draws a pose (22,3,3), a numpy array, on the default body -> picture (CELL,CELL,3) uint8."""
-    body = default_body()
+def draw_pose(pose, body):
+    """Draws a pose (22,3,3), a numpy array -> picture (CELL,CELL,3) uint8."""
     _, vertices = body(torch.tensor(pose)[None])
     return render(vertices[0], body.faces, body_colors(body), CELL)
 
@@ -1727,15 +2199,15 @@ def load_features(path, n_poses):
     return features
 
 
-def choose_rows(config, records, front):
+def choose_rows(config, records, front, body):
     """Chooses the poses that the quotas ask for -> [Choice, ...]. Raises UserError.
 
-    front: the poses of the records, facing front (M,22,3,3).
+    front: the poses of the records, facing front (M,22,3,3). body: whose joints are compared.
     """
     # distances are those of bodies at orientation zero
     level = front.clone()
     level[:, 0] = torch.eye(3)
-    joints = [forward_kinematics(part, rest_joints()) for part in level.split(10_000)]
+    joints = [forward_kinematics(part, body.rest) for part in level.split(10_000)]
     joints = torch.cat(joints).numpy()                                     # (M,22,3)
 
     is_pair = config.build == "imagediff"
@@ -1772,29 +2244,28 @@ def build_data_set(config, out):
 
     Writes rows to OUT/imagescript.jsonl or OUT/imagediff.jsonl and pictures to OUT/images.
     """
+    body = load_body(config.body)
+    refine = load_refiner(config.refine) if config.refine else None
     records, poses = records_with_pose(config.poses)
     front = face_front(poses)
-    refine = load_refiner(config.refine) if config.refine else None
-    rows = choose_rows(config, records, front)
-
-    shuffled = np.random.default_rng(config.seed).permutation(len(rows))
-    to_refine = set(shuffled[:config.refined or len(rows)].tolist())
+    rows = choose_rows(config, records, front, body)
+    to_refine = choose_refined(rows, config.refined, config.seed) if refine else set()
     n_kept = 0
 
     path = out / f"{config.build}.jsonl"
     with atomic_write(path) as new, open(new, "w", encoding="utf-8") as file:
         for k, (split, b, a) in enumerate(tqdm(rows, config.build, leave=False)):
-            row = write_half(records[b], poses[b], b, config.seed, out)
+            row = write_half(records[b], poses[b], b, config.seed, out, body)
             row |= {"source": records[b]["source"], "split": split}
             if a is not None:
-                half = write_half(records[a], poses[a], a, config.seed, out)
+                half = write_half(records[a], poses[a], a, config.seed, out, body)
                 row |= {"start_id": half["id"], "start_image": half["image"], "start": half["pose"]}
 
             codes = posecodes(front[[b]]) if a is None else paircodes(front[[a]], front[[b]])
             rng = np.random.default_rng((config.seed, k))
             row["texts"] = [full_caption(codes, 0, rng) for _ in range(3)]
 
-            if refine and k in to_refine:
+            if k in to_refine:
                 row["refined"] = refine(row["texts"][0])
                 if not row["refined"]:
                     row["refined"] = row["texts"][0]
@@ -1807,18 +2278,29 @@ def build_data_set(config, out):
     print(summary)
 
 
-def write_half(record, pose, k, seed, out):
+def choose_refined(rows, n_train, seed):
+    """The numbers of the rows whose texts are refined, a set: n_train of train (0: all), as UniPose
+    does with 6,250 of them, and all of the other splits.
+    """
+    train = [k for k, row in enumerate(rows) if row.split == "train"]
+    others = [k for k, row in enumerate(rows) if row.split != "train"]
+    if n_train:
+        train = np.random.default_rng(seed).permutation(train)[:n_train].tolist()
+    return {*train, *others}
+
+
+def write_half(record, pose, k, seed, out, body):
     """Writes the picture of one pose -> what a row says of the pose.
 
     record, pose (22,3,3): the record and its pose, k: their number among all. The picture is the
-    record's own, or a rendered photograph if it has none.
+    record's own, or a rendered photograph of the body if it has none.
     """
     if "image" in record:
         picture = crop_picture(record, PICTURE_SIZE)
     else:
         look = np.random.default_rng((seed, k, 0))
         rng = np.random.default_rng((seed, k, 1))
-        photo, _ = render_photo(pose, PICTURE_SIZE, look, rng)
+        photo, _ = render_photo(pose, PICTURE_SIZE, look, rng, body)
         picture = Image.fromarray(photo)
 
     name = f"images/{k:06d}.jpg"
@@ -1843,7 +2325,8 @@ class Config:
     features: str = ""  # imagediff: .npy that eval.py --features wrote for the same --poses
     differ: int = 10  # imagediff: minimum number of codes in which the poses of a pair differ
     refine: str = ""  # --build: folder of a chat model that rewrites texts
-    refined: int = 0  # --refine: number of rows to refine, drawn at random; 0: all
+    refined: int = 0  # --refine: train rows to refine, drawn at random; 0: all; others: always all
+    body: str = ""  # --build, --check: SMPL file of the body to measure and to draw; empty: ours
 
 
 def time_captions(split, n, seed):
@@ -1911,7 +2394,8 @@ def main(argv=None):
     if config.build:
         build_data_set(config, out)
     elif config.check:
-        summarise(read_records(config.check), out / "check.png")
+        body = load_body(config.body)
+        summarise(read_records(config.check), out / "check.png", body)
     elif config.speed > 0:
         time_captions(config.split, config.speed, config.seed)
     else:

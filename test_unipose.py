@@ -2184,10 +2184,39 @@ def test_a_pair_task_goes_from_either_person_to_its_partner(mixture_examples):
         if task == "posediff":
             pairs.append([value for kind, value, _ in segments if kind == "pose"])
 
+    pairs = [(a, b) for a, b in pairs if a != b]
     for a, b in pairs:
         assert a ^ b == 1, (a, b)
     forward = [a < b for a, b in pairs]
     assert 0.35 < np.mean(forward) < 0.65
+
+
+PAIR_TASKS = [task for task, row in data.TASKS.items() if row.pair]
+
+
+def test_three_in_a_hundred_pairs_are_of_a_person_and_itself(mixture_of):
+    mixture = mixture_of(PAIR_TASKS)
+
+    n_same = 0
+    for k in range(1000):
+        _, segments = mixture[k]
+        people = [value for kind, value, _ in segments if kind != "text"]
+        n_same += people[0] == people[1]
+
+    assert 15 <= n_same <= 50
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("task", PAIR_TASKS)
+def test_a_person_does_not_differ_from_itself(world, task, training):
+    rng = np.random.default_rng(0)
+
+    values = world.example(task, 5, rng, training=training, same=True)
+
+    people = [value for value in values if not isinstance(value, str)]
+    [text] = [value for value in values if isinstance(value, str)]
+    assert np.array_equal(people[0], people[1])
+    assert text == "Keep the pose as it is."
 
 
 def test_with_one_template_a_mixture_uses_the_plain_one(mixture_of):
@@ -2437,13 +2466,61 @@ def test_a_picture_is_cropped_to_its_box(real):
     assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
-def test_a_picture_without_a_box_is_cropped_to_its_middle(real):
+def test_a_picture_without_a_box_is_padded_to_a_square(real):
+    """20 of 100 rows lie above and below a picture of 100 x 60 pixels."""
     record = data.read_records([real.specs["images"]])[0]
 
-    picture = data.crop_picture(record, 60)
+    picture = np.asarray(data.crop_picture(record, 100))
 
-    expected = Image.open(io.BytesIO(jpeg())).crop((20, 0, 80, 60))
-    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    whole = np.asarray(Image.open(io.BytesIO(jpeg())))
+    assert np.array_equal(picture[20:80], whole)
+    assert np.array_equal(picture[:20], whole[[0] * 20])
+    assert np.array_equal(picture[80:], whole[[59] * 20])
+
+
+@parametrize("name", {
+    "a photograph on its side": "turned.jpg",
+    "16 bits deep": "deep.png",
+    "transparent": "transparent.png",
+    "a palette": "palette.png",
+    "a palette with a transparent colour": "hole.png",
+})
+def test_pictures_of_a_data_set_look_as_they_do_in_a_viewer(tmp_path, name):
+    """A bright upper half over a dark one, as every viewer shows these files."""
+    save_awkward_picture(tmp_path / name)
+    [record] = data.read_records([f"images:{tmp_path}"])
+
+    picture = np.asarray(data.crop_picture(record, 64), float).mean(-1)
+
+    assert picture[:24].min() > 200
+    assert picture[40:].max() < 90
+
+
+@parametrize("box", {
+    "beside the picture": [200, 0, 20, 20],
+    "far larger than the picture": [-900, -900, 1900, 1900],
+    "a negative width": [10, 10, -5, 20],
+    "infinite": [0, 0, 1e400, 5],
+    "words": ["a", "b", "c", "d"],
+    "nested": [[1, 2], 3, 4],
+    "null": [None, 1, 2, 3],
+})
+def test_a_person_outside_of_the_picture_is_skipped(real, replace, capsys, box):
+    replace("Bilder/boxes.json", {"ü.jpg": box})
+
+    assert_one_is_skipped(real.specs["images"], 1, capsys)
+
+
+def test_a_box_lies_in_the_picture_as_it_is_seen(tmp_path):
+    """100 x 60 pixels on their side are 60 x 100: a box at the lower end is in the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("RGB", (100, 60)).save(tmp_path / "a.jpg", exif=exif)
+    lay(tmp_path, {"boxes.json": {"a.jpg": [10, 70, 30, 30]}})
+
+    [record] = data.read_records([f"images:{tmp_path}"])
+
+    assert record["box"] == [25, 85, 40]
 
 
 def test_check_counts_entries_and_prints_ranges(real, tmp_path, capsys):
@@ -2671,7 +2748,7 @@ def test_a_picture_with_a_wrong_box_is_skipped(real, replace, capsys, box):
 
 @parametrize("content, reason", {
     "truncated": (b"{", "JSON"),
-    "a list": ([1], "holds nothing"),
+    "a list": ([1], "by the names of pictures"),
 })
 def test_a_damaged_file_of_boxes_is_refused(real, replace, content, reason):
     replace("Bilder/boxes.json", content)
@@ -2698,6 +2775,136 @@ def test_a_built_data_set_without_a_decodable_picture_holds_nothing(real, replac
     refused("holds nothing", data.read_records, [real.specs["built"]])
 
 
+@parametrize("texts", {
+    "null": None,
+    "a number": 5,
+    "empty": "",
+    "no list entries": [],
+    "spaces and marks": " . ",
+    "nested": [["one"]],
+    "a list of null and numbers": [None, 3, {}],
+    "a lone surrogate": "\ud800 one",
+    "far too long": "one " * 5000,
+})
+def test_an_entry_without_a_usable_text_is_skipped(real, replace, capsys, texts):
+    replace(V2_TEXTS, dict.fromkeys("012", ["one"]) | {"3": texts})
+
+    assert_one_is_skipped(real.specs["posescript v2"], 3, capsys)
+
+
+def test_the_usable_texts_of_an_entry_are_kept(real, replace, capsys):
+    replace(V2_TEXTS, {"0": ["one", None, "", 5, "two"]})
+
+    [record] = data.read_records([real.specs["posescript v2"]])
+
+    assert record["texts"] == ["one", "two"]
+    assert "none: 3" in capsys.readouterr().err
+
+
+@parametrize("change", {
+    "texts of null": {"texts": None},
+    "a text in the place of texts": {"texts": "one"},
+    "a picture of null": {"image": None},
+    "a picture that is a folder": {"image": "."},
+    "an id of null": {"id": None},
+    "a source that is a list": {"source": ["x"]},
+    "another split": {"split": "exam"},
+    "a pose of words": {"pose": ["a"] * 66},
+    "a pair without its picture": {"start": [0.1] * 66, "start_id": "b"},
+})
+def test_an_unsound_row_of_a_built_data_set_is_skipped(real, replace, capsys, change):
+    row = json.loads((real.folder / BUILT).read_text().splitlines()[0])
+    replace(BUILT, f"{json.dumps(row)}\n{json.dumps(row | change)}")
+
+    assert_one_is_skipped(real.specs["built"], 1, capsys)
+
+
+def test_a_box_in_a_row_of_a_built_data_set_is_not_believed(real, replace):
+    row = json.loads((real.folder / BUILT).read_text().splitlines()[0])
+    replace(BUILT, json.dumps(row | {"box": "x", "together": "y"}))
+
+    [record] = data.read_records([real.specs["built"]])
+
+    assert not {"box", "together"} & record.keys()
+
+
+@pytest.mark.parametrize("special", ["a pipe", "a link to a device"])
+@parametrize("kind, name", {
+    "amass": ("amass", "a.npz"),
+    "tars": ("tars", "a.tar"),
+    "images": ("images", "a.png"),
+    "boxes": ("images", "boxes.json"),
+    "built": ("built", "a.jsonl"),
+})
+def test_only_regular_files_are_opened(tmp_path, special, kind, name):
+    """The others may never end."""
+    if special == "a pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+
+    refused(str(tmp_path), data.read_records, [f"{kind}:{tmp_path}"])
+
+
+def test_a_tar_with_a_negative_size_ends(real, replace, capsys):
+    """Python's tarfile goes back and reads the same member again and again."""
+    info = tarfile.TarInfo("train/2.jpg")
+    info.size = -1024
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    whole = people_tar(real.poses)
+    end = whole.rindex(b"train/1.jpg")
+    replace(TAR, whole[:end] + header + bytes(1024))
+
+    assert_one_is_skipped(real.specs["tars"], 1, capsys)
+
+
+def test_images_are_read_in_every_format_of_pillow(tmp_path, capsys):
+    """What is no picture is counted."""
+    formats = ["webp", "tif", "gif", "ppm", "tga", "jp2", "JPG"]
+    for suffix in formats:
+        Image.new("RGB", (40, 40)).save(tmp_path / f"a.{suffix}")
+    lay(tmp_path, {"notes.txt": "hello", "film.mp4": bytes(1000)})
+
+    records = data.read_records([f"images:{tmp_path}"])
+
+    assert sorted(record["id"] for record in records) == sorted(f"a.{name}" for name in formats)
+    assert "entries left out: 2," in capsys.readouterr().err
+
+
+def test_a_picture_that_another_program_would_have_to_read_is_refused(tmp_path):
+    """PostScript is a programming language, and Pillow would run it by ghostscript."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.eps")
+
+    refused("cannot be decoded", data.open_picture, tmp_path / "a.eps")
+
+
+@pytest.mark.parametrize("name", [
+    "amass", "amass smplx", "posescript v1", "posescript v2", "posefix", "tars", "evaluation",
+    "images", "built"])
+def test_damaged_data_sets_give_sound_records_or_a_user_error(real, replace, capsys, name):
+    """80 damages drawn from a seed: nothing that uses a record meets what it does not expect."""
+    rng = np.random.default_rng(len(name))
+    originals = {file: (real.folder / file).read_bytes() for file in MUTATED[name]}
+
+    for _ in range(80):
+        file = MUTATED[name][rng.integers(len(MUTATED[name]))]
+        damaged = damage(file, originals[file], rng)
+        replace(file, damaged)
+        try:
+            records = data.read_records([real.specs[name]])
+        except tokenizer.UserError:
+            continue
+        finally:
+            (real.folder / file).write_bytes(originals[file])
+            capsys.readouterr()
+        (real.folder / file).write_bytes(damaged)
+        for record in records:
+            assert_is_sound(record)
+        data.print_counts(records)
+        data.print_ranges(records)
+        (real.folder / file).write_bytes(originals[file])
+
+
 @pytest.mark.parametrize("folder", ["empty", "absent"])
 @pytest.mark.parametrize("kind", data.READERS)
 def test_an_empty_or_absent_folder_is_refused_by_every_reader(tmp_path, kind, folder):
@@ -2718,6 +2925,79 @@ def test_an_empty_or_absent_folder_is_refused_by_every_reader(tmp_path, kind, fo
 ])
 def test_the_name_of_a_data_set_that_cannot_be_understood_is_refused(spec, reason):
     refused(reason, data.read_records, [spec])
+
+
+POSE_LAYOUTS = [
+    "smpl_matrices.npy", "smpl_axis_angles.npy", "smpl_batch.npy", "batch.npy",
+    "smpl_batch_of_matrices.npy", "batch_of_axis_angles.npy", "smplh.npy", "smplx.npy",
+    "smplh_joints.npy", "smplx_joints.npy", "clip.npy:2", "people.npy:1:2", "amass.npz:2",
+    "hmr2.pt", "hmr2.pt:0", "hmr2.pkl", "hmr2.npz", "hmr2_people.pt:1", "tokenhmr.pt",
+    "hmr2_axis_angles.npz", "vibe.pkl:2", "vibe.pkl:7:2", "vibe_people.pkl:7:2", "romp.npz:1",
+    "romp_one.npz", "romp_results.npz:1", "gvhmr.pt:2", "gvhmr.pt:smpl_params_incam:2",
+    "gvhmr.pt:smpl_params_global:2", "smplifyx.pkl", "phalp.pkl:b.jpg:1", "phalp.pkl:1:1",
+    "tensors.pth", "list_of_people.pt:1", "half.pt",
+]
+
+
+@pytest.mark.parametrize("name", POSE_LAYOUTS)
+def test_poses_are_read_as_other_programs_hold_them(tmp_path, name):
+    """An SMPL pose with its root in the frame that the program uses: the same pose comes back."""
+    file = name.partition(":")[0]
+    save_pose_layout(tmp_path / file, A)
+
+    close(data.read_pose(tmp_path / name), A, atol=1e-2 if file == "half.pt" else 1e-5)
+
+
+@pytest.mark.parametrize("up", data.UP_TURNS)
+@pytest.mark.parametrize("name", ["plain.npy", "amass.npz", "hmr2.pt"])
+def test_up_replaces_what_the_kind_of_file_says(tmp_path, up, name):
+    turned = tokenizer.turn_root(A, data.UP_TURNS[up].T)
+    aa = tokenizer.matrix_to_aa(turned).flatten()
+    if name == "plain.npy":
+        np.save(tmp_path / name, aa)
+    elif name == "amass.npz":
+        np.savez(tmp_path / name, poses=aa[None])
+    else:
+        torch.save({"global_orient": aa[:3], "body_pose": aa[3:]}, tmp_path / name)
+
+    close(data.read_pose(tmp_path / name, up), A)
+
+
+@parametrize("up, name", {
+    "z up, given as y up": ("z", "pose.npy"),
+    "a camera's axes, given as y up": ("camera", "pose.npy"),
+})
+def test_a_reading_in_which_the_person_stands_is_found(tmp_path, up, name):
+    standing = torch.eye(3).expand(22, 3, 3)
+    turned = tokenizer.turn_root(standing, data.UP_TURNS[up].T @ rotation_about_x(0.3))
+    np.save(tmp_path / name, turned)
+
+    assert data.upright_reading(tmp_path / name) == up
+    assert data.upright_reading(tmp_path / name, up) == ""
+
+
+@parametrize("name, message", {
+    "several people": ("vibe_people.pkl", "choose one, for example"),
+    "several frames of a person": ("vibe_people.pkl:7", "5 frames or people"),
+    "no such person": ("vibe_people.pkl:6:2", "named 5, 7"),
+    "no such frame": ("vibe_people.pkl:7:5", "no frame 5"),
+    "a name too many": ("smplifyx.pkl:4", "no frame 4"),
+    "a frame number of 4,400 digits": ("gvhmr.pt:" + "9" * 4400, "no frame 999"),
+    "a frame before the first": ("gvhmr.pt:-1", "no frame -1"),
+    "a word": ("gvhmr.pt:last", "no frame last"),
+    "unknown keys": ("unknown.npz", "it has theta, betas"),
+    "no root": ("rootless.npz", "(69,)"),
+    "a latent code": ("vposer.pkl", "(1, 32)"),
+    "a pose in 6D": ("sixd.npy", "(144,)"),
+    "a file of joblib": ("joblib.pkl", "without joblib"),
+    "a module in a torch file": ("module.pt", "save its tensors again"),
+    "text in a torch file": ("text.pt", "save its tensors again"),
+})
+def test_a_pose_that_cannot_be_chosen_is_refused_by_a_way_out(tmp_path, name, message):
+    file = name.partition(":")[0]
+    save_pose_layout(tmp_path / file, A)
+
+    refused(message, data.read_pose, tmp_path / name)
 
 
 def test_farthest_points_are_those_of_the_plain_search():
@@ -2800,6 +3080,51 @@ def test_a_refined_text_that_loses_a_part_is_replaced_by_the_original(tmp_path, 
     for row in refined:
         assert row["refined"] == row["texts"][0]
     assert "3 refined, 3 kept" in capsys.readouterr().out
+
+
+@parametrize("n_train, n_refined", {"two of train": (2, 2), "all of train": (0, 6)})
+def test_rows_of_train_are_drawn_for_refinement_and_those_of_test_are_all_refined(
+        n_train, n_refined):
+    rows = [data.Choice(split, 0, None) for split in ["train"] * 6 + ["test"] * 3]
+
+    chosen = data.choose_refined(rows, n_train, seed=0)
+
+    assert {6, 7, 8} <= chosen
+    assert len(chosen - {6, 7, 8}) == n_refined
+
+
+def test_refined_counts_rows_of_train(tmp_path, chat_model):
+    quotas = ["--quota=world=4", "--quota=world=2:test"]
+
+    build("imagescript", tmp_path, *quotas, "--refined=1", "--refine", chat_model)
+
+    refined = [row["split"] for row in read_rows(tmp_path) if "refined" in row]
+    assert sorted(refined) == ["test", "test", "train"]
+
+
+@pytest.mark.parametrize("command", ["build", "check"])
+def test_a_body_of_the_users_own_is_drawn(tmp_path, command):
+    arrays = dict(np.load(HERE / "assets/body.npz"))
+    arrays["v_template"] = arrays["v_template"] * [0.5, 1, 1]
+    slim = write_body_file(tmp_path / "slim.npz", arrays)
+
+    pictures = []
+    for path in ("", str(slim)):
+        out = tmp_path / ("slim" if path else "usual")
+        if command == "build":
+            build("imagescript", out, "--quota=world=2", "--body", path)
+            pictures.append(next((out / "images").iterdir()).read_bytes())
+        else:
+            data.main(["--check=world:train:2", "--out", str(out), "--body", path])
+            pictures.append((out / "check.png").read_bytes())
+
+    assert pictures[0] != pictures[1]
+
+
+def test_a_body_that_is_no_file_is_refused_before_anything_is_read(tmp_path):
+    flags = ["--check=amass:nowhere", "--body", "none.npz", "--out", str(tmp_path)]
+
+    refused("none.npz", data.main, flags)
 
 
 def test_refined_texts_are_read_alone(tmp_path):
@@ -2957,6 +3282,22 @@ def assert_one_is_skipped(spec, n_left, capsys):
     assert "entries left out: 1," in capsys.readouterr().err
 
 
+def assert_is_sound(record):
+    """A record holds what section 6 of data.py promises."""
+    assert isinstance(record["id"], str) and record["id"]
+    assert isinstance(record["source"], str) and record["source"]
+    assert record.get("split", "") in ("", *data.SPLITS)
+    for text in record.get("texts", ["one"]):
+        assert text.strip()
+        text.encode("utf-8")
+    for key in {"pose", "start"} & record.keys():
+        rotmat = torch.tensor(record[key])
+        close(rotmat @ rotmat.mT, torch.eye(3).expand(22, 3, 3))
+    for prefix in ("", "start_"):
+        if prefix + "image" in record:
+            assert data.crop_picture(record, 16, prefix).size == (16, 16)
+
+
 def build(kind, out, *flags):
     """data.py --build in this process, from 400 people."""
     flags = [str(flag) for flag in flags]
@@ -3057,6 +3398,17 @@ V2_TEXTS = "v2/posescript_auto_100k.json"
 PAIRS = "fix/pair_id_2_pose_ids.json"
 TAR = "h36m/0.tar"
 BUILT = "built/imagescript.jsonl"
+MUTATED = {  # data set: those of its files that are damaged
+    "amass": [MOTION],
+    "amass smplx": ["X/CMU/1/b_stageii.npz"],
+    "posescript v1": ["v1/automatic_A.json", "v1/train_ids.json"],
+    "posescript v2": [V2_INDEX, V2_TEXTS, MOTION, "v2/test_ids_100k.json"],
+    "posefix": [PAIRS, V2_INDEX.replace("v2", "fix"), "fix/posefix_human_6157.json"],
+    "tars": [TAR],
+    "evaluation": ["3dpw.npz", "Bilder/b.jpg"],
+    "images": ["Bilder/boxes.json", "Bilder/ü.jpg"],
+    "built": [BUILT, "built/b.jpg"],
+}
 
 
 def release_specs(folder):
@@ -3154,6 +3506,187 @@ def posefix_files():
         "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
         "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
     }
+
+
+def rotation_about_x(angle):
+    """Rotation matrix about x."""
+    return tokenizer.aa_to_matrix(torch.tensor([angle, 0.0, 0.0]))
+
+
+def save_pose_layout(path, rotmat):
+    """Saves a pose (22,3,3) as another program would under this name, with its root in its frame.
+
+    Where a file has several people or frames, the pose is frame 2 of the last person.
+    """
+    kind = path.stem
+    up = "camera"
+    if path.suffix == ".npy" or kind == "tensors":
+        up = "y"
+    elif kind == "amass":
+        up = "z"
+    hands = torch.eye(3).expand(33, 3, 3)
+    smplx = torch.cat([tokenizer.turn_root(rotmat, data.UP_TURNS[up].T), hands])  # (55,3,3)
+    aa = tokenizer.matrix_to_aa(smplx).numpy()                                # (55,3)
+    smpl = smplx[:24].numpy()
+    clip = np.zeros((5, 72), np.float32)
+    clip[2] = aa[:24].ravel()
+    matrices = {"global_orient": torch.tensor(smpl[None, :1]),
+                "body_pose": torch.tensor(smpl[None, 1:])}
+    others = {"betas": np.zeros((1, 10)), "pred_cam": np.zeros((1, 3))}
+    split = {"global_orient": torch.tensor(clip[:, :3]), "body_pose": torch.tensor(clip[:, 3:66])}
+    in_global = tokenizer.matrix_to_aa(rotmat[0]).expand(5, 3)
+    person = {"global_orient": smpl[:1], "body_pose": smpl[1:], "betas": np.zeros(10)}
+    nobody = {"global_orient": 0 * smpl[:1], "body_pose": 0 * smpl[1:], "betas": np.zeros(10)}
+
+    contents = {
+        "smpl_matrices": smpl,
+        "smpl_axis_angles": aa[:24],
+        "smpl_batch": aa[:24].reshape(1, 72),
+        "batch": smpl[None, :22],
+        "smpl_batch_of_matrices": smpl[None],
+        "batch_of_axis_angles": aa[:22].reshape(1, 66),
+        "smplh": aa[:52].ravel(),
+        "smplx": aa.ravel(),
+        "smplh_joints": aa[:52],
+        "smplx_joints": aa,
+        "clip": clip,
+        "people": np.stack([clip * 0, clip]),
+        "amass": {"poses": clip, "mocap_framerate": np.array(30.0)},
+        "hmr2": {"pred_smpl_params": matrices, "pred_cam": torch.zeros(1, 3)},
+        "hmr2_people": {"pred_smpl_params": {
+            name: torch.cat([0 * value, value]) for name, value in matrices.items()}},
+        "tokenhmr": {"smpl": {"global_orient": matrices["global_orient"],
+                              "body_pose": matrices["body_pose"][:, :21]}},
+        "hmr2_axis_angles": {"global_orient": aa[:1], "body_pose": aa[1:24], **others},
+        "vibe": {7: {"pose": clip, "betas": np.zeros((5, 10)), "frame_ids": np.arange(5)}},
+        "vibe_people": {5: {"pose": 0 * clip}, 7: {"pose": clip}},
+        "romp": {"smpl_thetas": clip[1:3], "smpl_betas": np.zeros((2, 11))},
+        "romp_one": {"smpl_thetas": clip[2:3]},
+        "romp_results": {"results": np.array({"smpl_thetas": clip[1:3]}, object)},
+        "gvhmr": {"smpl_params_incam": split,
+                  "smpl_params_global": split | {"global_orient": in_global},
+                  "K_fullimg": torch.eye(3)},
+        "smplifyx": {"global_orient": aa[:1], "body_pose": aa[1:22].reshape(1, 63), **others},
+        "phalp": {"out/a.jpg": {"tid": [1], "smpl": [nobody]},
+                  "b.jpg": {"tid": [1, 2], "smpl": [nobody, person]}},
+        "tensors": torch.tensor(smpl),
+        "list_of_people": [{"pose": torch.zeros(72)}, {"pose": torch.tensor(clip[2])}],
+        "half": {"smpl": {name: value.bfloat16() for name, value in matrices.items()}},
+        "unknown": {"theta": clip, "betas": np.zeros(10)},
+        "rootless": {"body_pose": clip[2, 3:]},
+        "vposer": {"global_orient": aa[:1], "body_pose": np.zeros((1, 32))},
+        "sixd": np.zeros(144),
+        "joblib": b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n.",
+        "module": torch.nn.Linear(1, 1),
+    }
+    content = contents.get(kind)
+    if kind == "hmr2" and path.suffix == ".npz":
+        in_numpy = {name: value.numpy() for name, value in matrices.items()}
+        np.savez(path, pred_smpl_params=np.array(in_numpy, object))
+    elif kind == "text":
+        path.write_text("hello")
+    elif path.suffix in (".pt", ".pth"):
+        torch.save(content, path)
+    elif path.suffix == ".pkl":
+        if kind == "hmr2":
+            content = {name: value.numpy() for name, value in matrices.items()}
+        path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    else:
+        lay(path.parent, {path.name: content})
+
+
+ODD_VALUES = [None, True, 5, -1, 1e308, float("nan"), "", "a", "\ud800", [], {}, [[1]], [None],
+              "x" * 20_000, [0] * 3, {"a": 1}, 10**400]
+
+
+def damage_json(value, rng):
+    """Replaces a random part of a JSON value by an odd one."""
+    if isinstance(value, (list, dict)) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[rng.integers(len(keys))]
+        changed = value.copy()
+        changed[key] = damage_json(value[key], rng)
+        return changed
+    return ODD_VALUES[rng.integers(len(ODD_VALUES))]
+
+
+def damage_array(array, rng):
+    """An array of another type, shape or content."""
+    numbers = array if array.dtype.kind in "iuf" else np.zeros(array.shape)
+    return [
+        numbers * np.nan,
+        numbers * 1e30,
+        numbers.astype(complex),
+        array.astype(str),
+        array.astype(object),
+        array[None],
+        array.ravel()[:1],
+        array.ravel()[:0],
+        np.array(-1.0),
+        np.zeros((3, 2, 3)),
+    ][rng.integers(10)]
+
+
+def damage_bytes(content, rng):
+    """Cuts bytes off or changes some."""
+    if rng.random() < 0.4:
+        return content[:rng.integers(len(content))]
+    changed = np.frombuffer(content, np.uint8).copy()
+    places = rng.integers(len(changed), size=rng.integers(1, 6))
+    changed[places] = rng.integers(0, 256, len(places))
+    return changed.tobytes()
+
+
+def damage(file, content, rng):
+    """The bytes of a file of a release, damaged in a random way that fits its kind."""
+    suffix = pathlib.Path(file).suffix
+    if suffix in (".jpg", ".jpeg") or rng.random() < 0.25:
+        return damage_bytes(content, rng)
+    if suffix == ".json":
+        return json.dumps(damage_json(json.loads(content), rng)).encode()
+    if suffix == ".jsonl":
+        first, *rest = content.splitlines()
+        changed = damage_json(json.loads(first), rng)
+        return b"\n".join([json.dumps(changed).encode(), *rest])
+    if suffix == ".npz":
+        arrays = dict(np.load(io.BytesIO(content), allow_pickle=True))
+        name = sorted(arrays)[rng.integers(len(arrays))]
+        arrays[name] = damage_array(arrays[name], rng)
+        return file_bytes(np.savez, **arrays)
+
+    values = person(A)
+    name = sorted(values)[rng.integers(len(values))]
+    if name != "extra_info" and rng.random() < 0.5:
+        values[name] = damage_array(np.asarray(values[name]), rng)
+    else:
+        values[name] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+    return people_tar(poses(2), {"1.data.pyd": pickle.dumps([values])})
+
+
+def save_awkward_picture(path):
+    """Saves a bright upper half over a dark one, in a way that a careless reader gets wrong."""
+    upright = np.full((64, 64), 40, np.uint8)
+    upright[:32] = 230
+    picture = Image.fromarray(upright)
+    options = {}
+
+    if path.name == "turned.jpg":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6  # orientation: to be turned to the right by a quarter
+        picture = picture.rotate(90)
+    elif path.name == "deep.png":
+        picture = Image.fromarray(upright.astype(np.uint16) * 257)
+    elif path.name == "transparent.png":
+        # black all over, and nothing of the upper half is there: a viewer shows white
+        opacity = np.where(upright < 99, 255, 0).astype(np.uint8)
+        picture = Image.merge("LA", [Image.new("L", (64, 64)), Image.fromarray(opacity)])
+    elif path.name in ("palette.png", "hole.png"):
+        picture = Image.fromarray((upright < 99).astype(np.uint8), "P")
+        picture.putpalette([230, 230, 230, 40, 40, 40])
+        if path.name == "hole.png":
+            picture.putpalette([0, 0, 0, 40, 40, 40])
+            options["transparency"] = 0
+    picture.save(path, **options)
 
 
 def jpeg():

@@ -1059,8 +1059,9 @@ class SafeUnpickler(pickle._Unpickler):
         if not isinstance(target, dict):
             raise pickle.UnpicklingError("it puts items into something that is not a dict")
         for key, value in zip(items[::2], items[1::2]):
-            # Only text is ever looked up. The hash of nested tuples can take years.
-            if type(key) is str:
+            # Only text, and numbers of people, are ever looked up. The hash of nested tuples can
+            # take years, and many large numbers can have the same.
+            if type(key) is str or (type(key) is int and 0 <= key < 2 ** 32):
                 target[key] = value
 
     def load_setitem(self):
@@ -1233,11 +1234,14 @@ def sparse_to_array(state):
 
 
 def to_element(value):
-    """The element of a pickled object array of shape (); other values are returned as they are."""
+    """A pickled object array -> its element if the shape is (), else the list of its elements.
+
+    Other values are returned as they are.
+    """
     if type(value) is Record and value.name == "array" and type(value.state) is tuple:
         shape, _, _, elements = value.state[-4:]
-        if shape == () and type(elements) is list:
-            return elements[0]
+        if type(elements) is list:
+            return elements[0] if shape == () else elements
     return value
 
 
