@@ -62,9 +62,10 @@ from captions import (
     full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write, cli, face_front,
-    first_line, forward_kinematics, list_files, load_asset, load_body, load_json, load_pickle,
-    matrix_to_aa, mirror, read_arrays, run_main, skip_bad_entry, to_array, to_element, turn_root,
+    JOINTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write, cli,
+    face_front, first_line, forward_kinematics, list_files, load_asset, load_body, load_json,
+    load_pickle, matrix_to_aa, mirror, read_arrays, run_main, skip_bad_entry, to_array, to_element,
+    turn_root,
 )
 
 

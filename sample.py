@@ -20,6 +20,7 @@ P image patches, D LLM width.
     python sample.py                          # the tour: seven tasks on test examples, one picture
     python sample.py --text "The left knee is bent. Both hands are above the head."
     python sample.py --image photo.jpg --task image2pose --out out/
+    python sample.py --image crowd.jpg --task image2pose --box 40,10,120,300
 
     >>> from unipose import load
     >>> from sample import generate, question
@@ -32,9 +33,13 @@ P image patches, D LLM width.
 Left out: conversations of several turns, streaming, top-k and beam search, and one prefill for
 several answers to the same prompt.
 """
+import difflib
 import enum
+import math
 import pathlib
+import re
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -42,17 +47,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from captions import check_text
 from data import (
-    TASKS, World, body_colors, contact_sheet, read_pose, render, render_template, save_png,
-    templates, write_pose,
+    SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture, read_pose, render,
+    render_template, save_png, square, templates, upright_reading, write_pose,
 )
 from tokenizer import (
     TINY, UserError, as_user_error, cli, face_front, load_asset, load_body, run_main,
 )
-from unipose import collate, find_device, float_mask, load, mixed_mask
+from unipose import (
+    collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config, set_threads,
+)
 
 
 # ---- 1. What a row answers -----------------------------------------------------------------------
@@ -128,9 +135,18 @@ class CachedModel:
         return self.model.hidden(x, mask, positions, self.cache)                # (B,q,D)
 
 
+GREEDY_BELOW = 1e-4     # a draw at a lower temperature is the largest, or overflows
+
+
+def validate_temperature(temperature):
+    """Raises UserError if a temperature cannot be sampled at."""
+    if not 0 <= temperature <= 100:         # false for NaN, too
+        raise UserError(f"--temperature {temperature} must be from 0 to 100")
+
+
 def sample_token(logits, temperature=0.0, generator=None):
     """Logits (n,) or (B,n) -> index () or (B,): the largest at temperature 0, else a draw."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
 
     probs = (logits.float() / temperature).softmax(-1)
@@ -159,6 +175,7 @@ class Engine:
 
     def __init__(self, model, decode, temperature, generator, max_tokens):
         assert decode in DECODINGS, decode
+        validate_temperature(temperature)
         self.model = model.eval()
         self.decode = decode
         self.temperature = temperature
@@ -178,7 +195,8 @@ class Engine:
         cached = CachedModel(self.model, len(rows))
 
         # 1) prefill: all prompts in one step; padded on the left, their last tokens share a column
-        batch = collate([self.model.encode(prompt) for prompt in prompts], side="left")
+        sequences = [self.model.encode(self.square_pictures(prompt)) for prompt in prompts]
+        batch = collate(sequences, side="left")
         states = cached.read_ids(batch["ids"], batch["block"], batch["code_index"],
                                  batch["valid"], batch["images"])               # (B,T,D)
         hidden = states[:, -1]                                                  # (B,D)
@@ -205,6 +223,23 @@ class Engine:
             hidden = states[torch.arange(len(rows)), last]                      # (B,D)
 
         return [self.finish_row(row) for row in rows]
+
+    def square_pictures(self, prompt):
+        """The segments of a prompt, its pictures padded to squares: the model sees squares only.
+
+        The official model keeps to the square in the middle, as it was trained (`preprocess`).
+        """
+        if self.model.config["prompt_style"] == "released":
+            return prompt
+
+        segments = []
+        for kind, value, is_target in prompt:
+            if isinstance(value, np.ndarray):
+                value = Image.fromarray(value)
+            if isinstance(value, Image.Image):
+                value = square(value)
+            segments.append((kind, value, is_target))
+        return segments
 
     def new_row(self, want):
         """A row before its first token. want: "pose", "text", or None for either."""
@@ -329,10 +364,6 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
 
 
 # ---- 3. Questions --------------------------------------------------------------------------------
-SMALLEST = 16       # pixels of a side of a picture
-LARGEST = 8192
-
-
 def question(task, inputs, model=None):
     """The inputs of a task, in order -> its prompt, always in the same wording.
 
@@ -345,34 +376,6 @@ def question(task, inputs, model=None):
 
     segments = render_template(task, [*inputs, None], template)
     return segments[:-1]            # without the target
-
-
-def read_image(path):
-    """Reads a picture as PIL RGB image, turned upright as its EXIF data says. Raises UserError."""
-    if not pathlib.Path(path).exists():
-        raise UserError(f"there is no image file {path}; check the path")
-
-    advice = f"give a PNG or JPEG with sides of {SMALLEST} to {LARGEST} pixels"
-    blame = f"{path} cannot be decoded as a picture ("
-    with as_user_error(blame, f"); {advice}"), Image.open(path) as picture:
-        # the size is known before any pixel is decoded
-        if min(picture.size) < SMALLEST or max(picture.size) > LARGEST:
-            raise UserError(f"{path} is {picture.width}x{picture.height} pixels; {advice}")
-        return to_rgb(ImageOps.exif_transpose(picture))
-
-
-def to_rgb(picture):
-    """Any PIL image -> RGB. Deep greys are scaled to 8 bits, transparent parts become white."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, np.float64)                                # (H,W)
-        values = 255 * values / max(values.max(), 1)
-        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
 
 
 def count_inputs(kinds):
@@ -408,13 +411,20 @@ def infer_task(kinds, task=""):
     return fitting[0]
 
 
-def validate_text(model, text):
-    """Raises UserError if a text is too long for the model; prints a note on unknown words."""
+def validate_text(text):
+    """Raises UserError if a text cannot be a question to any model."""
     try:
-        n = len(model.text_ids(text))
-    except (TypeError, UnicodeError):
+        text.encode("utf-8")
+    except UnicodeEncodeError:
         raise UserError("--text is not valid UTF-8; check the encoding of the terminal") from None
+    if not any(character.isalnum() for character in text):
+        raise UserError("--text is empty or has no words; give a sentence, as in "
+                        "--text 'Bend the left knee.'")
 
+
+def validate_length(model, text):
+    """Raises UserError if a text is too long for the model."""
+    n = len(model.text_ids(text))
     longest = model.llm.config.max_position_embeddings
     # beside the text a sequence may hold two pictures, poses, and the answer
     reserved = 2 * model.vision.n_patches + 4 * model.pose_tokenizer.n_tokens
@@ -422,15 +432,72 @@ def validate_text(model, text):
         raise UserError(f"--text has {n} words and marks, and the model reads {longest} tokens in "
                         "all; shorten it")
 
-    words = dict.fromkeys(word.strip(".,?") for word in text.split())
-    unk = model.text_tokenizer.unk_token_id
-    unknown = [word for word in words if unk in model.text_ids(word)]
-    if unknown:
-        print(f"note: the model does not know {len(unknown)} of the words: "
-              f"{', '.join(unknown[:8])}", file=sys.stderr)
+
+def report_unknown_words(model, text):
+    """Prints a note on the words that the model does not know, each with the nearest known one."""
+    if not model.is_word_level:
+        return
+
+    notes = []
+    for word in dict.fromkeys(normalise_text(text, model.words).split()):
+        if word not in model.words:
+            nearest = difflib.get_close_matches(word, sorted(model.words), 1, 0.7)
+            notes.append(f"{word} (nearest: {nearest[0]})" if nearest else word)
+    if notes:
+        print(f"note: the model does not know {len(notes)} of the words: {', '.join(notes[:8])}",
+              file=sys.stderr)
 
 
-def read_inputs(config, model):
+def parse_box(text):
+    """A person's box as typed, "X,Y,W,H" -> its four numbers. Raises UserError."""
+    try:
+        box = [float(number) for number in text.split(",")]
+    except ValueError:
+        box = []
+    if len(box) != 4 or not all(math.isfinite(number) for number in box):
+        raise UserError(f"--box {text} is not X,Y,W,H: left, top, width and height in pixels, as "
+                        "in --box 40,10,120,300")
+
+    _, _, width, height = box
+    if min(width, height) <= 0 or max(width, height) < SMALLEST:
+        raise UserError(f"--box {text} is too small: give a width and a height above 0, one of "
+                        f"them at least {SMALLEST} pixels")
+    return box
+
+
+def read_pictures(paths, boxes):
+    """Pictures, or what their boxes cut out of them; boxes: none, or one of each picture."""
+    if boxes and len(boxes) != len(paths):
+        raise UserError(f"--box was given {len(boxes)} times and --image {len(paths)} times; give "
+                        "one box for each picture, in the same order")
+
+    boxes = [parse_box(box) for box in boxes]
+    pictures = [open_picture(path) for path in paths]
+    for k, box in enumerate(boxes):
+        try:
+            pictures[k] = square(pictures[k], box)
+        except UserError as error:
+            raise UserError(f"--image {paths[k]}: {error}") from None
+    return pictures
+
+
+def read_poses(paths, up):
+    """Pose files -> poses (22,3,3), turned as the first has to be turned to face front.
+
+    Texts describe people who face front, so A loses its heading. B gets the turn of A, so that what
+    the two files say of B's heading beside A's stays.
+    """
+    poses = []
+    for path in paths:
+        poses.append(read_pose(path, up)[None])                                 # (1,22,3,3)
+        other = upright_reading(path, up)
+        if other:
+            print(f"note: {path} is read with the head below the feet; with --up {other} the "
+                  "person would be upright", file=sys.stderr)
+    return [face_front(pose, like=poses[0])[0] for pose in poses]
+
+
+def read_inputs(config):
     """The command line -> the task and its inputs, in the order of the task. Raises UserError."""
     given = {"text": config.text, "image": config.image, "pose": config.pose}
     limits = {"text": 1, "image": 2, "pose": 2}
@@ -445,14 +512,12 @@ def read_inputs(config, model):
     task = infer_task(kinds, config.task)
 
     for text in config.text:
-        if not text.strip():
-            raise UserError("--text is empty; give a sentence, as in --text 'Bend the left knee.'")
-        validate_text(model, text)
-
-    # texts describe people who face front, so the heading of a pose file is removed
-    poses = [face_front(read_pose(path)[None])[0] for path in config.pose]
-    images = [read_image(path) for path in config.image]
-    values = {"text": list(config.text), "image": images, "pose": poses}
+        validate_text(text)
+    values = {
+        "text": list(config.text),
+        "image": read_pictures(config.image, config.box),
+        "pose": read_poses(config.pose, config.up),
+    }
     return task, [values[kind].pop(0) for kind in TASKS[task].inputs]
 
 
@@ -480,8 +545,25 @@ def sheet_row(task, note, inputs, results, body):
     for name, value in [*zip(names, inputs), *results]:
         if torch.is_tensor(value):
             value = draw_pose(value, body, heading)
+        if isinstance(value, Image.Image):
+            value = square(value)       # the sheet would cut off the ends of a long one
         cells.append((name, value))
     return f"{task}\n{note}", cells
+
+
+def next_number(out, name):
+    """The number after those of all files in the folder `out` that `numbered` named `name`."""
+    highest = 0
+    for path in out.glob(f"{name}*"):
+        match = re.fullmatch(rf"{name}(?:_(\d+))?", path.stem)
+        if match:
+            highest = max(highest, int(match[1] or 1))
+    return highest + 1
+
+
+def numbered(name, number):
+    """The name of a written file: "tour", "tour_2", "tour_3" and so on."""
+    return name if number == 1 else f"{name}_{number}"
 
 
 # ---- 5. The tour ---------------------------------------------------------------------------------
@@ -512,14 +594,24 @@ def tour(model, body, config):
         rows.append(sheet_row(task, note, inputs, results, body))
 
         print(f"\n{task}   {note}")
-        for value in [*inputs, answer.value]:
+        for value in inputs:
             if isinstance(value, str):
-                print(textwrap.indent(textwrap.fill(value, 106), "    "))
-        if answer.pose is not None:
-            write_pose(out / f"{task}.npz", answer.pose)
+                print_labelled("question", value)
+        if answer.pose is None:
+            print_labelled("answer", answer.text)
+        else:
+            path = out / f"{numbered(task, next_number(out, task))}.npz"
+            write_pose(path, answer.pose)
+            print_labelled("answer", str(path))
 
-    save_png(contact_sheet(rows), out / "tour.png")
-    print(f"\nseven answers in {seconds:.1f} s, as one batch; look at {out / 'tour.png'}")
+    path = out / f"{numbered('tour', next_number(out, 'tour'))}.png"
+    save_png(contact_sheet(rows), path)
+    print(f"\nseven answers in {seconds:.1f} s, as one batch; look at {path}")
+
+
+def print_labelled(label, text):
+    """Prints a text behind a label, wrapped to lines that are indented alike."""
+    print(textwrap.fill(text, 100, initial_indent=f"    {label:<10}", subsequent_indent=" " * 14))
 
 
 def score(task, answer, target, poses, body):
@@ -547,6 +639,8 @@ class Config:
     text: list[str] = field(default_factory=list)  # a description, or with --pose an instruction
     image: list[str] = field(default_factory=list)  # a picture of a person; twice for two
     pose: list[str] = field(default_factory=list)  # a pose file, AMASS .npz or .npy; twice for two
+    box: list[str] = field(default_factory=list)  # X,Y,W,H of the person in each --image, in pixels
+    up: str = ""  # up in --pose: y | z | camera (y down, z ahead); empty: as the kind of file says
     task: str = ""  # needed for one picture only: image2text or image2pose
     weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # the body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
@@ -556,63 +650,111 @@ class Config:
     seed: int = 0  # of sampling
     out: str = "out"  # folder for poses and pictures
     device: str = ""  # cpu | cuda; empty: the GPU if there is one
+    threads: int = 0  # of the CPU; 0: one for a small model, all for one of the paper's size
 
 
-def answer_question(model, body, config):
+def validate_flags(config):
+    """Raises UserError if a flag has an impossible value, or one that would have no effect."""
+    if config.decode not in DECODINGS:
+        raise UserError(f"--decode {config.decode} is not one of {', '.join(DECODINGS)}")
+    if config.up not in ("", *UP_TURNS):
+        raise UserError(f"--up {config.up} is not one of {', '.join(UP_TURNS)}")
+    if not 1 <= config.n <= 64:
+        raise UserError(f"--n {config.n} must be from 1 to 64")
+    if not 0 <= config.threads <= 1024:
+        raise UserError(f"--threads {config.threads} must be from 0 to 1024")
+    validate_temperature(config.temperature)
+    if config.n > 1 and config.decode == "soft":
+        raise UserError("--decode soft averages all answers into one, so --n must be 1; sample "
+                        "several with --decode argmax")
+
+    if config.up and not config.pose:
+        raise UserError(f"--up {config.up} is about pose files; give one with --pose, or leave it "
+                        "out")
+    if is_question(config):
+        return
+    for name in ("n", "temperature", "seed", "box"):
+        if getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"--{name} has no effect on the tour; leave it out, or ask a question "
+                            "with --text, --image or --pose")
+
+
+def is_question(config):
+    """Whether the command line asks a question; else it is the tour."""
+    return bool(config.text or config.image or config.pose or config.task)
+
+
+def validate_out(folder):
+    """Raises UserError if nothing can be written to a folder, which need not exist yet."""
+    with as_user_error(f"--out {folder} cannot be written (", "); choose another folder"):
+        parent = pathlib.Path(folder)
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise UserError(f"--out {folder}: {parent} is a file; choose another folder")
+        with tempfile.TemporaryFile(dir=parent):        # permissions alone do not tell
+            pass
+
+
+def answer_question(model, body, config, task, inputs):
     """Answers the question of the command line --n times.
 
-    Texts are printed; poses and a picture of question and answers are written to --out.
+    Texts are printed; poses and a picture of question and answers are written to --out, under
+    names that are free.
     """
-    task, inputs = read_inputs(config, model)
+    for text in config.text:
+        validate_length(model, text)
+        report_unknown_words(model, text)
+
     temperature = config.temperature
     if config.n > 1 and temperature == 0:
         temperature = 0.7           # greedy answers would all be the same
     generator = torch.Generator(model.device).manual_seed(config.seed)
-
     prompts = [question(task, inputs, model)] * config.n
     wants = [TASKS[task].target] * config.n
     answers = generate(model, prompts, wants, config.decode, temperature, generator)
 
     out = pathlib.Path(config.out)
+    number = next_number(out, task)
     results = []
-    for k, answer in enumerate(answers, 1):
-        results.append((f"answer {k}" if config.n > 1 else "answer", answer.value))
+    for k, answer in enumerate(answers):
+        results.append((f"answer {k + 1}" if config.n > 1 else "answer", answer.value))
         if answer.pose is None:
             print(answer.text)
         else:
-            path = out / (f"{task}_{k}.npz" if config.n > 1 else f"{task}.npz")
+            path = out / f"{numbered(task, number + k)}.npz"
             write_pose(path, answer.pose)
             print(f"pose: {path}")
         if not answer.finished:
             print("note: the answer reached the length limit and was cut", file=sys.stderr)
 
+    path = out / f"{numbered(task, number)}.png"
     row = sheet_row(task, "", inputs, results, body)
-    save_png(contact_sheet([row]), out / f"{task}.png")
-    print(f"picture: {out / f'{task}.png'}")
+    save_png(contact_sheet([row]), path)
+    print(f"picture: {path}")
 
 
 def main(argv=None):
     """Answers one question, or takes the tour."""
     config = cli(Config, argv)
-    if config.decode not in DECODINGS:
-        raise UserError(f"--decode {config.decode} is not one of {', '.join(DECODINGS)}")
-    if not 1 <= config.n <= 64:
-        raise UserError(f"--n {config.n} must be from 1 to 64")
-    if not 0 <= config.temperature <= 100:
-        raise UserError(f"--temperature {config.temperature} must be from 0 to 100")
-    if config.n > 1 and config.decode == "soft":
-        raise UserError("--decode soft averages all answers into one, so --n must be 1; sample "
-                        "several with --decode argmax")
 
+    # whatever can be wrong with the inputs is found before the weights are read, which takes long
+    validate_flags(config)
+    validate_out(config.out)
     body = load_body(config.body)
-    model = load(config.weights, find_device(config.device))
+    device = find_device(config.device)
+    if is_question(config):
+        task, inputs = read_inputs(config)
+    set_threads(config.threads, read_config(config.weights))
+
+    model = load(config.weights, device)
     validate_decoding(model, config.decode)
     if config.decode == "ar" and model.config["attn"] != "causal":
         print("note: this model was not trained with --attn causal, so --decode ar measures its "
               "speed only, and its poses mean nothing", file=sys.stderr)
 
-    if config.text or config.image or config.pose or config.task:
-        answer_question(model, body, config)
+    if is_question(config):
+        answer_question(model, body, config, task, inputs)
     else:
         tour(model, body, config)
 

@@ -6147,32 +6147,256 @@ def test_inputs_that_no_task_takes_are_answered_by_what_the_tasks_take():
         assert f"{task} takes" in sentence
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = torch.tensor([[1.0, 3.0, -torch.inf], [-40.0, -50.0, -torch.inf]])
+
+    assert sample.sample_token(logits, temperature).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 101.0, math.nan, math.inf])
+def test_an_impossible_temperature_is_refused_in_python_too(temperature):
+    refused("must be from 0 to 100", sample.generate, nano(), [PROMPTS["text2pose"]], ["pose"],
+            "argmax", temperature)
+
+
+# texts as people type them
+
+def ids_of(model, text):
+    """The ids of a text without any normalisation."""
+    return model.text_tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("typed", [
+    "The knee is bent!",
+    "The knee is bent;",
+    "The knee is bent:",
+    "The knee is bent?!?",
+    "The knee is bent…",
+    "The knee is bent。",
+    "“The knee is bent.”",
+    "(The knee is bent.)",
+    "\"The 'knee' is ‘bent’.\"",
+    "THE KNEE\tIS\n bent .",
+    "Ｔｈｅ ｋｎｅｅ　is bent！",
+    "The\u00a0knee is\u200b bent.",
+    "The knee – is — bent.",
+    "The knee's bent, is bent.",
+    "\ufeffThe *knee* _is_ [bent]/.",
+])
+def test_a_text_may_be_typed_with_any_marks(typed):
+    model = nano()
+    plain = {
+        "The knee is bent?!?": "the knee is bent ?",
+        "The knee's bent, is bent.": "the knee bent , is bent .",
+    }
+
+    expected = ids_of(model, plain.get(typed, "the knee is bent ."))
+    assert model.text_ids(typed) == expected
+
+
+@pytest.mark.parametrize("typed, words", [
+    ("cross-legged", "cross-legged"),
+    ("Cross–legged", "cross-legged"),
+    ("cross-armed", "cross armed"),
+    ("-legged-", "legged"),
+    ("o'clock", "o'clock"),
+    ("knee’s", "knee"),
+    ("knees'", "knees"),
+    ("90 45.5", "90 45 . 5"),
+    ("— ' -", ""),
+])
+def test_a_known_word_with_a_hyphen_stays_whole_and_another_is_split(typed, words):
+    assert unipose.normalise_text(typed, {"cross-legged", "o'clock", "knee"}) == words
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_our_own_texts_are_not_changed_by_the_normalisation(world, task):
+    model = nano(words=data.vocabulary())
+    texts = []
+    for template in data.templates(task):
+        texts += data.SLOT.split(template)[::2]         # without the slots
+    if "text" in data.TASKS[task].inputs:
+        texts += [world.text(task, i, np.random.default_rng(i)) for i in range(50)]
+
+    for text in texts:
+        assert model.text_ids(text) == ids_of(model, text)
+
+
+def test_a_model_of_word_pieces_reads_a_text_as_it_was_typed():
+    model = nano()
+    model.is_word_level = False
+
+    assert model.text_ids("bent!") == ids_of(model, "bent!")
+
+
+def test_a_question_asked_in_python_is_normalised_too():
+    model = nano(4, words=data.vocabulary())
+    codes = []
+
+    for text in ("Kneeling.", "“Kneeling!”"):
+        [answer] = sample.generate(model, [sample.question("text2pose", [text])], ["pose"])
+        codes.append(answer.codes)
+
+    assert codes[0] == codes[1]
+
+
+def test_a_text_that_is_not_utf_8_is_refused():
+    refused("not valid UTF-8", sample.validate_text, "the left \udcff knee")
+
+
+@pytest.mark.parametrize("text", ["", " \n", "...", "!?", "—"])
+def test_a_text_without_words_is_refused(text):
+    refused("has no words", sample.validate_text, text)
+
+
+def test_words_that_the_model_does_not_know_are_mentioned_once_with_the_nearest(capsys):
+    text = "The left kneee waltzes! The right kneee waltzes, STRAIGTH."
+
+    sample.report_unknown_words(nano(), text)
+
+    note = capsys.readouterr().err
+    assert note == ("note: the model does not know 3 of the words: kneee (nearest: knee), waltzes, "
+                    "straigth (nearest: straight)\n")
+
+
+# poses
+
+def write_turned(path, axis, degrees, pose=A):
+    """Writes a pose as .npy, turned as a whole about one axis -> the path, as text."""
+    turn = tokenizer.aa_to_matrix(math.radians(degrees) * torch.eye(3)[axis])
+    np.save(path, tokenizer.turn_root(pose, turn).numpy())
+    return str(path)
+
+
+def read_poses(*paths, up=""):
+    """What the program makes of these pose files."""
+    _, inputs = sample.read_inputs(sample.Config(pose=list(paths), up=up))
+    return inputs
+
+
 def test_a_given_pose_is_turned_to_face_front(tmp_path):
-    quarter_turn = tokenizer.aa_to_matrix(torch.tensor([0, np.pi / 2, 0]))
-    path = tmp_path / "turned.npz"
-    data.write_pose(path, tokenizer.turn_root(A, quarter_turn))
+    path = write_turned(tmp_path / "turned.npy", axis=1, degrees=90)
 
-    config = sample.Config(pose=[str(path)])
+    [pose] = read_poses(path)
 
-    task, inputs = sample.read_inputs(config, nano())
-
-    assert task == "pose2text"
-    close(inputs[0], tokenizer.face_front(A[None])[0])
+    close(pose, tokenizer.face_front(A[None])[0])
 
 
-def test_a_photograph_is_turned_upright_as_its_exif_data_says(tmp_path):
-    picture = Image.new("RGB", (40, 20), "black")
-    exif = picture.getexif()
+def test_the_second_pose_gets_the_turn_of_the_first(tmp_path):
+    """Also in the text of `difference`: one rule."""
+    path_a = write_turned(tmp_path / "a.npy", axis=1, degrees=120)
+    path_b = write_turned(tmp_path / "b.npy", axis=1, degrees=120, pose=B)
+
+    a, b = read_poses(path_a, path_b)
+
+    close(a, tokenizer.face_front(A[None])[0])
+    close(b, tokenizer.face_front(B[None], like=A[None])[0])
+
+
+def test_two_frames_of_somebody_who_lies_on_the_side_stay_as_near_as_they_are(tmp_path):
+    """The heading jumps by half a turn between 89 and 91 degrees."""
+    rest = torch.eye(3).expand(22, 3, 3)
+    paths = [write_turned(tmp_path / f"{k}.npy", 2, k, rest) for k in (89, 91)]
+    joints = tokenizer.load_body().joints
+
+    a, b = read_poses(*paths)
+
+    gap = joints(a) - joints(b)
+    as_written = joints(data.read_pose(paths[0])) - joints(data.read_pose(paths[1]))
+    close(gap.norm(dim=-1), as_written.norm(dim=-1), atol=1e-4)
+    assert gap.norm(dim=-1).mean() < 0.03
+
+
+@pytest.mark.parametrize("up, degrees", [("y", 0), ("z", 90), ("camera", 180)])
+def test_the_way_that_is_up_in_a_pose_file_may_be_said(tmp_path, capsys, up, degrees):
+    rest = torch.eye(3).expand(22, 3, 3)
+    path = write_turned(tmp_path / "pose.npy", axis=0, degrees=degrees, pose=rest)
+
+    [pose] = read_poses(path, up=up)
+
+    close(pose, rest)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("right, degrees", [("z", 95), ("camera", 180)])
+def test_a_person_who_is_upside_down_is_noted_if_another_reading_is_upright(
+        tmp_path, capsys, right, degrees):
+    rest = torch.eye(3).expand(22, 3, 3)
+    path = write_turned(tmp_path / "pose.npy", axis=0, degrees=degrees, pose=rest)
+
+    read_poses(path)
+
+    note = capsys.readouterr().err
+    assert note.startswith(f"note: {path} is read with the head below the feet; with --up {right}")
+
+
+def test_the_official_demo_poses_are_noted_as_z_up():
+    folder = HERE / "../shared/samples"
+    if not folder.exists():
+        pytest.skip("no sample files")
+
+    for path in folder.glob("official_demo_pose_*.npy"):
+        assert data.upright_reading(path) == "z"
+        assert data.upright_reading(path, "z") == ""
+
+
+# pictures
+
+def write_picture(path, mode="RGB", size=(40, 20), **options):
+    """Writes a picture that is white on the left and black on the right -> its path."""
+    picture = Image.new("L", size)
+    picture.paste(255, (0, 0, size[0] // 2, size[1]))
+    picture.convert(mode).save(path, **options)
+    return path
+
+
+def gradient(width, height):
+    """A picture (height,width,3) whose pixels are all different."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(width)
+    pixels[..., 1] = np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("inside", [False, True], ids=["file", "part of a file"])
+def test_a_photograph_is_turned_upright_as_its_exif_data_says(tmp_path, suffix, inside):
+    exif = Image.Exif()
     exif[0x0112] = 6                                    # orientation: turned by a quarter
-    picture.save(tmp_path / "turned.png", exif=exif)
+    path = write_picture(tmp_path / f"turned.{suffix}", exif=exif)
+    n_bytes = path.stat().st_size
+    path.write_bytes(b"x" * 7 + path.read_bytes() + b"x" * 7)
+    source = [str(path), 7, n_bytes]
+    if not inside:
+        path.write_bytes(path.read_bytes()[7:-7])
+        source = path
 
-    assert sample.read_image(tmp_path / "turned.png").size == (20, 40)
+    picture = data.open_picture(source)
+
+    assert picture.size == (20, 40)
+    assert picture.getpixel((10, 5))[0] > 240
+    assert picture.getpixel((10, 35))[0] < 15
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("1", "png"), ("L", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"), ("P", "gif"),
+    ("CMYK", "jpg"), ("RGBA", "webp"), ("L", "bmp"), ("I;16", "png"), ("I;16", "tif"),
+])
+def test_pictures_of_every_mode_are_read_alike(tmp_path, mode, suffix):
+    path = write_picture(tmp_path / f"picture.{suffix}", mode)
+
+    picture = data.open_picture(path)
+
+    assert picture.mode == "RGB"
+    assert min(picture.getpixel((5, 5))) > 240
+    assert max(picture.getpixel((35, 5))) < 15
 
 
 def test_transparent_parts_of_a_picture_become_white():
     transparent_red = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
 
-    picture = sample.to_rgb(transparent_red)
+    picture = data.to_rgb(transparent_red)
 
     assert picture.mode == "RGB"
     assert picture.getpixel((5, 5)) == (255, 255, 255)
@@ -6183,20 +6407,114 @@ def test_deep_greys_of_a_picture_are_scaled_to_8_bits(dtype):
     values = np.linspace(0, 60_000, 400).astype(dtype)
     deep = Image.fromarray(values.reshape(20, 20))
 
-    picture = sample.to_rgb(deep)
+    picture = data.to_rgb(deep)
 
     assert picture.mode == "RGB"
     assert picture.getextrema() == ((0, 255),) * 3
 
 
-def test_a_text_that_is_not_utf_8_is_refused():
-    refused("not valid UTF-8", sample.validate_text, nano(), "the left \udcff knee")
+def test_numbers_that_are_none_are_black():
+    values = np.full((20, 20), np.nan, np.float32)
+    values[0, 0] = 9
+    values[0, 1] = np.inf
+
+    picture = data.to_rgb(Image.fromarray(values))
+
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((1, 0)) == (0, 0, 0)
+    assert picture.getpixel((5, 5)) == (0, 0, 0)
 
 
-def test_words_that_the_model_does_not_know_are_mentioned_once(capsys):
-    sample.validate_text(nano(), "The left knee waltzes, the right knee waltzes.")
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (41, 20)])
+def test_a_picture_is_padded_to_a_square_by_the_pixels_at_its_border(size):
+    picture = gradient(*size)
 
-    assert capsys.readouterr().err == "note: the model does not know 1 of the words: waltzes\n"
+    padded = data.square(picture)
+
+    side = max(size)
+    left = round(size[0] / 2 - side / 2)
+    top = round(size[1] / 2 - side / 2)
+    assert padded.size == (side, side)
+    assert padded.crop((-left, -top, size[0] - left, size[1] - top)).tobytes() == picture.tobytes()
+    assert padded.getpixel((0, 0)) == (0, 0, 0)
+    assert padded.getpixel((side - 1, side - 1)) == (size[0] - 1, size[1] - 1, 0)
+
+
+def test_a_square_picture_stays_as_it_is():
+    picture = gradient(20, 20)
+
+    assert data.square(picture) is picture
+
+
+def test_a_box_is_grown_to_a_square_about_its_middle():
+    picture = gradient(100, 80)
+
+    inside = data.square(picture, (30, 20, 20, 40))
+    at_the_corner = data.square(picture, (0, 0, 10, 30))
+
+    assert inside.tobytes() == picture.crop((20, 20, 60, 60)).tobytes()
+    assert at_the_corner.size == (30, 30)
+    assert at_the_corner.getpixel((5, 10)) == (0, 10, 0)        # left of the border
+    assert at_the_corner.getpixel((29, 10)) == (19, 10, 0)
+
+
+@pytest.mark.parametrize("box", [None, (0, 0, 8000, 9), (0, 0, 4000, 16), (-100, 0, 8000, 20)])
+def test_a_long_picture_needs_no_more_memory_than_a_square_one(box):
+    cut = data.square(Image.new("RGB", (8000, 20)), box)
+
+    assert cut.width == cut.height <= data.LARGEST_SQUARE
+
+
+@pytest.mark.parametrize("box", [
+    (90, 90, 30, 30), (-30, 0, 20, 20), (0, 0, 0, 0), (math.nan, 0, 20, 20), (-500, -500, 1000, 1000),
+])
+def test_a_box_outside_the_picture_is_refused(box):
+    refused("does not lie in the picture of 100x80 pixels", data.square, gradient(100, 80), box)
+
+
+@pytest.mark.parametrize("as_array", [False, True], ids=["PIL", "array"])
+def test_our_models_see_the_whole_of_a_long_picture(as_array):
+    model = nano()
+    picture = Image.fromarray(PICTURES[0]).resize((90, 60))
+    value = np.asarray(picture) if as_array else picture
+
+    prompts = [sample.question("image2pose", [value]),
+               sample.question("image2pose", [data.square(picture)])]
+    long, padded = sample.generate(model, prompts, ["pose"] * 2)
+
+    assert long.codes == padded.codes
+
+
+def test_the_official_model_sees_the_square_in_the_middle():
+    engine = nano_engine()
+    engine.model.config["prompt_style"] = "released"
+    prompt = sample.question("image2pose", [gradient(90, 60)])
+
+    assert engine.square_pictures(prompt) is prompt
+
+
+def test_a_box_shows_the_model_one_person_of_a_large_picture(tmp_path):
+    picture = gradient(100, 80)
+    picture.save(tmp_path / "people.png")
+    config = sample.Config(
+        image=[str(tmp_path / "people.png")], box=["30,20,20,40"], task="image2pose")
+
+    _, [seen] = sample.read_inputs(config)
+
+    assert seen.tobytes() == data.square(picture, (30, 20, 20, 40)).tobytes()
+
+
+def test_threads_follow_the_size_unless_their_number_is_given():
+    try:
+        torch.set_num_threads(2)
+        unipose.set_threads(0, unipose.model_config("paper"))
+        assert torch.get_num_threads() == 2
+        unipose.set_threads(0, unipose.model_config("tiny"))
+        assert torch.get_num_threads() == 1
+        unipose.set_threads(2, unipose.model_config("tiny"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_python_lines_of_the_lesson_give_a_pose(monkeypatch):
@@ -7284,6 +7602,8 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad files, übel")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    Image.new("RGB", (8192, 16)).save(folder / "strip.png")
+    os.mkfifo(folder / "pipe.png")
     Image.new("RGB", (64, 64)).save(folder / "fine.png")
     (folder / "empty weights").mkdir()
 
@@ -7306,6 +7626,18 @@ MISTAKES = {  # script and flags: what must be said
     "sample --task=image2text --image=dot.png": "1x1 pixels",
     "sample --task=image2text --image=huge.png": "sides of 16 to 8192 pixels",
     "sample --task=image2text --image=half.png": "half.png cannot be decoded",
+    "sample --task=image2text --image=strip.png": "at most 20 times the other",
+    "sample --task=image2text --image='empty weights'": "name one picture in it",
+    "sample --task=image2text --image=pipe.png": "not a regular file",
+    "sample --task=image2text --image=/dev/zero": "not a regular file",
+    "sample --task=image2text --image=fine.png --box=1,2,3": "--box 1,2,3 is not X,Y,W,H",
+    "sample --task=image2text --image=fine.png --box=1,2,3,nan": "is not X,Y,W,H",
+    "sample --task=image2text --image=fine.png --box=1,2,30,0": "too small",
+    "sample --task=image2text --image=fine.png --box=90,90,20,20": "does not lie in the picture",
+    "sample --image=fine.png --image=fine.png --box=0,0,20,20": "one box for each picture",
+    "sample --text a --box 0,0,20,20": "one box for each picture",
+    "sample --pose fine.npy --up down": "--up down is not one of",
+    "sample --text a --up z": "give one with --pose",
     "sample --pose no.npy": "no.npy",
     "sample --pose shape.npy": "shape",
     "sample --pose nan.npy": "NaN",
@@ -7325,6 +7657,12 @@ MISTAKES = {  # script and flags: what must be said
     "sample --decode soft --n 2 --text a": "--n must be 1",
     "sample --n 0 --text a": "--n 0",
     "sample --temperature -1 --text a": "--temperature -1",
+    "sample --temperature nan --text a": "--temperature nan",
+    "sample --threads -1": "--threads -1",
+    "sample --n 2": "--n has no effect on the tour",
+    "sample --temperature 0.5": "--temperature has no effect on the tour",
+    "sample --seed 1": "--seed has no effect on the tour",
+    "sample --box 1,2,3,4": "--box has no effect on the tour",
     "eval --tasks dance": "--tasks",
     "eval --size huge": "--size",
     "eval --split exam": "--split",
@@ -7404,12 +7742,49 @@ def run_sample(trained, out, *flags):
     sample.main(["--weights", str(trained[0]), "--out", str(out), *flags])
 
 
+QUESTION_MISTAKES = [
+    command for command in MISTAKES
+    if command.startswith("sample") and "--weights" not in command and "10000" not in MISTAKES[command]
+]
+
+
+@pytest.mark.parametrize("command", QUESTION_MISTAKES, ids=lambda command: command[:60])
+def test_inputs_are_checked_before_the_weights_are_read(bad_files, monkeypatch, command):
+    """A typing error must not cost the minutes that 16 GB take."""
+    monkeypatch.chdir(bad_files)
+    monkeypatch.setattr(sample, "load", None)
+    _, *flags = shlex.split(command)
+
+    refused(MISTAKES[command], sample.main, flags)
+
+
+@pytest.mark.parametrize("out", ["fine.png", "fine.png/below", "/proc/below"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_read(
+        bad_files, monkeypatch, out):
+    monkeypatch.chdir(bad_files)
+    monkeypatch.setattr(sample, "load", None)
+
+    refused("choose another folder", sample.main, ["--text", "The knee is bent.", "--out", out])
+
+
 def test_answers_are_written_as_pose_files_and_one_picture(trained, tmp_path, capsys):
     run_sample(trained, tmp_path, "--text", "The left knee is straight.", "--n=3")
 
     written = sorted(os.listdir(tmp_path))
-    assert written == ["text2pose.png", "text2pose_1.npz", "text2pose_2.npz", "text2pose_3.npz"]
+    assert written == ["text2pose.npz", "text2pose.png", "text2pose_2.npz", "text2pose_3.npz"]
     assert str(tmp_path / "text2pose.png") in capsys.readouterr().out
+
+
+def test_later_answers_do_not_overwrite_earlier_ones(trained, tmp_path, capsys):
+    flags = ["--text", "The left knee is straight."]
+
+    run_sample(trained, tmp_path, *flags, "--n=2")
+    before = (tmp_path / "text2pose_2.npz").read_bytes()
+    run_sample(trained, tmp_path, *flags)
+
+    assert (tmp_path / "text2pose_2.npz").read_bytes() == before
+    assert str(tmp_path / "text2pose_3.npz") in capsys.readouterr().out
+    assert (tmp_path / "text2pose_3.png").exists()
 
 
 def test_a_written_pose_can_be_the_next_question(trained, tmp_path, capsys):
@@ -7431,6 +7806,16 @@ def test_the_tour_answers_all_seven_tasks_on_one_sheet(trained, tmp_path, capsys
         if row.target == "pose":
             assert data.read_pose(tmp_path / f"{task}.npz").shape == (22, 3, 3)
     assert Image.open(tmp_path / "tour.png").height > 7 * 256
+
+
+def test_the_tour_labels_questions_and_answers(trained, tmp_path, capsys):
+    run_sample(trained, tmp_path)
+
+    printed = capsys.readouterr().out
+    n_questions = sum("text" in row.inputs for row in data.TASKS.values())
+    assert len(re.findall(r"^    answer    ?", printed, re.M)) == len(data.TASKS)
+    assert len(re.findall(r"^    question  \w", printed, re.M)) == n_questions
+    assert f"    answer    {tmp_path / 'edit.npz'}" in printed
 
 
 @pytest.fixture(scope="session")

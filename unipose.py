@@ -28,6 +28,7 @@ does not generate them. A pose has no hands, no face, no body shape and no place
     python unipose.py --weights cache --merge out/llm         # the released LLM, for transformers
 """
 import copy
+import functools
 import io
 import json
 import math
@@ -37,6 +38,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from itertools import groupby
@@ -369,6 +371,59 @@ def fast_tokenizer(text):
         tokenizer_object=text, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=unk)
 
 
+MARKS = [",", ".", "?"]     # those of a word-level model, the strongest last
+TYPED_MARKS = str.maketrans({
+    **dict.fromkeys("!;:。", "."),
+    **dict.fromkeys("、،", ","),
+    **dict.fromkeys("‘’‛`", "'"),
+    **dict.fromkeys("‐‒–—―−", "-"),
+})
+
+
+def normalise_text(text, vocabulary=()):
+    """Text as people type it -> words and the marks `. , ?`, in lower case, separated by spaces.
+
+    Full-width letters become plain ones, sentence enders (`! ; :`) full stops; brackets, quotes and
+    invisible characters go, and of several marks in a row the strongest stays. A word with a hyphen
+    or an apostrophe stays whole if it is in `vocabulary`; else "half-bent" is "half bent", and
+    "person's" is "person".
+    """
+    characters = []
+    for character in unicodedata.normalize("NFKC", text).lower().translate(TYPED_MARKS):
+        kind = unicodedata.category(character)
+        if kind in ("Cc", "Cf") and not character.isspace():
+            continue                    # such as a zero-width space
+        if kind[0] in "PS" and character not in ".,?'-":
+            character = " "             # any other mark or symbol
+        characters.append(character)
+
+    pieces = []
+    for piece in re.findall(r"[^\s.,?]+|[.,?]", "".join(characters)):
+        if piece not in MARKS:
+            pieces += plain_words(piece, vocabulary)
+        elif pieces and pieces[-1] in MARKS:
+            pieces[-1] = max(pieces[-1], piece, key=MARKS.index)
+        else:
+            pieces.append(piece)
+    return " ".join(pieces)
+
+
+def plain_words(word, vocabulary):
+    """A word with hyphens or apostrophes -> the words it stands for, [] if it is only marks."""
+    word = word.strip("'-")
+    if word in vocabulary:
+        return [word]
+
+    parts = []
+    for part in word.split("-"):
+        part = part.strip("'")
+        if part not in vocabulary:
+            part = part.removesuffix("'s")
+        if part:
+            parts.append(part)
+    return parts
+
+
 def tidy_text(text):
     """Spaces and capitals as in print: "the head . it" -> "The head. It"."""
     text = " ".join(text.split())
@@ -652,12 +707,19 @@ class UniPose(nn.Module):
         closing = self.text_tokenizer(" [/INST]", add_special_tokens=False).input_ids
         return opening, closing
 
+    @functools.cached_property
+    def words(self):
+        """The words of a word-level vocabulary, without its marks such as `[INST]`."""
+        return {word for word in self.text_tokenizer.get_vocab() if word[0] not in "<["}
+
     def text_ids(self, text):
         """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
         reserved = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id}
         for mark in self.prompt_marks:
             if len(mark) == 1:  # word pieces spell `[INST]` with several ordinary tokens
                 reserved.add(mark[0])
+        if self.is_word_level:
+            text = normalise_text(text, self.words)
         ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
         return [self.text_tokenizer.unk_token_id if i in reserved else i for i in ids]
 
@@ -919,6 +981,18 @@ def load(folder, device="cpu"):
     names = [name for name in tensors if not name.startswith(RETRIEVAL_PREFIX)]
     load_strictly(model, {name: tensors[name] for name in names}, path)
     return model.to(device).eval()
+
+
+def set_threads(n, config):
+    """Lets PyTorch use n threads of the CPU; n 0: one for a small model, all for a large one.
+
+    The matrices of a small model are so small that handing them to threads takes longer than the
+    sums, many times longer on a busy machine. config: see `model_config`.
+    """
+    if n == 0 and config["llm"]["hidden_size"] < 1024:
+        n = 1
+    if n:
+        torch.set_num_threads(n)
 
 
 def find_device(name=""):
