@@ -6,6 +6,7 @@
 UNIPOSE_GOLDEN names another folder of golden figures in the same format.
 """
 import ast
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -5259,6 +5260,8 @@ def nano_config(**settings):
     config = train.Config(size="nano", device="cpu", **settings)
     train.validate(config)
     train.fill_defaults(config)
+    if config.lora_r < 0:
+        config.lora_r = unipose.SIZES["nano"]["lora_r"]
     return config
 
 
@@ -5386,6 +5389,117 @@ def test_which_parameters_learn_follows_from_stage_size_and_lora(
     pattern = train.trainable(stage, size, lora_r)
 
     assert bool(re.match(pattern, part)) == learns
+
+
+def learning_in_align(model):
+    """How many parameters learn in align at the paper's size."""
+    config = train.Config(stage="align", size="paper", lora_r=model.config["lora_r"])
+    learning = train.freeze(config, {"model": model})
+    return sum(parameter.numel() for parameter in learning.values())
+
+
+def test_align_trains_what_the_table_of_the_papers_size_counts(paper_model):
+    trained = {stage: n for stage, n, _, _ in unipose.memory_table(paper_model)}
+
+    assert learning_in_align(paper_model) == trained["align"]
+
+
+@pytest.fixture(scope="session")
+def paper_toy(tmp_path_factory):
+    """Toy downloads trained for four steps of tokenizer and align at the paper's size.
+
+    Returns the names and tensors before align and after, and what was printed.
+    """
+    folder = tmp_path_factory.mktemp("paper_toy")
+    downloads(folder)
+    flags = ["--size", "paper", "--steps", 4, "--batch", 2]
+    eyes = ["--clip", folder / "clip", "--pose_vit", folder / "vit"]
+    before = {}
+    fit = train.fit
+
+    def fit_and_remember(run, config, out):
+        for name, tensor in run.modules["model"].state_dict().items():
+            before[name] = tensor.clone()
+        return fit(run, config, out)
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        run_train(folder / "out", *flags, "--stage", "tokenizer", "--llm", folder / "llm", *eyes)
+        patch.setattr(train, "fit", fit_and_remember)
+        after = run_train(folder / "out", *flags, "--stage", "align")
+    return before, after, printed.getvalue(), unipose.load(folder / "out")
+
+
+def test_align_at_the_papers_size_moves_every_adapter_and_no_other_matrix(paper_toy):
+    before, after, _, _ = paper_toy
+    layers = [name for name in before if name.startswith("llm.model.layers.")]
+    adapters = [name for name in layers if name.endswith((".A", ".B"))]
+
+    assert len(adapters) == 2 * 7 * 2  # layers, projections, A and B
+    for name in layers:
+        assert torch.equal(before[name], after[name]) != (name in adapters), name
+
+
+def test_the_printed_count_of_align_is_that_of_the_memory_table(paper_toy):
+    _, _, printed, model = paper_toy
+    trained = {stage: n for stage, n, _, _ in unipose.memory_table(model)}
+
+    assert f"align: {trained['align']:,} parameters learn" in printed
+
+
+def test_part_noise_grows_every_5000_iterations_at_the_papers_size():
+    config = train.Config(stage="tokenizer", size="paper")
+    rotmat = poses(2)
+    strengths = []
+
+    for step in (0, 4_999, 5_000, 24_999, 25_000, 199_999):
+        generator = torch.Generator().manual_seed(0)
+        noisy = tokenizer.disturb_parts(rotmat, generator, train.noise_progress(config, step))
+        strengths.append(float((noisy - rotmat).norm()))
+
+    ratios = np.array(strengths) / strengths[0]
+    np.testing.assert_allclose(ratios, [1, 1, 5, 50, 50, 50], rtol=0.05)
+
+
+@pytest.mark.parametrize("flags, is_on", [
+    ("--size paper", True),
+    ("--size paper --no-part_noise", False),
+    ("--size nano", False),
+    ("--size nano --part_noise", True),
+])
+def test_part_noise_is_on_by_default_at_the_papers_size_only(flags, is_on):
+    config = tokenizer.cli(train.Config, flags.split())
+
+    train.fill_defaults(config)
+
+    assert config.part_noise == is_on
+
+
+@pytest.mark.parametrize("stage", ["backbones", "tokenizer"])
+def test_a_body_of_ones_own_is_what_the_losses_measure(trained, tmp_path, stage):
+    """Twice as large a body: another loss; config.json has the name of its file."""
+    with np.load(HERE / "assets/body.npz") as file:
+        arrays = dict(file)
+    for name in ("v_template", "J"):
+        if name in arrays:
+            arrays[name] = 2 * arrays[name]
+    np.savez(tmp_path / "large.npz", **arrays)
+    flags = ["--stage", stage, "--steps", 1, "--batch", 4, "--init", trained[0]]
+
+    run_train(tmp_path / "free", *flags)
+    run_train(tmp_path / "own", *flags, "--body", tmp_path / "large.npz")
+
+    assert logged_losses(tmp_path / "own", stage) > logged_losses(tmp_path / "free", stage)
+    assert unipose.read_config(tmp_path / "own")["body"] == "large.npz"
+    assert unipose.read_config(tmp_path / "free")["body"] == ""
+
+
+def test_a_body_that_is_none_is_refused_before_anything_is_computed(tmp_path):
+    path = lay(tmp_path, {"body.npz": {"v": np.zeros(3)}}) / "body.npz"
+
+    refused("body.npz", run_train, tmp_path / "w", "--body", path)
+
+    assert not (tmp_path / "w").exists()
 
 
 def llm_parameters():

@@ -836,7 +836,7 @@ def add_flag(parser, name, kind, default, comment):
     else:
         options = {"type": kind, "metavar": kind.__name__.upper()}
     # the default of a list is a factory, which dataclasses mark as MISSING
-    if default not in ("", dataclasses.MISSING):
+    if default not in ("", None, dataclasses.MISSING):
         text += f" [{default}]"
     parser.add_argument(*flags, help=text, default=argparse.SUPPRESS, **options)
 

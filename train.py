@@ -60,8 +60,8 @@ from tokenizer import (
 )
 from unipose import (
     CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, UniPose,
-    base_model, collate, find_device, load, model_config, provenance, read_config, read_tensors,
-    save, word_tokenizer,
+    base_model, collate, find_device, load, merge_lora, model_config, provenance, read_config,
+    read_tensors, save, word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -121,6 +121,8 @@ STAGES = {
     ),
 }
 
+NOISE_STEPS = 30_000  # part noise grows every 5,000 iterations, in six steps (paper B.1)
+
 # size -> (synthetic people, how many of them are photographed)
 N_PEOPLE = {"nano": (256, 64), "tiny": (40_000, 40_000), "paper": (40_000, 40_000)}
 RETRIEVAL_WIDTH = {"nano": 32, "tiny": 64, "paper": 512}
@@ -151,9 +153,10 @@ class Config:
     attn: str = ""  # mixed (paper) | mixed_all | causal; empty: the checkpoint's, or mixed
     vision: str = ""  # both (paper) | clip | pose, for a new model; empty: both
     projector: str = ""  # mlp (release) | linear (paper's formula), for a new model; empty: mlp
-    lora_r: int = -1  # rank of LoRA in instruct; 0: train all LLM weights; -1: as in SIZES
+    lora_r: int = -1  # rank of LoRA; 0: train all LLM weights; -1: the checkpoint's, or as in SIZES
+    body: str = ""  # SMPL, SMPL-H or SMPL-X file for the losses on joints and vertices; empty: ours
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
-    part_noise: bool = False  # tokenizer: disturb body parts of the input, not of the target
+    part_noise: bool = None  # tokenizer: disturb parts of the input only; default: at size paper
 
 
 # ---- 2. Real data instead of synthetic people ----------------------------------------------------
@@ -480,7 +483,7 @@ def backbones(model, retrieval_model, cache, config):
     it on captions alone beforehand gained nothing.
     """
     world = cache.world
-    body = load_body()
+    body = load_body(config.body)
     heads = BackboneHeads(model).to(model.device)
     pictures, keypoints = cache.photos
 
@@ -504,9 +507,8 @@ def tokenizer(model, retrieval_model, cache, config):
     """
     real = cache.real_data.get("tokenizer")
     poses = torch.cat([cache.world.poses, cache.world.camera_poses])         # (2n,22,3,3)
-    body = load_body().to(model.device)
+    body = load_body(config.body).to(model.device)
     vertex_ids = None if config.size == "paper" else sample_vertices(body)
-    steps, _, _ = schedule_of(config)
 
     def sample_poses(rows):
         if real:
@@ -517,12 +519,21 @@ def tokenizer(model, retrieval_model, cache, config):
         generator = torch.Generator().manual_seed(step_seed(config, step))
         target = sample_poses(rows).to(model.device)                         # (B,22,3,3)
         noisy, target = augment(
-            target, generator, config.root_noise, config.part_noise, step / steps)
+            target, generator, config.root_noise, config.part_noise, noise_progress(config, step))
         loss, logs = tokenizer_loss(
             model.pose_tokenizer, target, body, vertex_ids, noisy, generator)
         return loss, {**logs, "terms": len(rows)}
 
     return StageRun({"model": model}, batch_loss)
+
+
+def noise_progress(config, step):
+    """How far part noise has grown, from 0 to 1: by iterations at the paper's size, else by the run.
+
+    The paper's grows while NOISE_STEPS iterations last, however long the run is, and then stays.
+    """
+    steps, _, _ = schedule_of(config)
+    return step / (NOISE_STEPS if config.size == "paper" else steps)
 
 
 def retrieval(model, retrieval_model, cache, config):
@@ -635,14 +646,37 @@ def lr_at(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def adapts_llm(stage, size):
+    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
+    # a small LLM starts from random weights: it needs all of them to learn to speak
+    learns_to_speak = stage == "align" and size != "paper"
+    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
+
+
 def trainable(stage, size, lora_r=-1):
     """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
     pattern = TRAINABLE[stage]
-    # a small LLM starts from random weights: it needs all of them to learn to speak
-    learns_to_speak = stage == "align" and size != "paper"
-    if learns_to_speak or lora_r == 0:
+    if lora_r == 0 or not adapts_llm(stage, size):
         pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
     return pattern
+
+
+def prepare_lora(config, model):
+    """Gives the LLM adapters of rank --lora_r, in place, before a stage that trains it by LoRA.
+
+    Adapters of another rank are folded into the weights that they adapt.
+    """
+    rank = model.config["lora_r"] if model.config["lora"] else 0
+    if not adapts_llm(config.stage, config.size) or rank == config.lora_r:
+        return
+    if rank:
+        merge_lora(model.llm.model.layers)
+        model.config["lora"] = False
+
+    model.config["lora_r"] = config.lora_r
+    if config.lora_r:
+        torch.manual_seed(config.seed)  # a stage must not depend on what ran before it
+        model.grow_lora()
 
 
 def freeze(config, modules):
@@ -929,8 +963,10 @@ def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
     notes["stages"] = [*kept, config.stage]
     notes["seconds"][config.stage] = round(seconds)
     notes["commands"][config.stage] = provenance()["command"]
+    if config.stage in ("backbones", "tokenizer"):
+        notes["body"] = pathlib.Path(config.body).name
 
-    written = {key: notes[key] for key in ("stages", "seconds", "commands")}
+    written = {key: notes[key] for key in ("stages", "seconds", "commands", "body")}
     extra = {}
     if "retrieval" in notes["stages"]:
         written["retrieval"] = retrieval_model.config
@@ -957,7 +993,7 @@ def wait_for_first(model, out):
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
     "stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
-    "attn", "lora_r", "root_noise", "part_noise",
+    "attn", "lora_r", "body", "root_noise", "part_noise",
 )
 
 
@@ -1117,8 +1153,8 @@ def fill_defaults(config):
     config.people = config.people or people
     config.photos = config.photos or min(photos, config.people)
     config.out = config.out or f"out/{config.size}"
-    if config.lora_r < 0:
-        config.lora_r = SIZES[config.size]["lora_r"]
+    if config.part_noise is None:
+        config.part_noise = config.size == "paper"
     if not config.device and process_count() > 1 and torch.cuda.is_available():
         config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     config.device = find_device(config.device)
@@ -1178,7 +1214,7 @@ def prepare_model(config, out, real_data):
                 f"--llm begins a new model, but {folder} holds one; "
                 "give another --out, or leave --llm out")
 
-    notes = {"stages": [], "seconds": {}, "commands": {}}
+    notes = {"stages": [], "seconds": {}, "commands": {}, "body": ""}
     if config.init or exists:
         notes |= read_config(folder)
         validate_needs(config, notes["stages"], folder)
@@ -1192,6 +1228,10 @@ def prepare_model(config, out, real_data):
         validate_needs(config, notes["stages"], folder)
         model = new_model(config, real_data)
         retrieval_model = None
+
+    config.attn = model.config["attn"]
+    if config.lora_r < 0:
+        config.lora_r = model.config["lora_r"]
     return model, retrieval_model or new_retrieval_model(model, config), notes
 
 
@@ -1224,7 +1264,7 @@ def validate_checkpoint(config, notes, folder):
         if wanted and wanted != notes[name]:
             raise UserError(
                 f"{folder} was made with --{name} {notes[name]}; another one needs a new model")
-    if notes["lora"] and "instruct" in stages_to_run(config) and config.lora_r != notes["lora_r"]:
+    if notes["lora"] and "instruct" in stages_to_run(config) and config.lora_r not in (-1, notes["lora_r"]):
         raise UserError(
             f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs "
             "a checkpoint from before instruct")
@@ -1251,11 +1291,7 @@ def new_retrieval_model(model, config):
 
 def run_stage(config, model, retrieval_model, cache, notes, out):
     """Trains one stage and writes the checkpoint."""
-    if config.stage == "instruct" and config.lora_r:
-        # seeded here and below, so that a stage does not depend on what ran before it
-        model.config["lora_r"] = config.lora_r
-        torch.manual_seed(config.seed)
-        model.grow_lora()
+    prepare_lora(config, model)
     model.to(config.device)
     retrieval_model.to(config.device)
     if config.checkpointing:
@@ -1293,9 +1329,9 @@ def main(argv=None):
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=2))
 
     out = pathlib.Path(config.out)
+    load_body(config.body)  # now, so that a wrong file is refused before anything is computed
     real_data = read_real_data(config)
     model, retrieval_model, notes = prepare_model(config, out, real_data)
-    config.attn = model.config["attn"]
     out.mkdir(parents=True, exist_ok=True)
 
     stages = stages_to_run(config)
