@@ -2386,9 +2386,9 @@ def test_subsets_of_amass_have_their_new_names(real):
 @pytest.mark.parametrize("name, texts", [
     ("posescript v1", [["A 0", "B 0"], ["A 1"], ["A 2"]]),
     ("posescript v1 human", [["by hand"]]),
-    ("posescript v2", [["one", "two", "three"]] * 4),
+    ("posescript v2", [["one", "two", "both"]] * 4),
     ("posescript v2 human", [["a person"]]),
-    ("posefix", [["Raise it.", "Lift it."], ["Go on."]]),
+    ("posefix", [["Raise it.", "Lift it."], ["Bend it."]]),
 ])
 def test_the_texts_of_an_entry_are_gathered_from_all_files(real, name, texts):
     records = data.read_records([real.specs[name]])
@@ -3135,7 +3135,7 @@ def posescript_v2_files():
         V2_INDEX: pose_index(),
         "v2/train_ids_100k.json": [0, 1],
         "v2/test_ids_100k.json": [2, 3],
-        V2_TEXTS: dict.fromkeys("0123", ["one", "two", "three"]),
+        V2_TEXTS: dict.fromkeys("0123", ["one", "two", "both"]),
         "v2/posescript_human_6293.json": {"3": "a person"},
     }
 
@@ -3148,7 +3148,7 @@ def posefix_files():
         PAIRS: [[0, 1], [3, 2]],
         "fix/train_in_sequence_pair_ids.json": [0],
         "fix/train_out_sequence_pair_ids.json": [1],
-        "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
+        "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Bend it."]},
         "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
     }
 
@@ -5894,6 +5894,215 @@ def test_a_damaged_state_is_refused(cut_off):
     refused("is not a complete training state", run_train, out, *flags, "--resume")
 
 
+def files_of(folder):
+    """name -> content of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_command_typed_again_does_not_begin_at_zero(cut_off):
+    """It says that a state lies there, and how to go on; nothing is touched."""
+    out, flags = cut_off
+    before = files_of(out)
+
+    refused("--resume to go on from step 2", run_train, out, *flags)
+
+    assert files_of(out) == before
+
+
+def test_another_stage_does_not_throw_the_state_away(cut_off, trained):
+    out, _ = cut_off
+    before = files_of(out)
+
+    flags = ["--init", trained[0], "--stage", "retrieval"]
+    refused("finish it first, with --stage tokenizer", run_train, out, *flags, "--resume")
+
+    assert files_of(out) == before
+
+
+def test_a_branch_of_two_stages_goes_on_in_its_second(trained, tmp_path, monkeypatch):
+    """--init is where it began; what it has trained since lies in --out."""
+    flags = ["--stage", "project,instruct", "--init", trained[0], *FOUR_STEPS]
+    expected = run_train(tmp_path / "whole", *flags)
+    save_state = train.save_state
+
+    def save_and_stop(run, learning, optimisers, config, *rest):
+        save_state(run, learning, optimisers, config, *rest)
+        if config.stage == "instruct":
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train, "save_state", save_and_stop)
+        run_train(tmp_path / "cut", *flags)
+    resumed = run_train(tmp_path / "cut", *flags, "--resume")
+
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize("stage, lost", [
+    ("tokenizer", "align, project, instruct"),
+    ("align", "project, instruct"),
+    ("align,project", "instruct"),
+    ("backbones", "project, instruct"),
+])
+def test_a_stage_that_would_outdate_later_ones_is_refused(trained, tmp_path, stage, lost):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+    before = files_of(out)
+
+    refused(f"has been through {lost}, which", run_train, out, "--stage", stage, "--steps", 1)
+
+    assert files_of(out) == before
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "instruct", "project,instruct"])
+def test_a_stage_that_outdates_nothing_may_be_trained_again(trained, tmp_path, stage):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+
+    run_train(out, "--stage", stage, "--steps", 1, "--batch", 2)
+
+    assert set(unipose.read_config(out)["stages"]) == set(train.STAGES)
+
+
+def test_a_branch_does_not_overwrite_a_model(trained, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+    before = files_of(out)
+
+    flags = ["--stage", "instruct", "--steps", 1, "--init", trained[0]]
+    refused("holds a model already", run_train, out, *flags)
+
+    assert files_of(out) == before
+
+
+def test_a_fresh_model_begins_a_fresh_log(tmp_path):
+    row = {"stage": "align", "step": 1, "of": 2, "loss": 3}
+    lay(tmp_path, {"log.jsonl": json.dumps(row) + "\n"})
+
+    run_train(tmp_path, "--stage", "tokenizer", "--steps", 1, "--batch", 4)
+
+    assert train.read_log(tmp_path).keys() == {"tokenizer"}
+
+
+@pytest.mark.parametrize("torn", ['{"stage": "tok', '{"stage": "tokenizer"}', "7", "\0\0"])
+def test_a_torn_line_of_the_log_does_not_end_a_training(cut_off, torn):
+    out, flags = cut_off
+    with open(out / "log.jsonl", "a") as file:
+        file.write(torn)
+
+    run_train(out, *flags, "--resume")
+
+    assert [row["step"] for row in train.read_log(out)["tokenizer"]] == [4]
+
+
+def test_ctrl_c_says_how_to_go_on(trained, tmp_path, monkeypatch, capsys):
+    flags = ["--stage", "tokenizer", "--init", trained[0], *FOUR_STEPS]
+    compute_gradient = train.compute_gradient
+
+    def stopped(run, learning, step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return compute_gradient(run, learning, step, *rest)
+
+    monkeypatch.setattr(train, "compute_gradient", stopped)
+    with pytest.raises(SystemExit) as end:
+        run_train(tmp_path / "w", *flags)
+
+    assert end.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "stopped; type the same command with --resume to go on from step 2"
+
+
+def test_two_runs_on_one_folder_exclude_each_other(trained, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+    before = files_of(out)
+
+    with train.exclusive(out):
+        run = run_script("train.py", *SMALL, "--stage=instruct", "--steps=1", "--out", out)
+
+    assert run.returncode == 2
+    assert "another run of train.py writes to" in run.stderr
+    assert files_of(out) == before
+
+
+def test_unfinished_files_of_dead_processes_are_swept_up(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead = f".{process.pid}-model.safetensors"
+    alive = f".{os.getpid()}-log.png"
+    lay(tmp_path, {dead: b"", alive: b"", ".hidden": b"", "12-a": b""})
+
+    train.sweep(tmp_path)
+
+    assert sorted(os.listdir(tmp_path)) == sorted([alive, ".hidden", "12-a"])
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("the person kneels and gesticulates wildly .", "of the words"),
+    ("the left knee is straight .", ""),
+])
+def test_real_texts_of_unknown_words_are_refused(trained, text, sentence):
+    model = unipose.load(trained[0])
+    data_set = types.SimpleNamespace(texts=lambda: [text] * 3)
+    count = (train.count_unknown_words, train.Config(data="a.json"), model, {"align": data_set})
+
+    if sentence:
+        refused(sentence, *count)
+    else:
+        count[0](*count[1:])
+
+
+def test_a_few_unknown_words_are_counted(trained, capsys):
+    model = unipose.load(trained[0])
+    texts = ["the left knee is straight ."] * 9 + ["gesticulating"]
+    data_set = types.SimpleNamespace(texts=lambda: texts)
+
+    train.count_unknown_words(train.Config(), model, {"align": data_set})
+
+    assert "align: 1.8 % of the words" in capsys.readouterr().out
+
+
+KILLED_AT = {  # name -> (file that is being written, is it complete?)
+    "before the second state": ("train_state.safetensors", 2),
+    "before the checkpoint": ("model.safetensors", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def never_killed(trained, tmp_path_factory):
+    """A run of the tokenizer that nothing disturbs."""
+    return run_train(tmp_path_factory.mktemp("whole") / "w", *TO_BE_KILLED, "--init", trained[0])
+
+
+TO_BE_KILLED = "--stage tokenizer --steps 6 --batch 4 --save_every 2".split()
+
+
+@pytest.mark.parametrize("file, time", KILLED_AT.values(), ids=KILLED_AT)
+def test_a_killed_run_is_resumed_bit_by_bit(trained, never_killed, tmp_path, file, time):
+    """SIGKILL in the moment before the new file takes its name."""
+    out = tmp_path / "w"
+    flags = [*SMALL, *TO_BE_KILLED, "--init", str(trained[0]), "--out", str(out)]
+    program = f"""
+import os, signal, train
+replace = os.replace
+seen = []
+def killed(new, path):
+    seen.append(os.path.basename(path))
+    if seen.count({file!r}) == {time}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(new, path)
+os.replace = killed
+train.main({flags!r})
+"""
+    run = run_script("-c", program)
+    assert run.returncode == -9, run.stderr
+    assert [*out.glob(".*")]
+
+    resumed = run_train(out, *TO_BE_KILLED, "--init", trained[0], "--resume")
+
+    assert not [*out.glob(".*")]
+    for name, tensor in never_killed.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
 def test_resume_skips_stages_that_are_finished(trained, tmp_path, capsys):
     out = shutil.copytree(trained[0], tmp_path / "w")
 
@@ -6147,7 +6356,7 @@ def test_a_full_disk_leaves_no_half_written_answer(trained, tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint_whole(trained, tmp_path):
     weights = shutil.copytree(trained[0], tmp_path / "weights")
     before = (weights / "model.safetensors").read_bytes()
-    flags = [*SMALL, "--stage=project", "--steps=1", "--batch=2"]
+    flags = [*SMALL, "--stage=instruct", "--steps=1", "--batch=2"]
 
     run = run_script("train.py", *flags, "--out", weights, limit=100_000)
 

@@ -32,11 +32,13 @@ image, Dv channels of a patch, D width of the LLM.
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -528,9 +530,9 @@ def tokenizer(model, retrieval_model, cache, config):
 
 
 def noise_progress(config, step):
-    """How far part noise has grown, from 0 to 1: by iterations at the paper's size, else by the run.
+    """How far part noise has grown, from 0 to 1.
 
-    The paper's grows while NOISE_STEPS iterations last, however long the run is, and then stays.
+    The paper's grows for NOISE_STEPS iterations, however long the run is; elsewhere over the run.
     """
     steps, _, _ = schedule_of(config)
     return step / (NOISE_STEPS if config.size == "paper" else steps)
@@ -897,13 +899,33 @@ def log_step(out, row):
           f"{minutes}:{seconds:02d} left", flush=True)
 
 
+def prepare_log(out, is_fresh):
+    """Deletes the log of an older model in a fresh run; otherwise ends a line that was cut off."""
+    path = out / "log.jsonl"
+    if is_fresh:
+        path.unlink(missing_ok=True)
+    elif path.exists() and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a") as file:
+            file.write("\n")
+
+
+def parse_row(line):
+    """A line of the log -> row; None for a line that a killed run has not completed."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and {"stage", "step", "of", "loss"} <= row.keys()
+    return row if is_row else None
+
+
 def read_log(out):
     """log.jsonl -> {stage: rows in the order of steps}; of steps that were repeated, the last."""
     stages = {}
-    for line in (out / "log.jsonl").read_text().splitlines():
-        if not line.endswith("}"):  # the program was stopped while writing it
+    for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
+        row = parse_row(line)
+        if not row:
             continue
-        row = json.loads(line)
         rows = stages.setdefault(row["stage"], [])
         while rows and (rows[-1]["step"] >= row["step"] or rows[-1]["of"] != row["of"]):
             rows.pop()  # of a run that was resumed before this step, or of an older one
@@ -955,12 +977,27 @@ def depends_on(stage, other):
     return any(need == other or depends_on(need, other) for need in STAGES[stage].needs)
 
 
+def is_outdated(stage, trained):
+    """Does a stage build on one of those that are trained anew?"""
+    return any(depends_on(stage, other) for other in trained)
+
+
+def forget_stage(notes, stage):
+    """Takes a stage that no longer stands out of the notes, in place."""
+    if stage in notes["stages"]:
+        notes["stages"].remove(stage)
+    notes["seconds"].pop(stage, None)
+    notes["commands"].pop(stage, None)
+
+
 def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
     """Writes the checkpoint after a stage, with notes on how it was made, and loss.png."""
     # a stage that builds on the one just trained is outdated
-    kept = [stage for stage in notes["stages"]
-            if stage != config.stage and not depends_on(stage, config.stage)]
-    notes["stages"] = [*kept, config.stage]
+    for stage in list(notes["stages"]):
+        if depends_on(stage, config.stage):
+            forget_stage(notes, stage)
+    forget_stage(notes, config.stage)
+    notes["stages"].append(config.stage)
     notes["seconds"][config.stage] = round(seconds)
     notes["commands"][config.stage] = provenance()["command"]
     if config.stage in ("backbones", "tokenizer"):
@@ -1040,7 +1077,8 @@ def read_state(out):
         return {key: facts[key] for key in (*FIXED_SETTINGS, "step", "seconds")}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"{path} is not a complete training state; delete it, or leave --resume out") from None
+            f"{path} is not a complete training state; delete it to begin its stage again"
+        ) from None
 
 
 def load_state(run, learning, optimisers, config, out):
@@ -1056,14 +1094,14 @@ def load_state(run, learning, optimisers, config, out):
             changed.append(f"--{key} {facts[key]} (now {now})")
     if changed:
         raise UserError(
-            f"{path} was made with {', '.join(changed)}; give the same flags, or no --resume")
+            f"{path} was made with {', '.join(changed)}; give the same flags, or another --out")
 
     state = read_tensors(path)
     with torch.no_grad():
         for name, tensor in trainable_state(run, learning).items():
             if name not in state or state[name].shape != tensor.shape:
                 raise UserError(
-                    f"{path} belongs to another model: {name} does not fit; leave --resume out")
+                    f"{path} belongs to another model: {name} does not fit; delete it")
             tensor.copy_(state[name])
 
     owner = {}  # parameter -> its optimiser
@@ -1197,14 +1235,50 @@ def is_data_table(table):
     return True
 
 
+def has_checkpoint(folder):
+    """Is there a model in this folder?"""
+    return (pathlib.Path(folder) / "model.safetensors").exists()
+
+
+def validate_out(config, out):
+    """Checks that nothing in --out gets lost that the user may want to keep. Raises UserError."""
+    state = read_state(out)
+    running = stages_to_run(config)
+    if state and not config.resume:
+        raise UserError(
+            f"{out} holds a run of {state['stage']} that was cut off; type the same command with "
+            f"--resume to go on from step {state['step']}, or give another --out")
+    if state and state["stage"] not in running:
+        raise UserError(
+            f"{out} holds a run of {state['stage']} that was cut off at step {state['step']}; "
+            f"finish it first, with --stage {state['stage']} --resume, or give another --out")
+
+    if config.init and has_checkpoint(out) and not config.resume:
+        raise UserError(
+            f"--init {config.init} starts a branch, but {out} holds a model already; "
+            "give another --out, or leave --init out")
+
+
+def validate_later_stages(config, notes, out):
+    """Checks that training outdates no later stage of the model in --out. Raises UserError."""
+    remaining = remaining_stages(config, notes, out)
+    lost = [stage for stage in notes["stages"]
+            if stage not in remaining and is_outdated(stage, remaining)]
+    if lost:
+        raise UserError(
+            f"{out} has been through {', '.join(lost)}, which a new {', '.join(remaining)} outdates; "
+            f"keep it and train a branch: --init {out} and another --out")
+
+
 def prepare_model(config, out, real_data):
     """Loads the checkpoint to continue, or makes a model -> (model, retrieval model, notes).
 
     notes: what config.json says of the stages so far. Raises UserError.
     """
-    folder = pathlib.Path(config.init or out)
-    exists = (folder / "config.json").exists()
-    if config.init or (exists and not config.resume):
+    # a branch that was cut off goes on from its own checkpoint, not from --init
+    is_own = has_checkpoint(out)
+    folder = pathlib.Path(out if is_own or not config.init else config.init)
+    if config.init or (is_own and not config.resume):
         if config.stage == "all":
             raise UserError(
                 f"--stage all starts with a new model, but {folder} holds one; "
@@ -1215,10 +1289,12 @@ def prepare_model(config, out, real_data):
                 "give another --out, or leave --llm out")
 
     notes = {"stages": [], "seconds": {}, "commands": {}, "body": ""}
-    if config.init or exists:
+    if config.init or is_own:
         notes |= read_config(folder)
         validate_needs(config, notes["stages"], folder)
         validate_checkpoint(config, notes, folder)
+        if is_own:
+            validate_later_stages(config, notes, out)
         model = load(folder)
         model.config["attn"] = config.attn or model.config["attn"]
         retrieval_model = load_retrieval_model(folder)
@@ -1245,7 +1321,8 @@ def validate_needs(config, trained, folder):
                 missing.append(need)
     if not missing:
         return
-    remedy = "train it first (--stage all trains everything), or give --init FOLDER"
+    remedy = (f"train it first (all: python train.py --stage all --size {config.size}), "
+              "or give --init FOLDER")
     if config.size not in STAGES[missing[0]].schedule:
         remedy = "give --llm and --pose_vit"
     raise UserError(
@@ -1314,9 +1391,84 @@ def run_stage(config, model, retrieval_model, cache, notes, out):
         print(f"{config.stage} done in {seconds / 60:.1f} minutes; wrote {out}", flush=True)
 
 
-def already_trained(stage, config, notes, out):
-    """Has --out itself, not --init, finished this stage, and not begun it again since?"""
-    return stage in notes["stages"] and not config.init and read_state(out).get("stage") != stage
+def remaining_stages(config, notes, out):
+    """The stages of --stage that are to be trained: with --resume, those that --out lacks."""
+    stages = stages_to_run(config)
+    if not config.resume or not has_checkpoint(out):
+        return stages
+    begun_again = read_state(out).get("stage")
+    return [stage for stage in stages if stage not in notes["stages"] or stage == begun_again]
+
+
+def count_unknown_words(config, model, real_data):
+    """Prints how many words of the real texts the vocabulary lacks. Raises UserError above 10 %.
+
+    A word-level model reads such a word as <unk>, and would learn to write it.
+    """
+    unknown_id = model.text_tokenizer.unk_token_id
+    for stage, data_set in real_data.items():
+        texts = data_set.texts()
+        n = 0
+        n_unknown = 0
+        for text in texts[::len(texts) // 5000 + 1]:  # 5,000 texts tell enough
+            ids = model.text_ids(text)
+            n += len(ids)
+            n_unknown += ids.count(unknown_id)
+        if not n_unknown:
+            continue
+
+        share = 100 * n_unknown / n
+        if share > 10:
+            raise UserError(
+                f"the model does not know {share:.0f} % of the words that {config.data} holds for "
+                f"{stage}; train a new one on them (--stage all), or give --llm")
+        if is_first():
+            print(f"{stage}: {share:.1f} % of the words of the real texts are unknown to the model")
+
+
+@contextlib.contextmanager
+def exclusive(out):
+    """Makes the folder --out, which no other run may write to meanwhile. Raises UserError.
+
+    The kernel releases the lock when a process dies. A run that wrote nothing leaves no folder.
+    """
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "train.lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that ends removes its lock, maybe just after we opened it
+            is_ours = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(f"another run of train.py writes to {out}; wait, or give another --out")
+        try:
+            yield
+        finally:
+            path.unlink()
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+
+
+def is_running(process):
+    """Is there a process of this number?"""
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it belongs to another user
+        return True
+    return True
+
+
+def sweep(out):
+    """Deletes the unfinished files (see `atomic_write`) of runs that were killed."""
+    for path in out.iterdir():
+        match = re.match(r"\.(\d+)-", path.name)
+        if match and path.is_file() and not is_running(int(match[1])):
+            path.unlink()
 
 
 def main(argv=None):
@@ -1329,16 +1481,35 @@ def main(argv=None):
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=2))
 
     out = pathlib.Path(config.out)
+    try:
+        if is_first():
+            with exclusive(out):
+                validate_out(config, out)
+                sweep(out)
+                train_stages(config, out)
+        else:
+            train_stages(config, out)
+    except KeyboardInterrupt:
+        if is_first():
+            step = read_state(out).get("step", 0)
+            print(f"\nstopped; type the same command with --resume to go on from step {step}",
+                  file=sys.stderr)
+        raise SystemExit(130) from None  # what a shell expects after Ctrl-C
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train_stages(config, out):
+    """Reads all that a run needs, then trains and saves stage by stage."""
     load_body(config.body)  # now, so that a wrong file is refused before anything is computed
     real_data = read_real_data(config)
     model, retrieval_model, notes = prepare_model(config, out, real_data)
-    out.mkdir(parents=True, exist_ok=True)
-
-    stages = stages_to_run(config)
-    if config.resume:
-        stages = [s for s in stages if not already_trained(s, config, notes, out)]
-        if not stages:
-            print(f"{out} has been through {config.stage} already; there is nothing to resume")
+    count_unknown_words(config, model, real_data)
+    stages = remaining_stages(config, notes, out)
+    if not stages:
+        print(f"{out} has been through {config.stage} already; there is nothing to resume")
+    if is_first():
+        prepare_log(out, is_fresh=not config.resume and not has_checkpoint(out))
 
     world = World("train", config.people, model.vision.clip_size)
     cache = FeatureCache(model, world, config.photos, real_data)
@@ -1348,8 +1519,6 @@ def main(argv=None):
             run_stage(stage_config, model, retrieval_model, cache, notes, out)
         if process_count() > 1:
             wait_for_first(model, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
