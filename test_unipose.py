@@ -8,6 +8,7 @@ UNIPOSE_GOLDEN names another folder of golden figures in the same format.
 import ast
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import itertools
@@ -876,6 +877,24 @@ def test_a_full_disk_is_a_user_error_that_names_the_file(tmp_path, error):
 
     refused(f"cannot write {path}", write)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number, is_about_space", [
+    (errno.ENOSPC, True),
+    (errno.EDQUOT, True),
+    (errno.EACCES, False),
+    (errno.EROFS, False),
+])
+def test_only_a_full_disk_is_asked_for_space(tmp_path, number, is_about_space):
+    path = tmp_path / "a.json"
+
+    def write():
+        with tokenizer.atomic_write(path):
+            raise OSError(number, os.strerror(number))
+
+    sentence = refused(f"cannot write {path}", write)
+
+    assert ("free some space" in sentence) == is_about_space
 
 
 def test_a_folder_is_not_overwritten_by_a_file(tmp_path):
@@ -5347,6 +5366,21 @@ def test_a_line_of_the_log_that_was_cut_off_is_left_out(tmp_path):
     assert train.read_log(tmp_path) == {"align": [row]}
 
 
+@pytest.mark.parametrize("variable", ["", "1"], ids=["no terminal", "TQDM_DISABLE"])
+def test_progress_bars_are_for_terminals(monkeypatch, capsys, variable):
+    monkeypatch.setenv("TQDM_DISABLE", variable)
+    if variable:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    assert list(train.progress_bar(range(3), "people")) == [0, 1, 2]
+
+    assert capsys.readouterr().err == ""
+
+
+def test_the_hint_at_stages_before_names_the_size(tmp_path):
+    refused("train.py --stage all --size nano", run_train, tmp_path / "w", "--stage", "instruct")
+
+
 # what trains
 
 @pytest.mark.parametrize("stage", train.STAGES)
@@ -5792,15 +5826,90 @@ def test_init_names_one_folder_and_a_comma_is_part_of_its_name(trained, tmp_path
 @pytest.mark.parametrize("flags, sentence", [
     ("--stage all", "--stage all starts with a new model"),
     ("--stage tokenizer --llm llm --pose_vit vit", "--llm begins a new model"),
-    ("--stage instruct --lora_r 5", "has LoRA of rank 4 already"),
-    ("--stage align --projector linear", "was made with --projector mlp"),
-    ("--stage align --vision clip", "was made with --vision both"),
+    ("--stage retrieval --lora_r 5", "--lora_r 4, which its instruct depends on"),
+    ("--stage instruct --projector linear", "--projector mlp, which its project depends on"),
+    ("--stage retrieval --vision clip", "--vision both, which its project depends on"),
+    ("--stage instruct --attn causal", "--attn mixed, which its align depends on"),
     ("--stage align --size tiny", "holds a nano model"),
 ])
 def test_a_checkpoint_that_does_not_fit_the_flags_is_refused(trained, tmp_path, flags, sentence):
     refused(sentence, run_train, tmp_path / "w", *flags.split(), "--init", trained[0])
 
     assert not (tmp_path / "w").exists()
+
+
+ABLATIONS = [  # flags, the setting in config.json, the stages that stand afterwards
+    ("--stage project --projector linear", ("projector", "linear"), "align project"),
+    ("--stage project --vision clip", ("vision", "clip"), "align project"),
+    ("--stage project,instruct --vision pose", ("vision", "pose"), "align project instruct"),
+    ("--stage align --projector linear", ("projector", "linear"), "align"),
+    ("--stage align --attn causal", ("attn", "causal"), "align"),
+    ("--stage instruct --lora_r 5", ("lora_r", 5), "align project instruct"),
+    ("--stage instruct --lora_r 0", ("lora_r", 0), "align project instruct"),
+]
+
+
+@pytest.mark.parametrize("flags, setting, stages", ABLATIONS)
+def test_a_branch_may_change_what_no_standing_stage_used(trained, tmp_path, flags, setting, stages):
+    out = tmp_path / "w"
+    few = "--steps 1 --batch 2 --init".split()
+
+    run_train(out, *flags.split(), *few, trained[0])
+
+    config = unipose.read_config(out)
+    name, value = setting
+    assert config[name] == value
+    assert config["stages"] == ["backbones", "tokenizer", "retrieval", *stages.split()]
+    assert config["seconds"].keys() == set(config["stages"])
+    assert unipose.load(out)
+
+
+def test_the_stages_before_an_ablation_stay_as_they_are(trained, tmp_path):
+    before = unipose.read_tensors(trained[0] / "model.safetensors")
+
+    flags = "--stage project --projector linear --vision clip --steps 1 --batch 2 --init".split()
+    after = run_train(tmp_path / "w", *flags, trained[0])
+
+    for name, tensor in before.items():
+        if not name.startswith("projector."):
+            assert torch.equal(after[name], tensor), name
+
+
+def test_adapters_of_another_rank_begin_where_the_old_ones_ended(trained):
+    model = unipose.load(trained[0])
+    ids = torch.arange(20)[None]
+    expected = model.llm(ids).logits
+
+    train.prepare_lora(nano_config(stage="instruct", lora_r=7), model)
+
+    close(model.llm(ids).logits, expected)
+    adapter = model.llm.model.layers[0].self_attn.q_proj
+    assert adapter.A.shape == (7, 32)
+
+
+def test_an_ablation_that_was_cut_off_is_resumed_bit_by_bit(trained, tmp_path, monkeypatch):
+    flags = ["--stage", "project", "--projector", "linear", "--init", trained[0], *FOUR_STEPS]
+    expected = run_train(tmp_path / "whole", *flags)
+
+    run_until(3, monkeypatch, tmp_path / "cut", *flags)
+    resumed = run_train(tmp_path / "cut", *flags, "--resume")
+
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_a_size_of_ones_own_trains_without_another_entry(tmp_path, monkeypatch):
+    """It trains all stages, by tiny's schedule unless flags say otherwise."""
+    monkeypatch.setitem(unipose.SIZES, "mini", unipose.SIZES["nano"])
+
+    run_train(tmp_path / "w", *"--size mini --steps 1 --batch 4".split())
+
+    config = unipose.read_config(tmp_path / "w")
+    assert config["size"] == "mini"
+    assert config["stages"] == list(train.STAGES)
+    for stage in train.STAGES:
+        ours = train.schedule_of(train.Config(stage=stage, size="mini"))
+        assert ours == train.schedule_of(train.Config(stage=stage, size="tiny"))
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -61,9 +61,9 @@ from tokenizer import (
     mirror, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, UniPose,
-    base_model, collate, find_device, load, merge_lora, model_config, provenance, read_config,
-    read_tensors, save, word_tokenizer,
+    CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision,
+    UniPose, base_model, collate, find_device, load, make_projector, merge_lora, model_config,
+    provenance, read_config, read_tensors, save, word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -130,6 +130,11 @@ N_PEOPLE = {"nano": (256, 64), "tiny": (40_000, 40_000), "paper": (40_000, 40_00
 RETRIEVAL_WIDTH = {"nano": 32, "tiny": 64, "paper": 512}
 
 
+def column(size):
+    """Which column of these tables a size reads: its own, or tiny's for a size of your own."""
+    return size if size in N_PEOPLE else "tiny"
+
+
 @dataclass
 class Config:
     """Train one stage of UniPose, several, or all."""
@@ -153,8 +158,8 @@ class Config:
     people: int = 0  # synthetic people; 0: as in N_PEOPLE
     photos: int = 0  # how many of them are photographed; 0: as in N_PEOPLE
     attn: str = ""  # mixed (paper) | mixed_all | causal; empty: the checkpoint's, or mixed
-    vision: str = ""  # both (paper) | clip | pose, for a new model; empty: both
-    projector: str = ""  # mlp (release) | linear (paper's formula), for a new model; empty: mlp
+    vision: str = ""  # both (paper) | clip | pose; empty: the checkpoint's, or both
+    projector: str = ""  # mlp (release) | linear (paper's formula); empty: the checkpoint's, or mlp
     lora_r: int = -1  # rank of LoRA; 0: train all LLM weights; -1: the checkpoint's, or as in SIZES
     body: str = ""  # SMPL, SMPL-H or SMPL-X file for the losses on joints and vertices; empty: ours
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
@@ -348,9 +353,14 @@ class FeatureCache:
 
 
 def progress_bar(rows, name):
-    """Iterates over rows with a progress bar on standard error, in the first process only."""
+    """Iterates over rows with a progress bar on standard error, in the first process only.
+
+    There is none if standard error is no terminal, or if TQDM_DISABLE is set.
+    """
     from tqdm import tqdm
-    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=not is_first())
+    is_off = not is_first() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    disable = True if is_off else None  # None: unless standard error is a terminal
+    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=disable)
 
 
 # ---- 4. One function a stage: its modules and its loss -------------------------------------------
@@ -636,7 +646,7 @@ STAGE_RUNS = {
 # ---- 5. The loop ---------------------------------------------------------------------------------
 def schedule_of(config):
     """(steps, batch, peak learning rate) of the stage at this size; flags take precedence."""
-    steps, batch, lr = STAGES[config.stage].schedule[config.size]
+    steps, batch, lr = STAGES[config.stage].schedule[column(config.size)]
     return config.steps or steps, config.batch or batch, config.lr or lr
 
 
@@ -933,12 +943,28 @@ def read_log(out):
     return stages
 
 
+def draw_axes(draw, frame, steps, low, high):
+    """A frame (left, top, right, bottom) whose ticks tell steps to the right and losses upwards."""
+    left, top, right, bottom = frame
+    draw.rectangle(frame, outline="black")
+    for k in range(5):
+        x = left + k * (right - left) / 4
+        y = bottom - k * (bottom - top) / 4
+        draw.line((x, bottom, x, bottom + 4), fill="black")
+        draw.line((left - 4, y, left, y), fill="black")
+        loss = low * (high / low) ** (k / 4)  # the scale is logarithmic
+        draw.text((left - 7, y), f"{loss:.3g}", fill="black", anchor="rm")
+        draw.text((x, bottom + 7), f"{steps * k / 4:.5g}", fill="black", anchor="mt")
+    draw.text((right, bottom + 21), "step", fill="black", anchor="rt")
+    draw.text((left - 7, bottom + 7), "loss", fill="black", anchor="rt")
+
+
 def draw_curve(rows):
     """Rows of the log of a stage -> picture (CELL,CELL) of its loss, on a log scale, over steps."""
-    left = 48  # room for the labels of the axes, on the left and below
+    left = 60  # room for the labels of the axes, on the left and below
     top = 12
     right = CELL - 12
-    bottom = CELL - 28
+    bottom = CELL - 36
     losses = [max(row["loss"], 1e-6) for row in rows]
     low = min(losses)
     high = max(losses)
@@ -951,13 +977,8 @@ def draw_curve(rows):
 
     picture = Image.new("RGB", (CELL, CELL), "white")
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((left, top, right, bottom), outline=(200, 200, 200))
+    draw_axes(draw, (left, top, right, bottom), rows[-1]["of"], low, high)
     draw.line(points, fill=(200, 60, 40), width=2)
-    draw.text((right - 6, top + 6), "log scale", fill=(160, 160, 160), anchor="rt")
-    draw.text((left - 6, top), f"{high:.3g}", fill="black", anchor="rt")
-    draw.text((left - 6, bottom), f"{low:.3g}", fill="black", anchor="rb")
-    draw.text((left, bottom + 8), "0", fill="black", anchor="mt")
-    draw.text((right, bottom + 8), f"step {rows[-1]['of']}", fill="black", anchor="rt")
     return picture
 
 
@@ -1030,7 +1051,7 @@ def wait_for_first(model, out):
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
     "stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
-    "attn", "lora_r", "body", "root_noise", "part_noise",
+    "attn", "vision", "projector", "lora_r", "body", "root_noise", "part_noise",
 )
 
 
@@ -1143,7 +1164,7 @@ def validate(config):
     if config.clip and not config.llm:
         raise UserError("--clip needs --llm and --pose_vit")
 
-    people = config.people or N_PEOPLE[config.size][0]
+    people = config.people or N_PEOPLE[column(config.size)][0]
     if people % 2 == 1 or config.photos % 2 == 1:
         raise UserError("--people and --photos must be even, because people come in pairs")
     if config.photos > people:
@@ -1160,13 +1181,13 @@ def validate_stages(config):
 
     for stage in stages_to_run(config):
         row = STAGES[stage]
-        if config.size not in row.schedule:
+        if column(config.size) not in row.schedule:
             raise UserError(
                 f"--size {config.size} has no stage {stage}; give --llm and --pose_vit instead")
         if row.needs_full_batch and config.accumulate > 1:
             raise UserError(
                 f"the loss of {stage} needs the whole batch at once; leave --accumulate out")
-        batch = config.batch or row.schedule[config.size][1]
+        batch = config.batch or row.schedule[column(config.size)][1]
         parts = 1 if row.needs_full_batch else config.accumulate * process_count()
         if batch % parts:
             raise UserError(
@@ -1179,7 +1200,7 @@ def stages_to_run(config):
     if config.stage != "all":
         named = config.stage.split(",")
         return [stage for stage in STAGES if stage in named]
-    stages = [stage for stage, row in STAGES.items() if config.size in row.schedule]
+    stages = [stage for stage, row in STAGES.items() if column(config.size) in row.schedule]
     if config.llm and "backbones" in stages:
         stages.remove("backbones")
     return stages
@@ -1187,7 +1208,7 @@ def stages_to_run(config):
 
 def fill_defaults(config):
     """Replaces empty settings by what they stand for, in place."""
-    people, photos = N_PEOPLE[config.size]
+    people, photos = N_PEOPLE[column(config.size)]
     config.people = config.people or people
     config.photos = config.photos or min(photos, config.people)
     config.out = config.out or f"out/{config.size}"
@@ -1262,12 +1283,14 @@ def validate_out(config, out):
 def validate_later_stages(config, notes, out):
     """Checks that training outdates no later stage of the model in --out. Raises UserError."""
     remaining = remaining_stages(config, notes, out)
-    lost = [stage for stage in notes["stages"]
-            if stage not in remaining and is_outdated(stage, remaining)]
+    lost = []
+    for stage in notes["stages"]:
+        if stage not in remaining and is_outdated(stage, remaining):
+            lost.append(stage)
     if lost:
         raise UserError(
-            f"{out} has been through {', '.join(lost)}, which a new {', '.join(remaining)} outdates; "
-            f"keep it and train a branch: --init {out} and another --out")
+            f"{out} has been through {', '.join(lost)}, which a new {', '.join(remaining)} "
+            f"outdates; keep it and train a branch: --init {out} and another --out")
 
 
 def prepare_model(config, out, real_data):
@@ -1297,6 +1320,10 @@ def prepare_model(config, out, real_data):
             validate_later_stages(config, notes, out)
         model = load(folder)
         model.config["attn"] = config.attn or model.config["attn"]
+        if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
+            change_projector(config, model)
+            for stage in ("project", "instruct"):
+                forget_stage(notes, stage)
         retrieval_model = load_retrieval_model(folder)
     else:
         if config.llm:
@@ -1305,7 +1332,8 @@ def prepare_model(config, out, real_data):
         model = new_model(config, real_data)
         retrieval_model = None
 
-    config.attn = model.config["attn"]
+    for name in CHOICES:
+        setattr(config, name, model.config[name])
     if config.lora_r < 0:
         config.lora_r = model.config["lora_r"]
     return model, retrieval_model or new_retrieval_model(model, config), notes
@@ -1323,7 +1351,7 @@ def validate_needs(config, trained, folder):
         return
     remedy = (f"train it first (all: python train.py --stage all --size {config.size}), "
               "or give --init FOLDER")
-    if config.size not in STAGES[missing[0]].schedule:
+    if column(config.size) not in STAGES[missing[0]].schedule:
         remedy = "give --llm and --pose_vit"
     raise UserError(
         f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
@@ -1336,15 +1364,36 @@ def validate_checkpoint(config, notes, folder):
         raise UserError(
             f"{folder} holds a {notes['size']} model, not a {config.size} one; "
             f"give --size {notes['size']}")
-    for name in ("vision", "projector"):
+
+    # an ablation of a trained model: no stage that stands may depend on what changes
+    first_uses = {"attn": "align", "vision": "project", "projector": "project"}
+    if notes["lora"]:
+        first_uses["lora_r"] = "align" if adapts_llm("align", config.size) else "instruct"
+    trained_anew = stages_to_run(config)
+    for name, first in first_uses.items():
         wanted = getattr(config, name)
-        if wanted and wanted != notes[name]:
-            raise UserError(
-                f"{folder} was made with --{name} {notes[name]}; another one needs a new model")
-    if notes["lora"] and "instruct" in stages_to_run(config) and config.lora_r not in (-1, notes["lora_r"]):
-        raise UserError(
-            f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs "
-            "a checkpoint from before instruct")
+        if wanted in ("", -1, notes[name]):
+            continue
+        for stage in notes["stages"]:
+            uses = stage == first or depends_on(stage, first)
+            if uses and stage not in trained_anew and not is_outdated(stage, trained_anew):
+                raise UserError(
+                    f"{folder} was made with --{name} {notes[name]}, which its {stage} depends on; "
+                    f"train {first} and what follows it anew, or leave --{name} out")
+
+
+def change_projector(config, model):
+    """Gives a trained model the --vision and the untrained --projector of a branch, in place."""
+    model.config["vision"] = config.vision or model.config["vision"]
+    model.config["projector"] = config.projector or model.config["projector"]
+
+    with torch.device("meta"):  # for its width alone
+        eyes = DualVision(model.config["clip"], model.config["pose_vit"], model.config["vision"])
+    model.vision.which = eyes.which
+    model.vision.width = eyes.width
+    torch.manual_seed(config.seed)
+    llm_width = model.llm.config.hidden_size
+    model.projector = make_projector(model.config["projector"], eyes.width, llm_width)
 
 
 def new_model(config, real_data):
@@ -1363,7 +1412,7 @@ def new_model(config, real_data):
 def new_retrieval_model(model, config):
     """A retrieval model of random weights, the same whatever was trained before."""
     torch.manual_seed(config.seed)
-    return Retrieval(len(model.text_tokenizer), d=RETRIEVAL_WIDTH[config.size])
+    return Retrieval(len(model.text_tokenizer), d=RETRIEVAL_WIDTH[column(config.size)])
 
 
 def run_stage(config, model, retrieval_model, cache, notes, out):
