@@ -6144,32 +6144,35 @@ def test_unfinished_files_of_dead_processes_are_swept_up(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([alive, ".hidden", "12-a"])
 
 
-@pytest.mark.parametrize("text, sentence", [
-    ("the person kneels and gesticulates wildly .", "of the words"),
-    ("the left knee is straight .", ""),
-])
-def test_real_texts_of_unknown_words_are_refused(trained, text, sentence):
+def count_unknown_words(trained, stage, texts):
+    """train.count_unknown_words of a data set that has these texts, for the nano model."""
     model = unipose.load(trained[0])
-    data_set = types.SimpleNamespace(texts=lambda: [text] * 3)
-    count = (train.count_unknown_words, train.Config(data="a.json"), model, {"align": data_set})
-
-    if sentence:
-        refused(sentence, *count)
-    else:
-        count[0](*count[1:])
-
-
-def test_a_few_unknown_words_are_counted(trained, capsys):
-    model = unipose.load(trained[0])
-    texts = ["the left knee is straight ."] * 9 + ["gesticulating"]
     data_set = types.SimpleNamespace(texts=lambda: texts)
-
-    train.count_unknown_words(train.Config(), model, {"align": data_set})
-
-    assert "align: 1.8 % of the words" in capsys.readouterr().out
+    train.count_unknown_words(train.Config(data="a.json"), model, {stage: data_set})
 
 
-KILLED_AT = {  # name -> (file that is being written, is it complete?)
+def test_real_texts_of_unknown_words_are_refused(trained):
+    texts = ["the person kneels and gesticulates wildly ."] * 3
+
+    sentence = "of the words that a.json holds for align"
+    refused(sentence, count_unknown_words, trained, "align", texts)
+
+
+@pytest.mark.parametrize("stage, texts, printed", [
+    ("align", ["the left knee is straight ."] * 9, ""),
+    ("align", ["the left knee is straight ."] * 9 + ["gesticulating"], "align: 1.8 % of the words"),
+    ("tokenizer", ["gesticulating"], ""),
+], ids=["all known", "one unknown", "a stage without texts"])
+def test_a_few_unknown_words_are_counted(trained, capsys, stage, texts, printed):
+    count_unknown_words(trained, stage, texts)
+
+    out = capsys.readouterr().out
+    assert out.startswith(printed)
+    assert bool(out) == bool(printed)
+
+
+TO_BE_KILLED = "--stage tokenizer --steps 6 --batch 4 --save_every 2".split()
+KILLED_AT = {  # name -> (file that is about to be renamed, which of its times)
     "before the second state": ("train_state.safetensors", 2),
     "before the checkpoint": ("model.safetensors", 1),
 }
@@ -6181,11 +6184,8 @@ def never_killed(trained, tmp_path_factory):
     return run_train(tmp_path_factory.mktemp("whole") / "w", *TO_BE_KILLED, "--init", trained[0])
 
 
-TO_BE_KILLED = "--stage tokenizer --steps 6 --batch 4 --save_every 2".split()
-
-
-@pytest.mark.parametrize("file, time", KILLED_AT.values(), ids=KILLED_AT)
-def test_a_killed_run_is_resumed_bit_by_bit(trained, never_killed, tmp_path, file, time):
+@pytest.mark.parametrize("file, nth", KILLED_AT.values(), ids=KILLED_AT)
+def test_a_killed_run_is_resumed_bit_by_bit(trained, never_killed, tmp_path, file, nth):
     """SIGKILL in the moment before the new file takes its name."""
     out = tmp_path / "w"
     flags = [*SMALL, *TO_BE_KILLED, "--init", str(trained[0]), "--out", str(out)]
@@ -6195,7 +6195,7 @@ replace = os.replace
 seen = []
 def killed(new, path):
     seen.append(os.path.basename(path))
-    if seen.count({file!r}) == {time}:
+    if seen.count({file!r}) == {nth}:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(new, path)
 os.replace = killed

@@ -27,6 +27,7 @@ image, Dv channels of a patch, D width of the LLM.
     python train.py --stage all --size tiny --out out/tiny       # the model in weights/tiny
     python train.py --stage align --out out/tiny --resume        # continue after an interruption
     python train.py --stage all --out out/causal --attn causal   # an ablation (paper Table 7)
+    python train.py --stage project,instruct --vision clip --init out/tiny --out out/clip  # branch
     torchrun --nproc_per_node=4 train.py --stage all --out out/tiny             # four GPUs
 """
 import contextlib
@@ -1456,6 +1457,8 @@ def count_unknown_words(config, model, real_data):
     """
     unknown_id = model.text_tokenizer.unk_token_id
     for stage, data_set in real_data.items():
+        if not STAGES[stage].tasks:  # the tokenizer reads no texts
+            continue
         texts = data_set.texts()
         n = 0
         n_unknown = 0
@@ -1554,6 +1557,9 @@ def train_stages(config, out):
     real_data = read_real_data(config)
     model, retrieval_model, notes = prepare_model(config, out, real_data)
     count_unknown_words(config, model, real_data)
+    if process_count() > 1:
+        torch.distributed.barrier()  # all have read the checkpoint before one writes the next
+
     stages = remaining_stages(config, notes, out)
     if not stages:
         print(f"{out} has been through {config.stage} already; there is nothing to resume")
