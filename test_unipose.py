@@ -8,7 +8,9 @@ UNIPOSE_GOLDEN names another folder of golden figures in the same format.
 import argparse
 import ast
 import collections
+import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import itertools
@@ -879,6 +881,24 @@ def test_a_full_disk_is_a_user_error_that_names_the_file(tmp_path, error):
 
     refused(f"cannot write {path}", write)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number, is_about_space", [
+    (errno.ENOSPC, True),
+    (errno.EDQUOT, True),
+    (errno.EACCES, False),
+    (errno.EROFS, False),
+])
+def test_only_a_full_disk_is_asked_for_space(tmp_path, number, is_about_space):
+    path = tmp_path / "a.json"
+
+    def write():
+        with tokenizer.atomic_write(path):
+            raise OSError(number, os.strerror(number))
+
+    sentence = refused(f"cannot write {path}", write)
+
+    assert ("free some space" in sentence) == is_about_space
 
 
 def test_a_folder_is_not_overwritten_by_a_file(tmp_path):
@@ -2418,9 +2438,9 @@ def test_subsets_of_amass_have_their_new_names(real):
 @pytest.mark.parametrize("name, texts", [
     ("posescript v1", [["A 0", "B 0"], ["A 1"], ["A 2"]]),
     ("posescript v1 human", [["by hand"]]),
-    ("posescript v2", [["one", "two", "three"]] * 4),
+    ("posescript v2", [["one", "two", "both"]] * 4),
     ("posescript v2 human", [["a person"]]),
-    ("posefix", [["Raise it.", "Lift it."], ["Go on."]]),
+    ("posefix", [["Raise it.", "Lift it."], ["Bend it."]]),
 ])
 def test_the_texts_of_an_entry_are_gathered_from_all_files(real, name, texts):
     records = data.read_records([real.specs[name]])
@@ -3490,7 +3510,7 @@ def posescript_v2_files():
         V2_INDEX: pose_index(),
         "v2/train_ids_100k.json": [0, 1],
         "v2/test_ids_100k.json": [2, 3],
-        V2_TEXTS: dict.fromkeys("0123", ["one", "two", "three"]),
+        V2_TEXTS: dict.fromkeys("0123", ["one", "two", "both"]),
         "v2/posescript_human_6293.json": {"3": "a person"},
     }
 
@@ -3503,7 +3523,7 @@ def posefix_files():
         PAIRS: [[0, 1], [3, 2]],
         "fix/train_in_sequence_pair_ids.json": [0],
         "fix/train_out_sequence_pair_ids.json": [1],
-        "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Go on."]},
+        "fix/posefix_human_6157.json": {"0": "Raise it.", "1": ["Bend it."]},
         "fix/posefix_paraphrases_4284.json": {"0": ["Lift it."]},
     }
 
@@ -6466,7 +6486,8 @@ def test_a_long_picture_needs_no_more_memory_than_a_square_one(box):
 
 
 @pytest.mark.parametrize("box", [
-    (90, 90, 30, 30), (-30, 0, 20, 20), (0, 0, 0, 0), (math.nan, 0, 20, 20), (-500, -500, 1000, 1000),
+    (90, 90, 30, 30), (-30, 0, 20, 20), (0, 0, 0, 0), (math.nan, 0, 20, 20),
+    (-500, -500, 1000, 1000),
 ])
 def test_a_box_outside_the_picture_is_refused(box):
     refused("does not lie in the picture of 100x80 pixels", data.square, gradient(100, 80), box)
@@ -6933,6 +6954,8 @@ def nano_config(**settings):
     config = train.Config(size="nano", device="cpu", **settings)
     train.validate(config)
     train.fill_defaults(config)
+    if config.lora_r < 0:
+        config.lora_r = unipose.SIZES["nano"]["lora_r"]
     return config
 
 
@@ -7018,6 +7041,21 @@ def test_a_line_of_the_log_that_was_cut_off_is_left_out(tmp_path):
     assert train.read_log(tmp_path) == {"align": [row]}
 
 
+@pytest.mark.parametrize("variable", ["", "1"], ids=["no terminal", "TQDM_DISABLE"])
+def test_progress_bars_are_for_terminals(monkeypatch, capsys, variable):
+    monkeypatch.setenv("TQDM_DISABLE", variable)
+    if variable:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    assert list(train.progress_bar(range(3), "people")) == [0, 1, 2]
+
+    assert capsys.readouterr().err == ""
+
+
+def test_the_hint_at_stages_before_names_the_size(tmp_path):
+    refused("train.py --stage all --size nano", run_train, tmp_path / "w", "--stage", "instruct")
+
+
 # what trains
 
 @pytest.mark.parametrize("stage", train.STAGES)
@@ -7060,6 +7098,117 @@ def test_which_parameters_learn_follows_from_stage_size_and_lora(
     pattern = train.trainable(stage, size, lora_r)
 
     assert bool(re.match(pattern, part)) == learns
+
+
+def learning_in_align(model):
+    """How many parameters learn in align at the paper's size."""
+    config = train.Config(stage="align", size="paper", lora_r=model.config["lora_r"])
+    learning = train.freeze(config, {"model": model})
+    return sum(parameter.numel() for parameter in learning.values())
+
+
+def test_align_trains_what_the_table_of_the_papers_size_counts(paper_model):
+    trained = {stage: n for stage, n, _, _ in unipose.memory_table(paper_model)}
+
+    assert learning_in_align(paper_model) == trained["align"]
+
+
+@pytest.fixture(scope="session")
+def paper_toy(tmp_path_factory):
+    """Toy downloads trained for four steps of tokenizer and align at the paper's size.
+
+    Returns the names and tensors before align and after, and what was printed.
+    """
+    folder = tmp_path_factory.mktemp("paper_toy")
+    downloads(folder)
+    flags = ["--size", "paper", "--steps", 4, "--batch", 2]
+    eyes = ["--clip", folder / "clip", "--pose_vit", folder / "vit"]
+    before = {}
+    fit = train.fit
+
+    def fit_and_remember(run, config, out):
+        for name, tensor in run.modules["model"].state_dict().items():
+            before[name] = tensor.clone()
+        return fit(run, config, out)
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        run_train(folder / "out", *flags, "--stage", "tokenizer", "--llm", folder / "llm", *eyes)
+        patch.setattr(train, "fit", fit_and_remember)
+        after = run_train(folder / "out", *flags, "--stage", "align")
+    return before, after, printed.getvalue(), unipose.load(folder / "out")
+
+
+def test_align_at_the_papers_size_moves_every_adapter_and_no_other_matrix(paper_toy):
+    before, after, _, _ = paper_toy
+    layers = [name for name in before if name.startswith("llm.model.layers.")]
+    adapters = [name for name in layers if name.endswith((".A", ".B"))]
+
+    assert len(adapters) == 2 * 7 * 2  # layers, projections, A and B
+    for name in layers:
+        assert torch.equal(before[name], after[name]) != (name in adapters), name
+
+
+def test_the_printed_count_of_align_is_that_of_the_memory_table(paper_toy):
+    _, _, printed, model = paper_toy
+    trained = {stage: n for stage, n, _, _ in unipose.memory_table(model)}
+
+    assert f"align: {trained['align']:,} parameters learn" in printed
+
+
+def test_part_noise_grows_every_5000_iterations_at_the_papers_size():
+    config = train.Config(stage="tokenizer", size="paper")
+    rotmat = poses(2)
+    strengths = []
+
+    for step in (0, 4_999, 5_000, 24_999, 25_000, 199_999):
+        generator = torch.Generator().manual_seed(0)
+        noisy = tokenizer.disturb_parts(rotmat, generator, train.noise_progress(config, step))
+        strengths.append(float((noisy - rotmat).norm()))
+
+    ratios = np.array(strengths) / strengths[0]
+    np.testing.assert_allclose(ratios, [1, 1, 5, 50, 50, 50], rtol=0.05)
+
+
+@pytest.mark.parametrize("flags, is_on", [
+    ("--size paper", True),
+    ("--size paper --no-part_noise", False),
+    ("--size nano", False),
+    ("--size nano --part_noise", True),
+])
+def test_part_noise_is_on_by_default_at_the_papers_size_only(flags, is_on):
+    config = tokenizer.cli(train.Config, flags.split())
+
+    train.fill_defaults(config)
+
+    assert config.part_noise == is_on
+
+
+@pytest.mark.parametrize("stage", ["backbones", "tokenizer"])
+def test_a_body_of_ones_own_is_what_the_losses_measure(trained, tmp_path, stage):
+    """Twice as large a body: another loss; config.json has the name of its file."""
+    with np.load(HERE / "assets/body.npz") as file:
+        arrays = dict(file)
+    for name in ("v_template", "J"):
+        if name in arrays:
+            arrays[name] = 2 * arrays[name]
+    np.savez(tmp_path / "large.npz", **arrays)
+    flags = ["--stage", stage, "--steps", 1, "--batch", 4, "--init", trained[0]]
+
+    run_train(tmp_path / "free", *flags)
+    run_train(tmp_path / "own", *flags, "--body", tmp_path / "large.npz")
+
+    assert logged_losses(tmp_path / "own", stage) > logged_losses(tmp_path / "free", stage)
+    assert unipose.read_config(tmp_path / "own")["body"] == "large.npz"
+    assert unipose.read_config(tmp_path / "free")["body"] == ""
+
+
+def test_a_body_that_is_none_is_refused_before_anything_is_computed(tmp_path):
+    path = lay(tmp_path, {"body.npz": {"v": np.zeros(3)}}) / "body.npz"
+
+    refused("body.npz", run_train, tmp_path / "w", "--body", path)
+
+    assert not (tmp_path / "w").exists()
 
 
 def llm_parameters():
@@ -7352,15 +7501,90 @@ def test_init_names_one_folder_and_a_comma_is_part_of_its_name(trained, tmp_path
 @pytest.mark.parametrize("flags, sentence", [
     ("--stage all", "--stage all starts with a new model"),
     ("--stage tokenizer --llm llm --pose_vit vit", "--llm begins a new model"),
-    ("--stage instruct --lora_r 5", "has LoRA of rank 4 already"),
-    ("--stage align --projector linear", "was made with --projector mlp"),
-    ("--stage align --vision clip", "was made with --vision both"),
+    ("--stage retrieval --lora_r 5", "--lora_r 4, which its instruct depends on"),
+    ("--stage instruct --projector linear", "--projector mlp, which its project depends on"),
+    ("--stage retrieval --vision clip", "--vision both, which its project depends on"),
+    ("--stage instruct --attn causal", "--attn mixed, which its align depends on"),
     ("--stage align --size tiny", "holds a nano model"),
 ])
 def test_a_checkpoint_that_does_not_fit_the_flags_is_refused(trained, tmp_path, flags, sentence):
     refused(sentence, run_train, tmp_path / "w", *flags.split(), "--init", trained[0])
 
     assert not (tmp_path / "w").exists()
+
+
+ABLATIONS = [  # flags, the setting in config.json, the stages that stand afterwards
+    ("--stage project --projector linear", ("projector", "linear"), "align project"),
+    ("--stage project --vision clip", ("vision", "clip"), "align project"),
+    ("--stage project,instruct --vision pose", ("vision", "pose"), "align project instruct"),
+    ("--stage align --projector linear", ("projector", "linear"), "align"),
+    ("--stage align --attn causal", ("attn", "causal"), "align"),
+    ("--stage instruct --lora_r 5", ("lora_r", 5), "align project instruct"),
+    ("--stage instruct --lora_r 0", ("lora_r", 0), "align project instruct"),
+]
+
+
+@pytest.mark.parametrize("flags, setting, stages", ABLATIONS)
+def test_a_branch_may_change_what_no_standing_stage_used(trained, tmp_path, flags, setting, stages):
+    out = tmp_path / "w"
+    few = "--steps 1 --batch 2 --init".split()
+
+    run_train(out, *flags.split(), *few, trained[0])
+
+    config = unipose.read_config(out)
+    name, value = setting
+    assert config[name] == value
+    assert config["stages"] == ["backbones", "tokenizer", "retrieval", *stages.split()]
+    assert config["seconds"].keys() == set(config["stages"])
+    assert unipose.load(out)
+
+
+def test_the_stages_before_an_ablation_stay_as_they_are(trained, tmp_path):
+    before = unipose.read_tensors(trained[0] / "model.safetensors")
+
+    flags = "--stage project --projector linear --vision clip --steps 1 --batch 2 --init".split()
+    after = run_train(tmp_path / "w", *flags, trained[0])
+
+    for name, tensor in before.items():
+        if not name.startswith("projector."):
+            assert torch.equal(after[name], tensor), name
+
+
+def test_adapters_of_another_rank_begin_where_the_old_ones_ended(trained):
+    model = unipose.load(trained[0])
+    ids = torch.arange(20)[None]
+    expected = model.llm(ids).logits
+
+    train.prepare_lora(nano_config(stage="instruct", lora_r=7), model)
+
+    close(model.llm(ids).logits, expected)
+    adapter = model.llm.model.layers[0].self_attn.q_proj
+    assert adapter.A.shape == (7, 32)
+
+
+def test_an_ablation_that_was_cut_off_is_resumed_bit_by_bit(trained, tmp_path, monkeypatch):
+    flags = ["--stage", "project", "--projector", "linear", "--init", trained[0], *FOUR_STEPS]
+    expected = run_train(tmp_path / "whole", *flags)
+
+    run_until(3, monkeypatch, tmp_path / "cut", *flags)
+    resumed = run_train(tmp_path / "cut", *flags, "--resume")
+
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_a_size_of_ones_own_trains_without_another_entry(tmp_path, monkeypatch):
+    """It trains all stages, by tiny's schedule unless flags say otherwise."""
+    monkeypatch.setitem(unipose.SIZES, "mini", unipose.SIZES["nano"])
+
+    run_train(tmp_path / "w", *"--size mini --steps 1 --batch 4".split())
+
+    config = unipose.read_config(tmp_path / "w")
+    assert config["size"] == "mini"
+    assert config["stages"] == list(train.STAGES)
+    for stage in train.STAGES:
+        ours = train.schedule_of(train.Config(stage=stage, size="mini"))
+        assert ours == train.schedule_of(train.Config(stage=stage, size="tiny"))
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -7452,6 +7676,215 @@ def test_a_damaged_state_is_refused(cut_off):
     path.write_bytes(path.read_bytes()[:500])
 
     refused("is not a complete training state", run_train, out, *flags, "--resume")
+
+
+def files_of(folder):
+    """name -> content of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_command_typed_again_does_not_begin_at_zero(cut_off):
+    """It says that a state lies there, and how to go on; nothing is touched."""
+    out, flags = cut_off
+    before = files_of(out)
+
+    refused("--resume to go on from step 2", run_train, out, *flags)
+
+    assert files_of(out) == before
+
+
+def test_another_stage_does_not_throw_the_state_away(cut_off, trained):
+    out, _ = cut_off
+    before = files_of(out)
+
+    flags = ["--init", trained[0], "--stage", "retrieval"]
+    refused("finish it first, with --stage tokenizer", run_train, out, *flags, "--resume")
+
+    assert files_of(out) == before
+
+
+def test_a_branch_of_two_stages_goes_on_in_its_second(trained, tmp_path, monkeypatch):
+    """--init is where it began; what it has trained since lies in --out."""
+    flags = ["--stage", "project,instruct", "--init", trained[0], *FOUR_STEPS]
+    expected = run_train(tmp_path / "whole", *flags)
+    save_state = train.save_state
+
+    def save_and_stop(run, learning, optimisers, config, *rest):
+        save_state(run, learning, optimisers, config, *rest)
+        if config.stage == "instruct":
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train, "save_state", save_and_stop)
+        run_train(tmp_path / "cut", *flags)
+    resumed = run_train(tmp_path / "cut", *flags, "--resume")
+
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize("stage, lost", [
+    ("tokenizer", "align, project, instruct"),
+    ("align", "project, instruct"),
+    ("align,project", "instruct"),
+    ("backbones", "project, instruct"),
+])
+def test_a_stage_that_would_outdate_later_ones_is_refused(trained, tmp_path, stage, lost):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+    before = files_of(out)
+
+    refused(f"has been through {lost}, which", run_train, out, "--stage", stage, "--steps", 1)
+
+    assert files_of(out) == before
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "instruct", "project,instruct"])
+def test_a_stage_that_outdates_nothing_may_be_trained_again(trained, tmp_path, stage):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+
+    run_train(out, "--stage", stage, "--steps", 1, "--batch", 2)
+
+    assert set(unipose.read_config(out)["stages"]) == set(train.STAGES)
+
+
+def test_a_branch_does_not_overwrite_a_model(trained, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+    before = files_of(out)
+
+    flags = ["--stage", "instruct", "--steps", 1, "--init", trained[0]]
+    refused("holds a model already", run_train, out, *flags)
+
+    assert files_of(out) == before
+
+
+def test_a_fresh_model_begins_a_fresh_log(tmp_path):
+    row = {"stage": "align", "step": 1, "of": 2, "loss": 3}
+    lay(tmp_path, {"log.jsonl": json.dumps(row) + "\n"})
+
+    run_train(tmp_path, "--stage", "tokenizer", "--steps", 1, "--batch", 4)
+
+    assert train.read_log(tmp_path).keys() == {"tokenizer"}
+
+
+@pytest.mark.parametrize("torn", ['{"stage": "tok', '{"stage": "tokenizer"}', "7", "\0\0"])
+def test_a_torn_line_of_the_log_does_not_end_a_training(cut_off, torn):
+    out, flags = cut_off
+    with open(out / "log.jsonl", "a") as file:
+        file.write(torn)
+
+    run_train(out, *flags, "--resume")
+
+    assert [row["step"] for row in train.read_log(out)["tokenizer"]] == [4]
+
+
+def test_ctrl_c_says_how_to_go_on(trained, tmp_path, monkeypatch, capsys):
+    flags = ["--stage", "tokenizer", "--init", trained[0], *FOUR_STEPS]
+    compute_gradient = train.compute_gradient
+
+    def stopped(run, learning, step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return compute_gradient(run, learning, step, *rest)
+
+    monkeypatch.setattr(train, "compute_gradient", stopped)
+    with pytest.raises(SystemExit) as end:
+        run_train(tmp_path / "w", *flags)
+
+    assert end.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "stopped; type the same command with --resume to go on from step 2"
+
+
+def test_two_runs_on_one_folder_exclude_each_other(trained, tmp_path):
+    out = shutil.copytree(trained[0], tmp_path / "w")
+    before = files_of(out)
+
+    with train.exclusive(out):
+        run = run_script("train.py", *SMALL, "--stage=instruct", "--steps=1", "--out", out)
+
+    assert run.returncode == 2
+    assert "another run of train.py writes to" in run.stderr
+    assert files_of(out) == before
+
+
+def test_unfinished_files_of_dead_processes_are_swept_up(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead = f".{process.pid}-model.safetensors"
+    alive = f".{os.getpid()}-log.png"
+    lay(tmp_path, {dead: b"", alive: b"", ".hidden": b"", "12-a": b""})
+
+    train.sweep(tmp_path)
+
+    assert sorted(os.listdir(tmp_path)) == sorted([alive, ".hidden", "12-a"])
+
+
+def count_unknown_words(trained, stage, texts):
+    """train.count_unknown_words of a data set that has these texts, for the nano model."""
+    model = unipose.load(trained[0])
+    data_set = types.SimpleNamespace(texts=lambda: texts)
+    train.count_unknown_words(train.Config(data="a.json"), model, {stage: data_set})
+
+
+def test_real_texts_of_unknown_words_are_refused(trained):
+    texts = ["the person kneels and gesticulates wildly ."] * 3
+
+    sentence = "of the words that a.json holds for align"
+    refused(sentence, count_unknown_words, trained, "align", texts)
+
+
+@pytest.mark.parametrize("stage, texts, printed", [
+    ("align", ["the left knee is straight ."] * 9, ""),
+    ("align", ["the left knee is straight ."] * 9 + ["gesticulating"], "align: 1.8 % of the words"),
+    ("tokenizer", ["gesticulating"], ""),
+], ids=["all known", "one unknown", "a stage without texts"])
+def test_a_few_unknown_words_are_counted(trained, capsys, stage, texts, printed):
+    count_unknown_words(trained, stage, texts)
+
+    out = capsys.readouterr().out
+    assert out.startswith(printed)
+    assert bool(out) == bool(printed)
+
+
+TO_BE_KILLED = "--stage tokenizer --steps 6 --batch 4 --save_every 2".split()
+KILLED_AT = {  # name -> (file that is about to be renamed, which of its times)
+    "before the second state": ("train_state.safetensors", 2),
+    "before the checkpoint": ("model.safetensors", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def never_killed(trained, tmp_path_factory):
+    """A run of the tokenizer that nothing disturbs."""
+    return run_train(tmp_path_factory.mktemp("whole") / "w", *TO_BE_KILLED, "--init", trained[0])
+
+
+@pytest.mark.parametrize("file, nth", KILLED_AT.values(), ids=KILLED_AT)
+def test_a_killed_run_is_resumed_bit_by_bit(trained, never_killed, tmp_path, file, nth):
+    """SIGKILL in the moment before the new file takes its name."""
+    out = tmp_path / "w"
+    flags = [*SMALL, *TO_BE_KILLED, "--init", str(trained[0]), "--out", str(out)]
+    program = f"""
+import os, signal, train
+replace = os.replace
+seen = []
+def killed(new, path):
+    seen.append(os.path.basename(path))
+    if seen.count({file!r}) == {nth}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(new, path)
+os.replace = killed
+train.main({flags!r})
+"""
+    run = run_script("-c", program)
+    assert run.returncode == -9, run.stderr
+    assert [*out.glob(".*")]
+
+    resumed = run_train(out, *TO_BE_KILLED, "--init", trained[0], "--resume")
+
+    assert not [*out.glob(".*")]
+    for name, tensor in never_killed.items():
+        assert torch.equal(resumed[name], tensor), name
 
 
 def test_resume_skips_stages_that_are_finished(trained, tmp_path, capsys):
@@ -7727,7 +8160,7 @@ def test_a_full_disk_leaves_no_half_written_answer(trained, tmp_path):
 def test_a_full_disk_leaves_the_old_checkpoint_whole(trained, tmp_path):
     weights = shutil.copytree(trained[0], tmp_path / "weights")
     before = (weights / "model.safetensors").read_bytes()
-    flags = [*SMALL, "--stage=project", "--steps=1", "--batch=2"]
+    flags = [*SMALL, "--stage=instruct", "--steps=1", "--batch=2"]
 
     run = run_script("train.py", *flags, "--out", weights, limit=100_000)
 
@@ -7744,7 +8177,8 @@ def run_sample(trained, out, *flags):
 
 QUESTION_MISTAKES = [
     command for command in MISTAKES
-    if command.startswith("sample") and "--weights" not in command and "10000" not in MISTAKES[command]
+    if command.startswith("sample") and "--weights" not in command
+    and "10000" not in MISTAKES[command]
 ]
 
 

@@ -839,7 +839,7 @@ def add_flag(parser, name, kind, default, comment):
     else:
         options = {"type": kind, "metavar": kind.__name__.upper()}
     # the default of a list is a factory, which dataclasses mark as MISSING
-    if default not in ("", dataclasses.MISSING):
+    if default not in ("", None, dataclasses.MISSING):
         text += f" [{default}]"
     parser.add_argument(*flags, help=text, default=argparse.SUPPRESS, **options)
 
@@ -883,9 +883,10 @@ def atomic_write(path):
             new.unlink()
         # safetensors and torch.save report a full disk by exceptions of their own
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
-            raise UserError(
-                f"cannot write {path}: {first_line(error)}. Free some space or choose another place"
-            ) from error
+            remedy = "choose another place"
+            if re.search("No space|too large|quota|enforce fail|iostream", str(error)):
+                remedy = "free some space or choose another place"
+            raise UserError(f"cannot write {path} ({first_line(error)}); {remedy}") from error
         raise
 
 

@@ -27,16 +27,19 @@ image, Dv channels of a patch, D width of the LLM.
     python train.py --stage all --size tiny --out out/tiny       # the model in weights/tiny
     python train.py --stage align --out out/tiny --resume        # continue after an interruption
     python train.py --stage all --out out/causal --attn causal   # an ablation (paper Table 7)
+    python train.py --stage project,instruct --vision clip --init out/tiny --out out/clip  # branch
     torchrun --nproc_per_node=4 train.py --stage all --out out/tiny             # four GPUs
 """
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -59,9 +62,9 @@ from tokenizer import (
     mirror, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, UniPose,
-    base_model, collate, find_device, load, model_config, provenance, read_config, read_tensors,
-    save, word_tokenizer,
+    CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision,
+    UniPose, base_model, collate, find_device, load, make_projector, merge_lora, model_config,
+    provenance, read_config, read_tensors, save, set_threads, word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -121,9 +124,16 @@ STAGES = {
     ),
 }
 
+NOISE_STEPS = 30_000  # part noise grows every 5,000 iterations, in six steps (paper B.1)
+
 # size -> (synthetic people, how many of them are photographed)
 N_PEOPLE = {"nano": (256, 64), "tiny": (40_000, 40_000), "paper": (40_000, 40_000)}
 RETRIEVAL_WIDTH = {"nano": 32, "tiny": 64, "paper": 512}
+
+
+def column(size):
+    """Which column of these tables a size reads: its own, or tiny's for a size of your own."""
+    return size if size in N_PEOPLE else "tiny"
 
 
 @dataclass
@@ -145,34 +155,37 @@ class Config:
     checkpointing: bool = False  # recompute activations backwards: less memory, a third more time
     save_every: int = 500  # steps between two states to resume from
     device: str = ""  # cpu | cuda | ...; empty: a GPU if there is one
+    threads: int = 0  # threads of the CPU; 0: one for the embedded sizes, all for the paper's
     data: str = ""  # JSON file {stage: {"KIND:PATH": weight}} of real data; empty: synthetic people
     people: int = 0  # synthetic people; 0: as in N_PEOPLE
     photos: int = 0  # how many of them are photographed; 0: as in N_PEOPLE
     attn: str = ""  # mixed (paper) | mixed_all | causal; empty: the checkpoint's, or mixed
-    vision: str = ""  # both (paper) | clip | pose, for a new model; empty: both
-    projector: str = ""  # mlp (release) | linear (paper's formula), for a new model; empty: mlp
-    lora_r: int = -1  # rank of LoRA in instruct; 0: train all LLM weights; -1: as in SIZES
+    vision: str = ""  # both (paper) | clip | pose; empty: the checkpoint's, or both
+    projector: str = ""  # mlp (release) | linear (paper's formula); empty: the checkpoint's, or mlp
+    lora_r: int = -1  # rank of LoRA; 0: train all LLM weights; -1: the checkpoint's, or as in SIZES
+    body: str = ""  # SMPL, SMPL-H or SMPL-X file for the losses on joints and vertices; empty: ours
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
-    part_noise: bool = False  # tokenizer: disturb body parts of the input, not of the target
+    part_noise: bool = None  # tokenizer: disturb parts of the input only; default: at size paper
 
 
 # ---- 2. Real data instead of synthetic people ----------------------------------------------------
 def tasks_offered(record):
     """The tasks that a record of `data.read_records` can be an example of.
 
-    If a picture has both texts and a pose, the texts are the target and the pose is not used.
+    A picture with both texts and a pose is for tasks that use all three, and for those about the
+    picture and its texts, not for those that leave the texts out.
     """
-    kinds = set()
+    held = set()
     for kind, key in (("image", "image"), ("text", "texts"), ("pose", "pose")):
         if key in record:
-            kinds.add(kind)
-    if {"image", "text"} <= kinds:
-        kinds.discard("pose")
+            held.add(kind)
+    kinds = held - {"pose"} if {"image", "text"} <= held else held
 
     is_pair = "start" in record
     offered = []
     for task, row in TASKS.items():
-        if row.pair == is_pair and {*row.inputs, row.target} == kinds:
+        used = {*row.inputs, row.target}
+        if row.pair == is_pair and used in (kinds, held):
             offered.append(task)
     return tuple(offered)
 
@@ -343,9 +356,14 @@ class FeatureCache:
 
 
 def progress_bar(rows, name):
-    """Iterates over rows with a progress bar on standard error, in the first process only."""
+    """Iterates over rows with a progress bar on standard error, in the first process only.
+
+    There is none if standard error is no terminal, or if TQDM_DISABLE is set.
+    """
     from tqdm import tqdm
-    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=not is_first())
+    is_off = not is_first() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    disable = True if is_off else None  # None: unless standard error is a terminal
+    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=disable)
 
 
 # ---- 4. One function a stage: its modules and its loss -------------------------------------------
@@ -480,7 +498,7 @@ def backbones(model, retrieval_model, cache, config):
     it on captions alone beforehand gained nothing.
     """
     world = cache.world
-    body = load_body()
+    body = load_body(config.body)
     heads = BackboneHeads(model).to(model.device)
     pictures, keypoints = cache.photos
 
@@ -504,9 +522,8 @@ def tokenizer(model, retrieval_model, cache, config):
     """
     real = cache.real_data.get("tokenizer")
     poses = torch.cat([cache.world.poses, cache.world.camera_poses])         # (2n,22,3,3)
-    body = load_body().to(model.device)
+    body = load_body(config.body).to(model.device)
     vertex_ids = None if config.size == "paper" else sample_vertices(body)
-    steps, _, _ = schedule_of(config)
 
     def sample_poses(rows):
         if real:
@@ -517,12 +534,21 @@ def tokenizer(model, retrieval_model, cache, config):
         generator = torch.Generator().manual_seed(step_seed(config, step))
         target = sample_poses(rows).to(model.device)                         # (B,22,3,3)
         noisy, target = augment(
-            target, generator, config.root_noise, config.part_noise, step / steps)
+            target, generator, config.root_noise, config.part_noise, noise_progress(config, step))
         loss, logs = tokenizer_loss(
             model.pose_tokenizer, target, body, vertex_ids, noisy, generator)
         return loss, {**logs, "terms": len(rows)}
 
     return StageRun({"model": model}, batch_loss)
+
+
+def noise_progress(config, step):
+    """How far part noise has grown, from 0 to 1.
+
+    The paper's grows for NOISE_STEPS iterations, however long the run is; elsewhere over the run.
+    """
+    steps, _, _ = schedule_of(config)
+    return step / (NOISE_STEPS if config.size == "paper" else steps)
 
 
 def retrieval(model, retrieval_model, cache, config):
@@ -623,7 +649,7 @@ STAGE_RUNS = {
 # ---- 5. The loop ---------------------------------------------------------------------------------
 def schedule_of(config):
     """(steps, batch, peak learning rate) of the stage at this size; flags take precedence."""
-    steps, batch, lr = STAGES[config.stage].schedule[config.size]
+    steps, batch, lr = STAGES[config.stage].schedule[column(config.size)]
     return config.steps or steps, config.batch or batch, config.lr or lr
 
 
@@ -635,14 +661,37 @@ def lr_at(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def adapts_llm(stage, size):
+    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
+    # a small LLM starts from random weights: it needs all of them to learn to speak
+    learns_to_speak = stage == "align" and size != "paper"
+    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
+
+
 def trainable(stage, size, lora_r=-1):
     """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
     pattern = TRAINABLE[stage]
-    # a small LLM starts from random weights: it needs all of them to learn to speak
-    learns_to_speak = stage == "align" and size != "paper"
-    if learns_to_speak or lora_r == 0:
+    if lora_r == 0 or not adapts_llm(stage, size):
         pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
     return pattern
+
+
+def prepare_lora(config, model):
+    """Gives the LLM adapters of rank --lora_r, in place, before a stage that trains it by LoRA.
+
+    Adapters of another rank are folded into the weights that they adapt.
+    """
+    rank = model.config["lora_r"] if model.config["lora"] else 0
+    if not adapts_llm(config.stage, config.size) or rank == config.lora_r:
+        return
+    if rank:
+        merge_lora(model.llm.model.layers)
+        model.config["lora"] = False
+
+    model.config["lora_r"] = config.lora_r
+    if config.lora_r:
+        torch.manual_seed(config.seed)  # a stage must not depend on what ran before it
+        model.grow_lora()
 
 
 def freeze(config, modules):
@@ -863,13 +912,33 @@ def log_step(out, row):
           f"{minutes}:{seconds:02d} left", flush=True)
 
 
+def prepare_log(out, is_fresh):
+    """Deletes the log of an older model in a fresh run; otherwise ends a line that was cut off."""
+    path = out / "log.jsonl"
+    if is_fresh:
+        path.unlink(missing_ok=True)
+    elif path.exists() and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a") as file:
+            file.write("\n")
+
+
+def parse_row(line):
+    """A line of the log -> row; None for a line that a killed run has not completed."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    is_row = isinstance(row, dict) and {"stage", "step", "of", "loss"} <= row.keys()
+    return row if is_row else None
+
+
 def read_log(out):
     """log.jsonl -> {stage: rows in the order of steps}; of steps that were repeated, the last."""
     stages = {}
-    for line in (out / "log.jsonl").read_text().splitlines():
-        if not line.endswith("}"):  # the program was stopped while writing it
+    for line in (out / "log.jsonl").read_text(errors="replace").splitlines():
+        row = parse_row(line)
+        if not row:
             continue
-        row = json.loads(line)
         rows = stages.setdefault(row["stage"], [])
         while rows and (rows[-1]["step"] >= row["step"] or rows[-1]["of"] != row["of"]):
             rows.pop()  # of a run that was resumed before this step, or of an older one
@@ -877,12 +946,28 @@ def read_log(out):
     return stages
 
 
+def draw_axes(draw, frame, steps, low, high):
+    """A frame (left, top, right, bottom) whose ticks tell steps to the right and losses upwards."""
+    left, top, right, bottom = frame
+    draw.rectangle(frame, outline="black")
+    for k in range(5):
+        x = left + k * (right - left) / 4
+        y = bottom - k * (bottom - top) / 4
+        draw.line((x, bottom, x, bottom + 4), fill="black")
+        draw.line((left - 4, y, left, y), fill="black")
+        loss = low * (high / low) ** (k / 4)  # the scale is logarithmic
+        draw.text((left - 7, y), f"{loss:.3g}", fill="black", anchor="rm")
+        draw.text((x, bottom + 7), f"{steps * k / 4:.5g}", fill="black", anchor="mt")
+    draw.text((right, bottom + 21), "step", fill="black", anchor="rt")
+    draw.text((left - 7, bottom + 7), "loss", fill="black", anchor="rt")
+
+
 def draw_curve(rows):
     """Rows of the log of a stage -> picture (CELL,CELL) of its loss, on a log scale, over steps."""
-    left = 48  # room for the labels of the axes, on the left and below
+    left = 60  # room for the labels of the axes, on the left and below
     top = 12
     right = CELL - 12
-    bottom = CELL - 28
+    bottom = CELL - 36
     losses = [max(row["loss"], 1e-6) for row in rows]
     low = min(losses)
     high = max(losses)
@@ -895,13 +980,8 @@ def draw_curve(rows):
 
     picture = Image.new("RGB", (CELL, CELL), "white")
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((left, top, right, bottom), outline=(200, 200, 200))
+    draw_axes(draw, (left, top, right, bottom), rows[-1]["of"], low, high)
     draw.line(points, fill=(200, 60, 40), width=2)
-    draw.text((right - 6, top + 6), "log scale", fill=(160, 160, 160), anchor="rt")
-    draw.text((left - 6, top), f"{high:.3g}", fill="black", anchor="rt")
-    draw.text((left - 6, bottom), f"{low:.3g}", fill="black", anchor="rb")
-    draw.text((left, bottom + 8), "0", fill="black", anchor="mt")
-    draw.text((right, bottom + 8), f"step {rows[-1]['of']}", fill="black", anchor="rt")
     return picture
 
 
@@ -921,16 +1001,33 @@ def depends_on(stage, other):
     return any(need == other or depends_on(need, other) for need in STAGES[stage].needs)
 
 
+def is_outdated(stage, trained):
+    """Does a stage build on one of those that are trained anew?"""
+    return any(depends_on(stage, other) for other in trained)
+
+
+def forget_stage(notes, stage):
+    """Takes a stage that no longer stands out of the notes, in place."""
+    if stage in notes["stages"]:
+        notes["stages"].remove(stage)
+    notes["seconds"].pop(stage, None)
+    notes["commands"].pop(stage, None)
+
+
 def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
     """Writes the checkpoint after a stage, with notes on how it was made, and loss.png."""
     # a stage that builds on the one just trained is outdated
-    kept = [stage for stage in notes["stages"]
-            if stage != config.stage and not depends_on(stage, config.stage)]
-    notes["stages"] = [*kept, config.stage]
+    for stage in list(notes["stages"]):
+        if depends_on(stage, config.stage):
+            forget_stage(notes, stage)
+    forget_stage(notes, config.stage)
+    notes["stages"].append(config.stage)
     notes["seconds"][config.stage] = round(seconds)
     notes["commands"][config.stage] = provenance()["command"]
+    if config.stage in ("backbones", "tokenizer"):
+        notes["body"] = pathlib.Path(config.body).name
 
-    written = {key: notes[key] for key in ("stages", "seconds", "commands")}
+    written = {key: notes[key] for key in ("stages", "seconds", "commands", "body")}
     extra = {}
     if "retrieval" in notes["stages"]:
         written["retrieval"] = retrieval_model.config
@@ -957,7 +1054,7 @@ def wait_for_first(model, out):
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
     "stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
-    "attn", "lora_r", "root_noise", "part_noise",
+    "attn", "vision", "projector", "lora_r", "body", "root_noise", "part_noise",
 )
 
 
@@ -1004,7 +1101,8 @@ def read_state(out):
         return {key: facts[key] for key in (*FIXED_SETTINGS, "step", "seconds")}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"{path} is not a complete training state; delete it, or leave --resume out") from None
+            f"{path} is not a complete training state; delete it to begin its stage again"
+        ) from None
 
 
 def load_state(run, learning, optimisers, config, out):
@@ -1020,14 +1118,14 @@ def load_state(run, learning, optimisers, config, out):
             changed.append(f"--{key} {facts[key]} (now {now})")
     if changed:
         raise UserError(
-            f"{path} was made with {', '.join(changed)}; give the same flags, or no --resume")
+            f"{path} was made with {', '.join(changed)}; give the same flags, or another --out")
 
     state = read_tensors(path)
     with torch.no_grad():
         for name, tensor in trainable_state(run, learning).items():
             if name not in state or state[name].shape != tensor.shape:
                 raise UserError(
-                    f"{path} belongs to another model: {name} does not fit; leave --resume out")
+                    f"{path} belongs to another model: {name} does not fit; delete it")
             tensor.copy_(state[name])
 
     owner = {}  # parameter -> its optimiser
@@ -1048,7 +1146,7 @@ def load_state(run, learning, optimisers, config, out):
 # ---- 8. Runs -------------------------------------------------------------------------------------
 MINIMUM = {
     "steps": 0, "batch": 0, "people": 0, "photos": 0, "lr": 0, "accumulate": 1, "lora_r": -1,
-    "save_every": 1,
+    "save_every": 1, "threads": 0,
 }
 
 
@@ -1069,7 +1167,7 @@ def validate(config):
     if config.clip and not config.llm:
         raise UserError("--clip needs --llm and --pose_vit")
 
-    people = config.people or N_PEOPLE[config.size][0]
+    people = config.people or N_PEOPLE[column(config.size)][0]
     if people % 2 == 1 or config.photos % 2 == 1:
         raise UserError("--people and --photos must be even, because people come in pairs")
     if config.photos > people:
@@ -1086,13 +1184,13 @@ def validate_stages(config):
 
     for stage in stages_to_run(config):
         row = STAGES[stage]
-        if config.size not in row.schedule:
+        if column(config.size) not in row.schedule:
             raise UserError(
                 f"--size {config.size} has no stage {stage}; give --llm and --pose_vit instead")
         if row.needs_full_batch and config.accumulate > 1:
             raise UserError(
                 f"the loss of {stage} needs the whole batch at once; leave --accumulate out")
-        batch = config.batch or row.schedule[config.size][1]
+        batch = config.batch or row.schedule[column(config.size)][1]
         parts = 1 if row.needs_full_batch else config.accumulate * process_count()
         if batch % parts:
             raise UserError(
@@ -1105,7 +1203,7 @@ def stages_to_run(config):
     if config.stage != "all":
         named = config.stage.split(",")
         return [stage for stage in STAGES if stage in named]
-    stages = [stage for stage, row in STAGES.items() if config.size in row.schedule]
+    stages = [stage for stage, row in STAGES.items() if column(config.size) in row.schedule]
     if config.llm and "backbones" in stages:
         stages.remove("backbones")
     return stages
@@ -1113,12 +1211,12 @@ def stages_to_run(config):
 
 def fill_defaults(config):
     """Replaces empty settings by what they stand for, in place."""
-    people, photos = N_PEOPLE[config.size]
+    people, photos = N_PEOPLE[column(config.size)]
     config.people = config.people or people
     config.photos = config.photos or min(photos, config.people)
     config.out = config.out or f"out/{config.size}"
-    if config.lora_r < 0:
-        config.lora_r = SIZES[config.size]["lora_r"]
+    if config.part_noise is None:
+        config.part_noise = config.size == "paper"
     if not config.device and process_count() > 1 and torch.cuda.is_available():
         config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     config.device = find_device(config.device)
@@ -1161,14 +1259,52 @@ def is_data_table(table):
     return True
 
 
+def has_checkpoint(folder):
+    """Is there a model in this folder?"""
+    return (pathlib.Path(folder) / "model.safetensors").exists()
+
+
+def validate_out(config, out):
+    """Checks that nothing in --out gets lost that the user may want to keep. Raises UserError."""
+    state = read_state(out)
+    running = stages_to_run(config)
+    if state and not config.resume:
+        raise UserError(
+            f"{out} holds a run of {state['stage']} that was cut off; type the same command with "
+            f"--resume to go on from step {state['step']}, or give another --out")
+    if state and state["stage"] not in running:
+        raise UserError(
+            f"{out} holds a run of {state['stage']} that was cut off at step {state['step']}; "
+            f"finish it first, with --stage {state['stage']} --resume, or give another --out")
+
+    if config.init and has_checkpoint(out) and not config.resume:
+        raise UserError(
+            f"--init {config.init} starts a branch, but {out} holds a model already; "
+            "give another --out, or leave --init out")
+
+
+def validate_later_stages(config, notes, out):
+    """Checks that training outdates no later stage of the model in --out. Raises UserError."""
+    remaining = remaining_stages(config, notes, out)
+    lost = []
+    for stage in notes["stages"]:
+        if stage not in remaining and is_outdated(stage, remaining):
+            lost.append(stage)
+    if lost:
+        raise UserError(
+            f"{out} has been through {', '.join(lost)}, which a new {', '.join(remaining)} "
+            f"outdates; keep it and train a branch: --init {out} and another --out")
+
+
 def prepare_model(config, out, real_data):
     """Loads the checkpoint to continue, or makes a model -> (model, retrieval model, notes).
 
     notes: what config.json says of the stages so far. Raises UserError.
     """
-    folder = pathlib.Path(config.init or out)
-    exists = (folder / "config.json").exists()
-    if config.init or (exists and not config.resume):
+    # a branch that was cut off goes on from its own checkpoint, not from --init
+    is_own = has_checkpoint(out)
+    folder = pathlib.Path(out if is_own or not config.init else config.init)
+    if config.init or (is_own and not config.resume):
         if config.stage == "all":
             raise UserError(
                 f"--stage all starts with a new model, but {folder} holds one; "
@@ -1178,13 +1314,19 @@ def prepare_model(config, out, real_data):
                 f"--llm begins a new model, but {folder} holds one; "
                 "give another --out, or leave --llm out")
 
-    notes = {"stages": [], "seconds": {}, "commands": {}}
-    if config.init or exists:
+    notes = {"stages": [], "seconds": {}, "commands": {}, "body": ""}
+    if config.init or is_own:
         notes |= read_config(folder)
         validate_needs(config, notes["stages"], folder)
         validate_checkpoint(config, notes, folder)
+        if is_own:
+            validate_later_stages(config, notes, out)
         model = load(folder)
         model.config["attn"] = config.attn or model.config["attn"]
+        if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
+            change_projector(config, model)
+            for stage in ("project", "instruct"):
+                forget_stage(notes, stage)
         retrieval_model = load_retrieval_model(folder)
     else:
         if config.llm:
@@ -1192,6 +1334,11 @@ def prepare_model(config, out, real_data):
         validate_needs(config, notes["stages"], folder)
         model = new_model(config, real_data)
         retrieval_model = None
+
+    for name in CHOICES:
+        setattr(config, name, model.config[name])
+    if config.lora_r < 0:
+        config.lora_r = model.config["lora_r"]
     return model, retrieval_model or new_retrieval_model(model, config), notes
 
 
@@ -1205,8 +1352,9 @@ def validate_needs(config, trained, folder):
                 missing.append(need)
     if not missing:
         return
-    remedy = "train it first (--stage all trains everything), or give --init FOLDER"
-    if config.size not in STAGES[missing[0]].schedule:
+    remedy = (f"train it first (all: python train.py --stage all --size {config.size}), "
+              "or give --init FOLDER")
+    if column(config.size) not in STAGES[missing[0]].schedule:
         remedy = "give --llm and --pose_vit"
     raise UserError(
         f"--stage {config.stage} needs {', '.join(missing)}, which {folder} has not been through; "
@@ -1219,15 +1367,36 @@ def validate_checkpoint(config, notes, folder):
         raise UserError(
             f"{folder} holds a {notes['size']} model, not a {config.size} one; "
             f"give --size {notes['size']}")
-    for name in ("vision", "projector"):
+
+    # an ablation of a trained model: no stage that stands may depend on what changes
+    first_uses = {"attn": "align", "vision": "project", "projector": "project"}
+    if notes["lora"]:
+        first_uses["lora_r"] = "align" if adapts_llm("align", config.size) else "instruct"
+    trained_anew = stages_to_run(config)
+    for name, first in first_uses.items():
         wanted = getattr(config, name)
-        if wanted and wanted != notes[name]:
-            raise UserError(
-                f"{folder} was made with --{name} {notes[name]}; another one needs a new model")
-    if notes["lora"] and "instruct" in stages_to_run(config) and config.lora_r != notes["lora_r"]:
-        raise UserError(
-            f"{folder} has LoRA of rank {notes['lora_r']} already; --lora_r {config.lora_r} needs "
-            "a checkpoint from before instruct")
+        if wanted in ("", -1, notes[name]):
+            continue
+        for stage in notes["stages"]:
+            uses = stage == first or depends_on(stage, first)
+            if uses and stage not in trained_anew and not is_outdated(stage, trained_anew):
+                raise UserError(
+                    f"{folder} was made with --{name} {notes[name]}, which its {stage} depends on; "
+                    f"train {first} and what follows it anew, or leave --{name} out")
+
+
+def change_projector(config, model):
+    """Gives a trained model the --vision and the untrained --projector of a branch, in place."""
+    model.config["vision"] = config.vision or model.config["vision"]
+    model.config["projector"] = config.projector or model.config["projector"]
+
+    with torch.device("meta"):  # for its width alone
+        eyes = DualVision(model.config["clip"], model.config["pose_vit"], model.config["vision"])
+    model.vision.which = eyes.which
+    model.vision.width = eyes.width
+    torch.manual_seed(config.seed)
+    llm_width = model.llm.config.hidden_size
+    model.projector = make_projector(model.config["projector"], eyes.width, llm_width)
 
 
 def new_model(config, real_data):
@@ -1246,16 +1415,12 @@ def new_model(config, real_data):
 def new_retrieval_model(model, config):
     """A retrieval model of random weights, the same whatever was trained before."""
     torch.manual_seed(config.seed)
-    return Retrieval(len(model.text_tokenizer), d=RETRIEVAL_WIDTH[config.size])
+    return Retrieval(len(model.text_tokenizer), d=RETRIEVAL_WIDTH[column(config.size)])
 
 
 def run_stage(config, model, retrieval_model, cache, notes, out):
     """Trains one stage and writes the checkpoint."""
-    if config.stage == "instruct" and config.lora_r:
-        # seeded here and below, so that a stage does not depend on what ran before it
-        model.config["lora_r"] = config.lora_r
-        torch.manual_seed(config.seed)
-        model.grow_lora()
+    prepare_lora(config, model)
     model.to(config.device)
     retrieval_model.to(config.device)
     if config.checkpointing:
@@ -1278,9 +1443,86 @@ def run_stage(config, model, retrieval_model, cache, notes, out):
         print(f"{config.stage} done in {seconds / 60:.1f} minutes; wrote {out}", flush=True)
 
 
-def already_trained(stage, config, notes, out):
-    """Has --out itself, not --init, finished this stage, and not begun it again since?"""
-    return stage in notes["stages"] and not config.init and read_state(out).get("stage") != stage
+def remaining_stages(config, notes, out):
+    """The stages of --stage that are to be trained: with --resume, those that --out lacks."""
+    stages = stages_to_run(config)
+    if not config.resume or not has_checkpoint(out):
+        return stages
+    begun_again = read_state(out).get("stage")
+    return [stage for stage in stages if stage not in notes["stages"] or stage == begun_again]
+
+
+def count_unknown_words(config, model, real_data):
+    """Prints how many words of the real texts the vocabulary lacks. Raises UserError above 10 %.
+
+    A word-level model reads such a word as <unk>, and would learn to write it.
+    """
+    unknown_id = model.text_tokenizer.unk_token_id
+    for stage, data_set in real_data.items():
+        if not STAGES[stage].tasks:  # the tokenizer reads no texts
+            continue
+        texts = data_set.texts()
+        n = 0
+        n_unknown = 0
+        for text in texts[::len(texts) // 5000 + 1]:  # 5,000 texts tell enough
+            ids = model.text_ids(text)
+            n += len(ids)
+            n_unknown += ids.count(unknown_id)
+        if not n_unknown:
+            continue
+
+        share = 100 * n_unknown / n
+        if share > 10:
+            raise UserError(
+                f"the model does not know {share:.0f} % of the words that {config.data} holds for "
+                f"{stage}; train a new one on them (--stage all), or give --llm")
+        if is_first():
+            print(f"{stage}: {share:.1f} % of the words of the real texts are unknown to the model")
+
+
+@contextlib.contextmanager
+def exclusive(out):
+    """Makes the folder --out, which no other run may write to meanwhile. Raises UserError.
+
+    The kernel releases the lock when a process dies. A run that wrote nothing leaves no folder.
+    """
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "train.lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that ends removes its lock, maybe just after we opened it
+            is_ours = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(f"another run of train.py writes to {out}; wait, or give another --out")
+        try:
+            yield
+        finally:
+            path.unlink()
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+
+
+def is_running(process):
+    """Is there a process of this number?"""
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it belongs to another user
+        return True
+    return True
+
+
+def sweep(out):
+    """Deletes the unfinished files (see `atomic_write`) of runs that were killed."""
+    for path in out.iterdir():
+        match = re.match(r"\.(\d+)-", path.name)
+        if match and path.is_file() and not is_running(int(match[1])):
+            path.unlink()
 
 
 def main(argv=None):
@@ -1288,21 +1530,44 @@ def main(argv=None):
     config = cli(Config, argv)
     validate(config)
     fill_defaults(config)
+    set_threads(config.threads, SIZES[config.size])
     if process_count() > 1 and not torch.distributed.is_initialized():
         # a long timeout: the other processes wait while the first trains whole stages alone
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=2))
 
     out = pathlib.Path(config.out)
+    try:
+        if is_first():
+            with exclusive(out):
+                validate_out(config, out)
+                sweep(out)
+                train_stages(config, out)
+        else:
+            train_stages(config, out)
+    except KeyboardInterrupt:
+        if is_first():
+            step = read_state(out).get("step", 0)
+            print(f"\nstopped; type the same command with --resume to go on from step {step}",
+                  file=sys.stderr)
+        raise SystemExit(130) from None  # what a shell expects after Ctrl-C
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train_stages(config, out):
+    """Reads all that a run needs, then trains and saves stage by stage."""
+    load_body(config.body)  # now, so that a wrong file is refused before anything is computed
     real_data = read_real_data(config)
     model, retrieval_model, notes = prepare_model(config, out, real_data)
-    config.attn = model.config["attn"]
-    out.mkdir(parents=True, exist_ok=True)
+    count_unknown_words(config, model, real_data)
+    if process_count() > 1:
+        torch.distributed.barrier()  # all have read the checkpoint before one writes the next
 
-    stages = stages_to_run(config)
-    if config.resume:
-        stages = [s for s in stages if not already_trained(s, config, notes, out)]
-        if not stages:
-            print(f"{out} has been through {config.stage} already; there is nothing to resume")
+    stages = remaining_stages(config, notes, out)
+    if not stages:
+        print(f"{out} has been through {config.stage} already; there is nothing to resume")
+    if is_first():
+        prepare_log(out, is_fresh=not config.resume and not has_checkpoint(out))
 
     world = World("train", config.people, model.vision.clip_size)
     cache = FeatureCache(model, world, config.photos, real_data)
@@ -1312,8 +1577,6 @@ def main(argv=None):
             run_stage(stage_config, model, retrieval_model, cache, notes, out)
         if process_count() > 1:
             wait_for_first(model, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
