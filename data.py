@@ -64,8 +64,8 @@ from captions import (
 from tokenizer import (
     JOINTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write, cli,
     face_front, first_line, forward_kinematics, list_files, load_asset, load_body, load_json,
-    load_pickle, matrix_to_aa, mirror, read_arrays, run_main, skip_bad_entry, to_array, to_element,
-    turn_root,
+    load_pickle, matrix_to_aa, mirror, read_arrays, run_main, shorten, skip_bad_entry, to_array,
+    to_element, turn_root,
 )
 
 
@@ -1201,11 +1201,6 @@ def to_numbers(value):
     if isinstance(value, torch.Tensor):
         value = value.detach().double().numpy()  # numpy knows no bfloat16
     return np.asarray(value)
-
-
-def shorten(name):
-    """A name as error messages show it."""
-    return name if len(name) <= 40 else name[:40] + "..."
 
 
 class PoseEntry:

@@ -53,7 +53,7 @@ from tokenizer import (
 )
 from unipose import (
     PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, UniPose, find_device, load, load_strictly, model_config,
-    read_config, read_tensors, word_tokenizer,
+    read_config, read_tensors, require_stages, word_tokenizer,
 )
 
 
@@ -417,7 +417,8 @@ def load_retrieval_model(folder, device="cpu"):
         if name.startswith(RETRIEVAL_PREFIX):
             state[name.removeprefix(RETRIEVAL_PREFIX)] = tensor
 
-    with torch.random.fork_rng():  # layers draw random weights; loading must not disturb others
+    # on the meta device sizes that do not fit the file cost no memory, and no random numbers
+    with torch.device("meta"):
         model = Retrieval(**config)
     load_strictly(model, state, path)
     return model.to(device).eval()
@@ -1009,6 +1010,10 @@ def main(argv=None):
         model = random_model(config.size, config.seed, device)
         retrieval_model = None
     else:
+        if not config.features:
+            tasks = config.tasks or TASKS
+            with_images = any("image" in TASKS[task].inputs for task in tasks)
+            require_stages(read_config(config.weights).get("stages"), with_images)
         model = load(config.weights, device)
         retrieval_model = load_retrieval_model(config.weights)
     validate_decoding(model, *config.decode.split(","))

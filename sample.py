@@ -58,7 +58,8 @@ from tokenizer import (
     TINY, UserError, as_user_error, cli, face_front, load_asset, load_body, run_main,
 )
 from unipose import (
-    collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config, set_threads,
+    collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config, require_stages,
+    set_threads,
 )
 
 
@@ -743,9 +744,14 @@ def main(argv=None):
     validate_out(config.out)
     body = load_body(config.body)
     device = find_device(config.device)
+    tasks = list(TASKS)
     if is_question(config):
         task, inputs = read_inputs(config)
-    set_threads(config.threads, read_config(config.weights))
+        tasks = [task]
+
+    notes = read_config(config.weights)
+    require_stages(notes.get("stages"), any("image" in TASKS[task].inputs for task in tasks))
+    set_threads(config.threads, notes)
 
     model = load(config.weights, device)
     validate_decoding(model, config.decode)

@@ -391,6 +391,53 @@ def test_a_dead_code_becomes_a_latent_of_the_batch():
     assert is_among(quantizer.codebook[5], latents.mT.flatten(0, 1))
 
 
+@pytest.mark.parametrize("reset_revived, near", [(False, False), (True, True)],
+                         ids=["as the public code", "reset"])
+def test_a_revived_code_stays_where_it_is_put_if_its_sum_is_reset(reset_revived, near):
+    """At the next step, in which one latent chooses it; the old sum would pull it to 1000."""
+    latents = random_latents(4)
+    quantizer = trained_quantizer(latents)
+    quantizer.reset_revived = reset_revived
+    quantizer.codebook[5] = 1000.0
+    quantizer.code_sum[5] = 1000.0
+    quantizer.code_count[5] = 0.995
+    quantizer(latents, torch.Generator().manual_seed(0))
+    revived = quantizer.codebook[5].clone()
+
+    alone = revived[None, :, None].expand(1, -1, 2).contiguous()  # two latents at the code itself
+    quantizer(alone, torch.Generator().manual_seed(1))
+
+    assert torch.allclose(quantizer.codebook[5], revived, atol=1e-4) == near
+
+
+def in_bfloat16(function, *values):
+    """function(*values) under the autocast of a training on a GPU, here on the CPU."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(*values)
+
+
+def test_under_autocast_poses_have_the_same_codes():
+    """In bfloat16 a fifth of them would be others."""
+    vqvae = tokenizer.load_pose_tokenizer(tokenizer.TINY)
+    rotmat = poses(32)
+
+    assert torch.equal(in_bfloat16(vqvae.encode, rotmat), vqvae.encode(rotmat))
+
+
+@pytest.mark.parametrize("method", ["decode", "decode_soft", "forward"])
+def test_under_autocast_poses_are_decoded_and_trained_in_float32(method):
+    vqvae = tokenizer.load_pose_tokenizer(tokenizer.TINY)
+    ids = vqvae.encode(poses(4))
+    probs = F.one_hot(ids, vqvae.config.codes).float()
+    value = {"decode": ids, "decode_soft": probs, "forward": poses(4)}[method]
+    function = getattr(vqvae, method)
+    expected = function(value)
+
+    result = in_bfloat16(function, value)
+
+    torch.testing.assert_close(result, expected, atol=0, rtol=0)
+
+
 def test_codes_in_use_move_slowly():
     latents = random_latents(4)
     quantizer = trained_quantizer(latents)
@@ -956,16 +1003,17 @@ def test_the_shipped_tokenizer_decodes_the_example_within_a_centimetre(monkeypat
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    refused("it has no config.json", tokenizer.load_pose_tokenizer, tmp_path)
+    refused("has no model.safetensors", tokenizer.load_pose_tokenizer, tmp_path)
 
 
 def test_a_folder_with_half_of_its_weights_is_refused(tmp_path):
-    shutil.copy(HERE / "weights/tiny/config.json", tmp_path)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(HERE / "weights/tiny" / name, tmp_path)
     state = load_file(HERE / "weights/tiny/model.safetensors")
     name = "pose_tokenizer.quantizer.codebook"
     save_file({name: state[name]}, tmp_path / "model.safetensors")
 
-    refused("not a complete weights folder", tokenizer.load_pose_tokenizer, tmp_path)
+    refused("no complete pose tokenizer", tokenizer.load_pose_tokenizer, tmp_path)
 
 
 # files made for these tests
@@ -2634,7 +2682,7 @@ def test_a_truncated_json_file_of_a_release_is_refused(real, replace, file):
 
 
 @parametrize("file, content, reason", {
-    "no index": ("index", None, "JSON"),
+    "no index": ("index", None, "ids_2_dataset_index.json"),
     "texts are a list": ("texts", [1], "cannot be read"),
     "no texts": ("texts", None, "holds nothing"),
 })
@@ -4844,6 +4892,110 @@ def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_2(paper_model):
     assert training == pytest.approx(answering + (16 - 2) * trained / 1e9)
 
 
+LANGUAGE_STAGES = ["align", "project", "instruct"]
+
+
+def set_trainable(model, stage):
+    """Freezes what a stage does not train -> {name: parameter} of what it does."""
+    learning = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(re.match(unipose.TRAINABLE[stage], name)))
+        if parameter.requires_grad:
+            learning[name] = parameter
+    return learning
+
+
+def train_one_step(model, learning, batch):
+    """One step of AdamW -> (loss, optimiser)."""
+    optimiser = torch.optim.AdamW(learning.values(), lr=1e-2)
+    loss, _ = model(batch)
+    loss.backward()
+    optimiser.step()
+    return float(loss.detach()), optimiser
+
+
+def stored_batch(model):
+    """The examples of all tasks, with codes and image features, as a training step gets them."""
+    with torch.no_grad():
+        return batch_of(model)
+
+
+@pytest.mark.parametrize("stage", LANGUAGE_STAGES)
+def test_with_frozen_bfloat16_the_loss_is_that_of_float32_within_its_precision(stage):
+    model = nano(lora=True)
+    set_trainable(model, stage)
+    batch = stored_batch(model)
+    expected, _ = model(batch)
+
+    unipose.cast_frozen(model)
+
+    loss, _ = model(batch)
+    assert loss != expected
+    assert abs(loss - expected) < 2e-2
+
+
+@pytest.mark.parametrize("stage", LANGUAGE_STAGES)
+def test_with_frozen_bfloat16_what_learns_is_float32_and_moves(stage):
+    model = nano(lora=True)
+    learning = set_trainable(model, stage)
+    batch = stored_batch(model)
+    unipose.cast_frozen(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    train_one_step(model, learning, batch)
+
+    for name, parameter in model.named_parameters():
+        if name in learning:
+            assert parameter.dtype == torch.float32, name
+            assert not torch.equal(parameter, before[name]), name
+        else:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_the_frozen_pose_tokenizer_and_rotary_embeddings_stay_in_float32():
+    model = nano()
+    set_trainable(model, "project")
+
+    unipose.cast_frozen(model)
+
+    assert model.llm.lm_head.weight.dtype == torch.bfloat16
+    assert model.vision.clip.dtype == torch.bfloat16
+    assert model.llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    for name, tensor in model.pose_tokenizer.state_dict().items():
+        assert tensor.dtype in (torch.float32, torch.bool), name
+
+
+def test_frozen_eyes_in_bfloat16_see_the_same_within_its_precision():
+    model = nano()
+    expected = model.vision(PICTURES)
+    set_trainable(model, "project")
+
+    unipose.cast_frozen(model)
+
+    close(model.vision(PICTURES).float(), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("stage", LANGUAGE_STAGES)
+def test_a_training_step_takes_the_memory_of_the_table(stage):
+    """Parameters, gradients and the moments of AdamW, counted byte by byte."""
+    model = nano(lora=True)
+    learning = set_trainable(model, stage)
+    unipose.cast_frozen(model)
+
+    _, optimiser = train_one_step(model, learning, stored_batch(model))
+
+    n_bytes = 0
+    for parameter in model.parameters():
+        n_bytes += parameter.nbytes
+        if parameter.grad is not None:
+            n_bytes += parameter.grad.nbytes
+        for name, value in optimiser.state[parameter].items():
+            if name != "step":  # one number for each parameter
+                n_bytes += value.nbytes
+    table = {row[0]: row for row in unipose.memory_table(model)}
+    assert n_bytes / 1e9 == pytest.approx(table[stage][2])
+
+
 def test_the_script_draws_the_mask_and_counts_a_size(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["unipose.py", "--size", "nano"])
 
@@ -4885,16 +5037,58 @@ def halved_checkpoint(nano_checkpoint, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def old_checkpoint(nano_checkpoint, tmp_path_factory):
+    """The same as older versions wrote it: only the JSON files describe the weights."""
+    folder = tmp_path_factory.mktemp("old_checkpoint") / "old"
+    shutil.copytree(nano_checkpoint, folder)
+    path = folder / "model.safetensors"
+    save_file(load_file(path), path)
+    return folder
+
+
 def copy_with(folder, target, name, content):
     """A copy of a folder in which one file has another content."""
     shutil.copytree(folder, target)
     return lay(target, {name: content})
 
 
-def test_a_checkpoint_is_three_files(nano_checkpoint):
+def read_description(folder):
+    """What the header of model.safetensors says: {"config": ..., "tokenizer": ...}."""
+    metadata, _ = tokenizer.read_header(folder / "model.safetensors")
+    return json.loads(metadata[tokenizer.DESCRIPTION])
+
+
+def copy_described(folder, target, description):
+    """A copy of a checkpoint whose header says something else."""
+    shutil.copytree(folder, target)
+    path = target / "model.safetensors"
+    save_file(load_file(path), path, {tokenizer.DESCRIPTION: json.dumps(description)})
+    return target
+
+
+def copy_with_entry(folder, target, path, value):
+    """A copy of a checkpoint whose config has another value at `path`, keys in a row."""
+    description = read_description(folder)
+    *outer, last = path.split()
+    entries = description["config"]
+    for key in outer:
+        entries = entries[key]
+    entries[last] = value
+    return copy_described(folder, target, description)
+
+
+class Killed(BaseException):
+    """Stands in for a signal that ends the process."""
+
+
+def test_a_checkpoint_is_one_file_and_two_copies_to_read(nano_checkpoint):
     names = sorted(os.listdir(nano_checkpoint))
+    description = read_description(nano_checkpoint)
 
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    for part in ("config", "tokenizer"):
+        assert description[part] == json.loads((nano_checkpoint / f"{part}.json").read_text())
 
 
 def test_a_loaded_checkpoint_gives_the_same_loss(nano_checkpoint):
@@ -4919,6 +5113,15 @@ def test_a_loaded_checkpoint_has_the_moving_averages_of_the_codebook(nano_checkp
         assert torch.equal(state[name], tensor), name
 
 
+def test_a_loaded_checkpoint_reads_texts_alike(nano_checkpoint):
+    expected = nano_with_history().text_tokenizer
+
+    loaded = unipose.load(nano_checkpoint).text_tokenizer
+
+    assert loaded.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == expected.special_tokens_map
+
+
 def test_loading_leaves_the_random_numbers_of_the_caller_alone(nano_checkpoint):
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -4927,6 +5130,29 @@ def test_loading_leaves_the_random_numbers_of_the_caller_alone(nano_checkpoint):
     unipose.load(nano_checkpoint)
 
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loaded_model_no_longer_depends_on_its_file(nano_checkpoint, tmp_path):
+    folder = tmp_path / "w"
+    shutil.copytree(nano_checkpoint, folder)
+    model = unipose.load(folder)
+    batch = batch_of(model)
+    expected, _ = model(batch)
+
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+
+    loss, _ = model(batch)
+    assert torch.equal(loss, expected)
+
+
+def test_on_request_all_but_the_pose_tokenizer_is_loaded_as_bfloat16(nano_checkpoint):
+    model = unipose.load(nano_checkpoint, dtype=torch.bfloat16)
+
+    for name, parameter in model.named_parameters():
+        is_exact = name.startswith("pose_tokenizer.")
+        assert parameter.dtype == (torch.float32 if is_exact else torch.bfloat16), name
 
 
 def test_a_halved_checkpoint_takes_half_the_space(nano_checkpoint, halved_checkpoint):
@@ -4955,30 +5181,290 @@ def test_a_halved_checkpoint_has_its_adapters_merged_and_keeps_its_notes(halved_
     assert config["stages"] == ["align"]
 
 
-@pytest.mark.parametrize("name, n_bytes, message", [
-    ("model.safetensors", 9000, "not a complete"),
-    ("config.json", 99, "cannot be read"),
-], ids=["weights", "config"])
-def test_a_file_that_was_cut_off_is_refused(nano_checkpoint, tmp_path, name, n_bytes, message):
-    content = (nano_checkpoint / name).read_bytes()
+@pytest.mark.parametrize("flag", ["--half", "--merge"])
+@pytest.mark.parametrize("name", ["w", "other/../w", "link"])
+def test_a_conversion_does_not_overwrite_its_source(
+        nano_checkpoint, tmp_path, monkeypatch, flag, name):
+    folder = tmp_path / "w"
+    shutil.copytree(nano_checkpoint, folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    words = ["unipose.py", "--weights", str(folder), flag, str(tmp_path / name)]
+    monkeypatch.setattr(sys, "argv", words)
+    before = (folder / "model.safetensors").read_bytes()
 
-    folder = copy_with(nano_checkpoint, tmp_path / "w", name, content[:n_bytes])
+    refused(f"{flag} {tmp_path / name} is the folder --weights itself", unipose.main)
+
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+# one rename decides
+@pytest.mark.parametrize("n_renames", [0, 1, 2])
+def test_a_kill_while_saving_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, n_renames):
+    """Config, words and weights are of one model, after however many renames the kill came."""
+    old = nano()
+    new = nano(seed=1, words=[*WORDS, "foot"], attn="causal")
+    unipose.save(old, tmp_path, stages=["tokenizer"])
+    replace = os.replace
+    renamed = []
+
+    def replace_or_die(source, target):
+        if len(renamed) == n_renames:
+            raise Killed
+        renamed.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_die)
+    with pytest.raises(Killed):
+        unipose.save(new, tmp_path, stages=["tokenizer", "align"])
+
+    expected = new if n_renames else old
+    loaded = unipose.load(tmp_path)
+    assert loaded.config == expected.config
+    assert len(loaded.text_tokenizer) == len(expected.text_tokenizer)
+    assert loaded.stages == (["tokenizer", "align"] if n_renames else ["tokenizer"])
+    assert torch.equal(loaded.llm.lm_head.weight, expected.llm.lm_head.weight)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"size": "tiny"}'],
+                         ids=["missing", "empty", "no entries", "another model"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_the_copies_to_read_do_not_count(nano_checkpoint, tmp_path, name, content):
+    folder = copy_with(nano_checkpoint, tmp_path / "w", name, content)
+    if content is None:
+        (folder / name).unlink()
+
+    loaded = unipose.load(folder)
+
+    assert loaded.config == nano_with_history().config
+    assert unipose.read_config(folder)["seed"] == 7
+
+
+def test_a_checkpoint_of_an_older_version_is_read_from_its_json_files(old_checkpoint):
+    expected = nano_with_history()
+
+    loaded = unipose.load(old_checkpoint)
+
+    assert loaded.config == expected.config
+    assert loaded.text_tokenizer.get_vocab() == expected.text_tokenizer.get_vocab()
+    assert torch.equal(loaded.llm.lm_head.weight, expected.llm.lm_head.weight)
+
+
+def test_the_pose_tokenizer_alone_is_read_from_either_layout(nano_checkpoint, old_checkpoint):
+    expected = nano_with_history().pose_tokenizer.encode(A[None])
+
+    for folder in (nano_checkpoint, old_checkpoint):
+        alone = tokenizer.load_pose_tokenizer(folder)
+        assert torch.equal(alone.encode(A[None]), expected), folder
+
+
+def test_what_a_killed_save_left_is_deleted_by_the_next(tmp_path):
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\n"
+            "import tokenizer\n"
+            "with tokenizer.atomic_write(sys.argv[2]) as path:\n"
+            "    path.write_text('half of it')\n"
+            "    os.kill(os.getpid(), 9)")
+    path = tmp_path / "model.safetensors"
+    subprocess.run([sys.executable, "-c", code, str(HERE), str(path)])
+    [leftover] = os.listdir(tmp_path)
+    assert re.fullmatch(r"\.\d+-model\.safetensors", leftover)
+
+    unipose.save(nano(), tmp_path)
+
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_only_leftovers_of_checkpoint_files_and_of_dead_processes_are_deleted(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True).stdout.strip()
+    alive = os.getppid()
+    lay(tmp_path, {
+        f".{dead}-train_state.safetensors": "half of it",
+        f".{dead}-notes.txt": "of the user",
+        f".{alive}-model.safetensors": "of another run",
+    })
+
+    tokenizer.delete_leftovers(tmp_path, unipose.CHECKPOINT_FILES)
+
+    kept = [f".{dead}-notes.txt", f".{alive}-model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)],
+                         ids=["022", "077", "002"])
+def test_the_files_of_a_checkpoint_have_the_mode_of_the_umask(tmp_path, umask, mode):
+    """safetensors by itself makes files that only their owner may read."""
+    old = os.umask(umask)
+    try:
+        unipose.save(nano(), tmp_path / "w")
+    finally:
+        os.umask(old)
+
+    for path in (tmp_path / "w").iterdir():
+        assert path.stat().st_mode & 0o777 == mode, path.name
+
+
+# damaged and hostile checkpoints
+@pytest.mark.parametrize("fixture, name, n_bytes, message", [
+    ("nano_checkpoint", "model.safetensors", 9000, "not a complete safetensors file"),
+    ("nano_checkpoint", "model.safetensors", 7, "not a complete safetensors file"),
+    ("nano_checkpoint", "model.safetensors", 0, "not a complete safetensors file"),
+    ("old_checkpoint", "config.json", 99, "not a complete JSON file"),
+    ("old_checkpoint", "tokenizer.json", 99, "not a complete JSON file"),
+], ids=["weights", "no header", "empty", "config", "words"])
+def test_a_file_that_was_cut_off_is_refused(request, tmp_path, fixture, name, n_bytes, message):
+    whole = request.getfixturevalue(fixture)
+    content = (whole / name).read_bytes()
+
+    folder = copy_with(whole, tmp_path / "w", name, content[:n_bytes])
 
     refused(message, unipose.load, folder)
 
 
-@pytest.mark.parametrize("old, new, message", [
-    ('"intermediate_size": 64', '"intermediate_size": 96', "expected (96, 32)"),
-    ('"vision": "both"', '"version": 2', "lacks vision"),
-    ('"attn": "mixed"', '"attn": "diagonal"', "not one of mixed, mixed_all, causal"),
-    ('"num_hidden_layers": 2', '"num_hidden_layers": "two"', "do not describe a model"),
-], ids=["another width", "a key is missing", "an unknown choice", "no number"])
-def test_a_config_that_does_not_fit_is_refused(nano_checkpoint, tmp_path, old, new, message):
-    content = (nano_checkpoint / "config.json").read_text()
-    assert old in content
-    content = content.replace(old, new, 1)
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "endless"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_only_regular_files_of_a_checkpoint_are_opened(old_checkpoint, tmp_path, name, kind):
+    folder = tmp_path / "w"
+    shutil.copytree(old_checkpoint, folder)
+    path = folder / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
 
-    folder = copy_with(nano_checkpoint, tmp_path / "w", "config.json", content)
+    sentence = refused(name, unipose.load, folder)
+
+    if kind != "missing":
+        assert "it is a folder, a pipe or a device" in sentence
+
+
+@pytest.mark.parametrize("read", [
+    tokenizer.load_json, tokenizer.read_json, tokenizer.read_header, unipose.read_tensors,
+])
+def test_a_file_that_may_not_be_read_is_said_to_be_so(tmp_path, monkeypatch, read):
+    path = tmp_path / "file"
+    path.write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read any file
+
+    refused(f"{path} cannot be read: permission denied", read, path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
+def test_json_that_is_no_object_is_refused(old_checkpoint, tmp_path, content):
+    folder = copy_with(old_checkpoint, tmp_path / "w", "config.json", content)
+
+    refused("holds no JSON object", unipose.load, folder)
+
+
+@pytest.mark.parametrize("path, value, message", [
+    ("llm intermediate_size", 96, "expected (96, 32)"),
+    ("llm num_hidden_layers", "two", "num_hidden_layers is two, not a whole number from 1 to 999"),
+    ("llm num_hidden_layers", True, "num_hidden_layers is True, not a whole number"),
+    ("llm num_hidden_layers", 100_000, "num_hidden_layers is 100000, not a whole number"),
+    ("llm num_hidden_layers", 999, "fewer tensors than llm has layers"),
+    ("clip num_hidden_layers", 3, "is missing"),
+    ("pose_vit num_hidden_layers", 1, "is unknown"),
+    ("llm hidden_size", 2 ** 40, "not a whole number from 1 to"),
+    ("llm hidden_size", 2 ** 16, "expected ("),
+    ("llm model_type", "gpt9", "model_type is gpt9, not one of llama, mistral"),
+    ("llm num_labels", 10 ** 9, "llm num_labels is not known"),
+    ("llm num_attention_heads", 3, "no multiple of its num_attention_heads"),
+    ("llm num_attention_heads", 32, "even number of channels"),
+    ("llm num_key_value_heads", 3, "no multiple of its num_key_value_heads"),
+    ("llm sliding_window", 8, "sliding_window is 8, not one of None"),
+    ("llm rope_theta", 0, "rope_theta is 0, not a positive number"),
+    ("llm hidden_act", "leap", "does not describe a model"),
+    ("pose_vit image_size", [64], "a height and a width each"),
+    ("pose_vit image_size", [48, 64], "as high as wide"),
+    ("pose_vit image_size", [65, 48], "no multiple of its patch_size"),
+    ("pose_vit patch_size", 8, "patch_size is 8, not a list"),
+    ("clip image_size", 8, "smaller than its patch_size"),
+    ("tokenizer codes", 2 ** 19, "expected (524288, 16)"),
+    ("tokenizer upsample_step", 60, "upsample_step is 60, not a whole number from 0 to 6"),
+    ("tokenizer codes", None, "codes is None"),
+    ("tokenizer speed", 1, "tokenizer speed is not known"),
+    ("tokenizer", [], "tokenizer is [], not a JSON object"),
+    ("lora_r", 0, "lora needs a lora_r above 0"),
+    ("lora_alpha", math.inf, "lora_alpha is inf, not a positive number"),
+    ("attn", "diagonal", "attn is diagonal, not one of mixed, mixed_all, causal"),
+    ("vision", ["both"], "vision is ['both'], not one of"),
+    ("prompt_style", "rude", "not one of templates, released"),
+    ("stages", "align", "stages is align, not a list"),
+    ("stages", [1], "stages is [1], not a list of which each is a text"),
+    ("seconds", [], "seconds is [], not a JSON object"),
+    ("retrieval", True, "retrieval is True, not a JSON object"),
+    ("retrieval", {"words": 10 ** 12, "d": 64}, "retrieval words is 1000000000000"),
+    ("retrieval", {"words": 10}, "lacks retrieval d"),
+    ("retrieval", {"words": 10, "d": 64, "path": "/"}, "retrieval path is not known"),
+], ids=str)
+def test_a_config_that_does_not_fit_is_refused(nano_checkpoint, tmp_path, path, value, message):
+    folder = copy_with_entry(nano_checkpoint, tmp_path / "w", path, value)
+
+    refused(message, unipose.load, folder)
+
+
+@pytest.mark.parametrize("key", unipose.MODEL_KEYS)
+def test_a_config_without_an_entry_is_refused(nano_checkpoint, tmp_path, key):
+    description = read_description(nano_checkpoint)
+    del description["config"][key]
+
+    folder = copy_described(nano_checkpoint, tmp_path / "w", description)
+
+    refused(f"lacks {key}", unipose.load, folder)
+
+
+def test_a_size_of_ones_own_is_checked_before_it_is_trained(monkeypatch):
+    llm = unipose.SIZES["nano"]["llm"] | {"attention_dropout": 0.1}
+    monkeypatch.setitem(unipose.SIZES, "mine", unipose.SIZES["nano"] | {"llm": llm})
+
+    refused("llm attention_dropout is not known", unipose.UniPose, unipose.model_config("mine"))
+
+
+def damaged_words(damage):
+    """The text tokenizer of nano as a JSON object, damaged."""
+    text = json.loads(nano().text_tokenizer.backend_tokenizer.to_str())
+    vocabulary = text["model"]["vocab"]
+    if damage == "an id is far off":
+        vocabulary["knee"] = 10 ** 9
+    elif damage == "two words have one id":
+        vocabulary["knee"] = vocabulary["hand"]
+    elif damage == "a mark is missing":
+        vocabulary["oops"] = vocabulary.pop("[inst]")
+    elif damage == "an id is a text":
+        vocabulary["knee"] = "seven"
+    elif damage == "one word more":
+        vocabulary["foot"] = len(vocabulary)
+    elif damage == "no vocabulary":
+        del text["model"]["vocab"]
+    elif damage == "a part that crashes":
+        text["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+        text["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    elif damage == "pieces without special tokens":
+        text["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+        text["added_tokens"] = []
+    elif damage == "another kind":
+        text["model"]["type"] = "Unigram"
+    return text
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("an id is far off", "does not number its tokens one by one"),
+    ("two words have one id", "does not number its tokens one by one"),
+    ("a mark is missing", "lacks special tokens"),
+    ("an id is a text", "is damaged"),
+    ("one word more", "embed_tokens.weight is"),
+    ("no vocabulary", "is damaged (it has no 'vocab')"),
+    ("a part that crashes", "of the kind Precompiled"),
+    ("pieces without special tokens", "lacks special tokens"),
+    ("another kind", "of the kind Unigram"),
+])
+def test_a_text_tokenizer_that_is_damaged_is_refused(nano_checkpoint, tmp_path, damage, message):
+    description = read_description(nano_checkpoint) | {"tokenizer": damaged_words(damage)}
+
+    folder = copy_described(nano_checkpoint, tmp_path / "w", description)
 
     refused(message, unipose.load, folder)
 
@@ -4988,6 +5474,144 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     save_file({"fine": torch.ones(2), "broken": torch.tensor([1, math.nan])}, path)
 
     refused("broken in", unipose.read_tensors, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_weights_of_a_type_that_no_model_has_are_refused(tmp_path, dtype):
+    path = tmp_path / "model.safetensors"
+    save_file({"odd": torch.zeros(2).to(dtype)}, path)
+
+    refused("holds odd of type", unipose.read_tensors, path)
+
+
+@pytest.mark.parametrize("entry", [
+    {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+    {"dtype": "F32", "shape": [2 ** 62], "data_offsets": [0, 2 ** 64 - 1]},
+    {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+    {"dtype": "F31", "shape": [2], "data_offsets": [0, 8]},
+    [],
+], ids=str)
+def test_a_header_that_lies_is_refused(tmp_path, entry):
+    header = json.dumps({"weight": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+
+    refused("not a complete safetensors file", tokenizer.read_header, path)
+
+
+JUNK = (None, True, -1, 0, 1, 3, 64, 10 ** 5, 10 ** 15, 0.5, 1e-300, math.inf, math.nan, "", "two",
+        "x" * 5000, [], [8, 8], [[]], {}, {"type": "BPE"})
+
+
+def mutate_json(content, rng):
+    """Replaces, deletes or adds one entry, anywhere in a JSON object, in place."""
+    part = content
+    while True:
+        keys = list(part) if isinstance(part, dict) else list(range(len(part)))
+        key = keys[rng.integers(len(keys))]
+        inner = part[key]
+        if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.2:
+            break
+        part = inner
+
+    junk = JUNK[rng.integers(len(JUNK))]
+    act = rng.choice(["replace", "delete", "copy"])
+    if act == "replace":
+        part[key] = junk
+    elif act == "delete":
+        del part[key]
+    elif isinstance(part, dict):
+        part[str(junk)[:9]] = inner
+    else:
+        part.append(inner)
+
+
+def mutate_bytes(content, rng, start, stop):
+    """Overwrites, deletes or inserts a few bytes between start and stop -> bytes."""
+    at = int(rng.integers(start, stop))
+    noise = rng.integers(0, 256, rng.integers(1, 9), dtype=np.uint8).tobytes()
+    act = rng.choice(["overwrite", "delete", "insert", "cut off"])
+    if act == "overwrite":
+        return content[:at] + noise + content[at + len(noise):]
+    if act == "delete":
+        return content[:at] + content[at + len(noise):]
+    if act == "insert":
+        return content[:at] + noise + content[at:]
+    return content[:at]
+
+
+def mutated_checkpoint(whole, target, kind, rng):
+    """A copy of a checkpoint with one random damage of a kind."""
+    if kind in ("config", "tokenizer"):
+        description = read_description(whole)
+        mutate_json(description[kind], rng)
+        return copy_described(whole, target, description)
+
+    content = (whole / "model.safetensors").read_bytes()
+    header_size = int.from_bytes(content[:8], "little")
+    if kind == "header":
+        content = mutate_bytes(content, rng, 0, 8 + header_size)
+    elif kind == "tensors":
+        content = mutate_bytes(content, rng, 8 + header_size, len(content))
+    else:
+        header = json.loads(content[8:8 + header_size])
+        del header[str(rng.choice(["__metadata__", "llm.lm_head.weight"]))]
+        mutate_json(header, rng)
+        header = json.dumps(header).encode()
+        content = len(header).to_bytes(8, "little") + header + content[8 + header_size:]
+    return copy_with(whole, target, "model.safetensors", content)
+
+
+@pytest.mark.parametrize("kind", ["config", "tokenizer", "header", "header entry", "tensors"])
+def test_a_damaged_checkpoint_loads_and_answers_or_is_refused(nano_checkpoint, tmp_path, kind):
+    """A few hundred random damages: none ends in another exception, or hangs."""
+    for seed in range(60):
+        rng = np.random.default_rng((seed, len(kind)))
+        folder = mutated_checkpoint(nano_checkpoint, tmp_path / f"{seed}", kind, rng)
+        try:
+            model = unipose.load(folder)
+        except tokenizer.UserError as error:
+            assert str(error).isprintable(), seed
+        else:
+            model(batch_of(model, "pose2text", "image2pose"))
+        shutil.rmtree(folder)
+
+
+# what a model has been through
+@pytest.mark.parametrize("stages, with_images, message", [
+    (["tokenizer"], False, "has not been through align"),
+    (["backbones", "tokenizer"], False, "has not been through align"),
+    (["align"], False, "has not been through tokenizer"),
+    (["tokenizer", "align"], True, "cannot answer questions with images"),
+    (["backbones", "tokenizer", "align"], True, "has not been through project"),
+    ([], False, "has not been through tokenizer, align"),
+], ids=str)
+def test_a_model_is_not_asked_what_it_was_not_trained_for(stages, with_images, message):
+    refused(message, unipose.require_stages, stages, with_images)
+
+
+@pytest.mark.parametrize("stages, with_images", [
+    (["tokenizer", "align"], False),
+    (["backbones", "tokenizer", "align", "project"], True),
+    (None, True),
+], ids=str)
+def test_a_model_is_asked_what_it_was_trained_for(stages, with_images):
+    """None: it was made in memory, and its history is not known."""
+    unipose.require_stages(stages, with_images)
+
+
+def test_a_loaded_model_knows_its_stages(nano_checkpoint):
+    assert unipose.load(nano_checkpoint).stages == ["align"]
+    assert nano().stages is None
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpu:x"])
+def test_a_device_that_cannot_be_used_is_refused_in_one_short_line(name):
+    sentence = refused(f"--device {name} cannot be used here", unipose.find_device, name)
+
+    assert len(sentence) < 80
 
 
 # ---- unipose.py: other people's weights ----------------------------------------------------------
@@ -7811,10 +8435,10 @@ def test_unfinished_files_of_dead_processes_are_swept_up(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
     dead = f".{process.pid}-model.safetensors"
-    alive = f".{os.getpid()}-log.png"
+    alive = f".{os.getpid()}-loss.png"
     lay(tmp_path, {dead: b"", alive: b"", ".hidden": b"", "12-a": b""})
 
-    train.sweep(tmp_path)
+    tokenizer.delete_leftovers(tmp_path, unipose.CHECKPOINT_FILES)
 
     assert sorted(os.listdir(tmp_path)) == sorted([alive, ".hidden", "12-a"])
 
@@ -8082,7 +8706,7 @@ MISTAKES = {  # script and flags: what must be said
     f"sample --text '{'knee ' * 10_000}'": "10000 words",
     "sample --task edit --pose fine.npy": "edit takes 1 pose and 1 text",
     "sample --task dance": "not one of",
-    "sample --weights 'empty weights'": "has no config.json",
+    "sample --weights 'empty weights'": "has no model.safetensors",
     "sample --weights nowhere": "no weights folder",
     "sample --body code.pkl --pose fine.npy": "code.pkl",
     "sample --decoed soft": "--decode",

@@ -46,6 +46,8 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
+import stat
 import sys
 import tempfile
 import typing
@@ -73,11 +75,23 @@ class TokenizerConfig:
     upsample_step: int = 2  # how often the encoder doubles its 40 places: 2 gives N=80
     mu: float = 0.99  # decay of the codebook's moving averages
     z_up: bool = False  # codes are in AMASS's z-up frame, as the official ones are
+    reset_revived: bool = False  # a dead code that is replaced loses its running sum as well
 
     @property
     def n_tokens(self):
         """N: 40 places, doubled upsample_step times, halved once by the strided convolution."""
         return 40 * 2 ** self.upsample_step // 2
+
+
+TOKENIZER_ENTRIES = {  # what they may be in the config of a checkpoint, see `check_entries`
+    "hidden": range(1, 2 ** 14),
+    "code_dim": range(1, 2 ** 14),
+    "codes": range(1, 2 ** 20),
+    "upsample_step": range(7),
+    "mu": float,
+    "z_up": bool,
+    "reset_revived": bool,
+}
 
 
 class ResUnit(nn.Module):
@@ -170,6 +184,7 @@ class Quantizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.mu = config.mu
+        self.reset_revived = config.reset_revived
         self.register_buffer("codebook", torch.zeros(config.codes, config.code_dim))
         self.register_buffer("code_sum", torch.zeros(config.codes, config.code_dim))
         self.register_buffer("code_count", torch.ones(config.codes))
@@ -235,7 +250,9 @@ class Quantizer(nn.Module):
     def _ema_update(self, flat, ids, counts, candidates):
         """Moves each code to the running mean of the latents that chose it.
 
-        A code whose running count is below 1 is dead and becomes a candidate.
+        A code whose running count is below 1 is dead and becomes a candidate. In the public code it
+        keeps the sum and the count of its former place, so that it jumps away once it is chosen;
+        with `reset_revived` it starts as one latent that chose it.
         """
         sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)       # (K,C)
         self.code_sum.mul_(self.mu).add_(sums, alpha=1 - self.mu)
@@ -244,12 +261,24 @@ class Quantizer(nn.Module):
         is_alive = self.code_count[:, None] >= 1                              # (K,1)
         mean = self.code_sum / self.code_count[:, None]                       # (K,C)
         self.codebook.copy_(torch.where(is_alive, mean, candidates))
+        if self.reset_revived:
+            self.code_sum.copy_(torch.where(is_alive, self.code_sum, candidates))
+            self.code_count.clamp_(min=1)
+
+
+def in_float32(method):
+    """Runs a method of PoseTokenizer outside of autocast, in which poses would get other words."""
+    @functools.wraps(method)
+    def run(self, x, *args, **options):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args, **options)
+    return run
 
 
 class PoseTokenizer(nn.Module):
     """A pose as N words out of K, and back (UniPose, section 3.1).
 
-    Stays in float32: with bfloat16 some poses get other words.
+    Computes in float32 wherever it is called: in bfloat16 a fifth of the words would be others.
     """
 
     def __init__(self, config=None):
@@ -273,25 +302,29 @@ class PoseTokenizer(nn.Module):
             rotmat = turn_root(rotmat, Z_UP_TO_Y_UP)
         return rotmat
 
+    @in_float32
     def forward(self, rotmat, generator=None, rows=None):
         """For training: rotmat (B,22,3,3) -> recon (B,22,3,3), ids (B,N), the quantizer's stats."""
-        latents = self._encode(rotmat)                                        # (B,C,N)
+        latents = self._encode(rotmat.float())                                # (B,C,N)
         z_q, ids, stats = self.quantizer(latents, generator, rows)            # (B,C,N), (B,N)
         return self._decode(z_q), ids, stats                                  # (B,22,3,3)
 
     @torch.no_grad()
+    @in_float32
     def encode(self, rotmat):
         """rotmat (B,22,3,3) -> ids (B,N)."""
         latents = self._encode(rotmat.float())                                # (B,C,N)
         return self.quantizer.nearest(latents)
 
     @torch.no_grad()
+    @in_float32
     def decode(self, ids):
         """ids (B,N) -> rotmat (B,22,3,3)."""
         z_q = self.quantizer.codebook[ids].mT                                 # (B,C,N)
         return self._decode(z_q)
 
     @torch.no_grad()
+    @in_float32
     def decode_soft(self, probs):
         """probs (B,N,K), a distribution over the codes per token -> rotmat (B,22,3,3).
 
@@ -862,32 +895,72 @@ def run_main(main):
         raise SystemExit(130) from None  # what a shell expects after Ctrl-C
 
 
+def delete(path):
+    """Deletes a file or a folder, if it is there and if that is allowed."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """`with atomic_write(path) as new:` write to the file `new`; it becomes `path` when complete.
 
-    After any error `path` is as it was, and no half-written file is left. Raises UserError if
-    `path` is a folder or cannot be written.
+    After any error `path` is as it was, and no half-written file is left; a process that is killed
+    leaves the folder `.PID-NAME`, see `delete_leftovers`. Raises UserError if `path` is a folder or
+    cannot be written.
     """
     path = pathlib.Path(path)
-    if path.is_dir() or not path.name:
+    if os.path.isdir(path) or not path.name:
         raise UserError(f"{path} is a folder: name a file")
-    # in the same folder, because a rename cannot cross disks; with the same suffix for its writer
-    new = path.with_name(f".{os.getpid()}-{path.name}")
+    # beside `path`, because a rename cannot cross disks; a folder, because safetensors writes to
+    # yet another temporary file, beside the one that it is given
+    folder = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        delete(folder)  # of a killed process that had the same number
+        folder.mkdir(parents=True)
+        new = folder / path.name
         yield new
+        # safetensors makes files that only their owner may read; the folder has the usual mode
+        new.chmod(folder.stat().st_mode & 0o666)
         os.replace(new, path)
     except BaseException as error:  # Ctrl-C, too
-        with contextlib.suppress(OSError):  # a failing clean-up must not hide the first error
-            new.unlink()
         # safetensors and torch.save report a full disk by exceptions of their own
         if isinstance(error, OSError) or re.search("os error|enforce fail|iostream", str(error)):
-            remedy = "choose another place"
-            if re.search("No space|too large|quota|enforce fail|iostream", str(error)):
-                remedy = "free some space or choose another place"
-            raise UserError(f"cannot write {path} ({first_line(error)}); {remedy}") from error
+            raise UserError(explain_write_error(path, error)) from error
         raise
+    finally:
+        delete(folder)
+
+
+def explain_write_error(path, error):
+    """The sentence for a file that could not be written."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    advice = "choose another place"
+    if re.search("space|quota|too large|written|fail", reason, re.IGNORECASE):  # numpy: 0 written
+        advice = "free some space or " + advice
+    return f"cannot write {path}: {reason}; {advice}"
+
+
+def delete_leftovers(folder, names):
+    """Deletes what processes that were killed in atomic_write left of the files `names`."""
+    for path in pathlib.Path(folder).glob(".*-*"):
+        match = re.fullmatch(r"\.(\d{1,9})-(.+)", path.name)
+        if match and match[2] in names and not is_running(int(match[1])):
+            delete(path)
+
+
+def is_running(pid):
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)  # signal 0 is not delivered
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def validate_writable(flag, path):
@@ -916,10 +989,37 @@ def list_files(path, *suffixes):
     return sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
 
 
+def require_file(path):
+    """Raises UserError unless `path` is a file that may be read: no folder, pipe or device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read: {reason}; check the path") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} cannot be read: it is a folder, a pipe or a device; name a file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: permission denied; its owner must allow it")
+
+
+MAX_JSON = 2 ** 30  # bytes
+
+
 def load_json(path):
     """The content of a JSON file. Raises UserError."""
-    with as_user_error(f"{path} is not a complete JSON file: "):
+    require_file(path)
+    if os.path.getsize(path) > MAX_JSON:
+        raise UserError(f"{path} is larger than {MAX_JSON:,} bytes; is it JSON?")
+    with as_user_error(f"{path} is not a complete JSON file (", "); copy or write it again"):
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def read_json(path):
+    """A file with a JSON object -> dict. Raises UserError."""
+    content = load_json(path)
+    if type(content) is not dict:
+        raise UserError(f"{path} holds no JSON object; copy or write it again")
+    return content
 
 
 @functools.cache
@@ -1310,6 +1410,107 @@ def read_arrays(path, names):
         return {"": read_npy(file, size)}
 
 
+# A checkpoint of train.py is a folder, and its model.safetensors is all of it: in the header, under
+# this name, is a JSON object with the config and the text tokenizer. So one rename replaces them
+# together. config.json and tokenizer.json beside it are copies for readers; they count only in
+# folders of older versions, whose header has nothing under this name.
+DESCRIPTION = "unipose"
+DTYPES = ("BOOL", "I64", "F16", "BF16", "F32", "F64")  # of tensors, as safetensors calls them
+
+
+def read_header(path):
+    """The header of a safetensors file -> (metadata, {name: shape}). Raises UserError.
+
+    Reads no tensor. safetensors itself checks that the shapes fit the size of the file.
+    """
+    from safetensors import safe_open
+
+    require_file(path)
+    shapes = {}
+    with as_user_error(f"{path} is not a complete safetensors file (", "); copy or train it again"):
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():
+                part = file.get_slice(name)
+                shapes[name] = torch.Size(part.get_shape())
+                if part.get_dtype() not in DTYPES:
+                    raise UserError(f"{path} holds {shorten(name)} of type {part.get_dtype()}, "
+                                    f"expected one of {', '.join(DTYPES)}")
+    return metadata, shapes
+
+
+def read_checkpoint(folder):
+    """What a checkpoint says of itself -> (config, text tokenizer, {name: shape}), none checked.
+
+    Both are dicts, the text tokenizer one of the package `tokenizers`. Raises UserError.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no weights folder at {folder}; give --weights, "
+                        "or run `python train.py --stage all`")
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise UserError(f"the weights folder {folder} has no model.safetensors; "
+                        "it is not a finished checkpoint of train.py")
+
+    metadata, shapes = read_header(path)
+    if DESCRIPTION not in metadata:
+        return read_json(folder / "config.json"), read_json(folder / "tokenizer.json"), shapes
+    with as_user_error(f"{path} does not describe a UniPose model (", "); copy or train it again"):
+        description = json.loads(metadata[DESCRIPTION])
+        return dict(description["config"]), dict(description["tokenizer"]), shapes
+
+
+def shorten(value):
+    """A value from a file as one short line for a message."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_entries(entries, allowed, where):
+    """Checks the types and ranges of a JSON object before it is used. Raises UserError.
+
+    allowed: {key: what the value may be}, see `is_allowed`. Every key of `entries` must be in it.
+    """
+    for key, value in entries.items():
+        name = f"{where} {shorten(key)}"
+        if key not in allowed:
+            raise UserError(f"{name} is not known")
+        if isinstance(allowed[key], dict) and type(value) is dict:
+            check_entries(value, allowed[key], name)
+        elif not is_allowed(value, allowed[key]):
+            raise UserError(f"{name} is {shorten(value)}, not {describe_allowed(allowed[key])}")
+
+
+def is_allowed(value, allowed):
+    """Whether a JSON value is in a range of whole numbers, one of a tuple, or of a type.
+
+    float stands for any positive number; a list of one such thing for a list of any number of it.
+    """
+    if isinstance(allowed, range):
+        return type(value) is int and value in allowed
+    if isinstance(allowed, tuple):
+        return type(value) in (str, type(None)) and value in allowed
+    if isinstance(allowed, list):
+        return type(value) is list and all(is_allowed(item, allowed[0]) for item in value)
+    if allowed is float:
+        return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) is allowed
+
+
+def describe_allowed(allowed):
+    """What `is_allowed` accepts, in words."""
+    if isinstance(allowed, range):
+        return f"a whole number from {allowed.start} to {allowed.stop - 1}"
+    if isinstance(allowed, tuple):
+        return f"one of {', '.join(map(str, allowed))}"
+    if isinstance(allowed, list):
+        return f"a list of which each is {describe_allowed(allowed[0])}"
+    if isinstance(allowed, dict) or allowed is dict:
+        return "a JSON object"
+    return {float: "a positive number", bool: "true or false", str: "a text"}[allowed]
+
+
 # ---- 7. Run me -----------------------------------------------------------------------------------
 # A person of the training split who points to the side: the axis-angles, in whole degrees, of the
 # joints that differ from the T-pose.
@@ -1334,21 +1535,23 @@ def example_pose():
 
 def load_pose_tokenizer(folder):
     """The pose tokenizer of a weights folder, without the rest of the model. Raises UserError."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    folder = pathlib.Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a weights folder: it has no config.json")
-    with as_user_error(f"{folder} is not a complete weights folder: "):
-        sizes = load_json(folder / "config.json")["tokenizer"]
-        tokenizer = PoseTokenizer(TokenizerConfig(**sizes))
+    config, _, shapes = read_checkpoint(folder)
+    sizes = config.get("tokenizer")
+    check_entries({"tokenizer": sizes}, {"tokenizer": TOKENIZER_ENTRIES}, f"the config of {folder}")
+    with as_user_error(f"{folder} holds no complete pose tokenizer (", "); copy or train it again"):
+        # on the meta device sizes that do not fit the file cost no memory
+        with torch.device("meta"):
+            tokenizer = PoseTokenizer(TokenizerConfig(**sizes))
 
         prefix = "pose_tokenizer."
         state = {}
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            if name.startswith(prefix):
-                state[name.removeprefix(prefix)] = tensor.float()
-        tokenizer.load_state_dict(state)
+        with safe_open(str(pathlib.Path(folder, "model.safetensors")), "pt") as file:
+            for name in shapes:
+                if name.startswith(prefix):
+                    state[name.removeprefix(prefix)] = file.get_tensor(name).float()
+        tokenizer.load_state_dict(state, assign=True)
     return tokenizer.eval()
 
 

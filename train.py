@@ -58,13 +58,14 @@ from data import (
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
-    MIRROR, UserError, atomic_write, augment, cli, face_front, load_body, load_json, matrix_to_sixd,
-    mirror, run_main, sample_vertices, tokenizer_loss,
+    MIRROR, UserError, atomic_write, augment, cli, delete_leftovers, face_front, load_body,
+    load_json, matrix_to_sixd, mirror, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision,
-    UniPose, base_model, collate, find_device, load, make_projector, merge_lora, model_config,
-    provenance, read_config, read_tensors, save, set_threads, word_tokenizer,
+    CHECKPOINT_FILES, CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
+    DualVision, UniPose, base_model, cast_frozen, collate, find_device, load, make_projector,
+    merge_lora, model_config, provenance, read_config, read_tensors, save, set_threads,
+    word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -814,6 +815,8 @@ def fit(run, config, out):
     """The training loop -> seconds that the stage took, including those before a resume."""
     steps, batch, peak = schedule_of(config)
     learning = freeze(config, run.modules)
+    if config.size == "paper" and config.device.startswith("cuda") and "model" in run.modules:
+        cast_frozen(run.modules["model"])  # half of the memory; what learns is float32
     optimisers = make_optimisers(config, learning, peak)
     start = 0
     seconds_before = 0.0
@@ -1506,25 +1509,6 @@ def exclusive(out):
                 out.rmdir()
 
 
-def is_running(process):
-    """Is there a process of this number?"""
-    try:
-        os.kill(process, 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it belongs to another user
-        return True
-    return True
-
-
-def sweep(out):
-    """Deletes the unfinished files (see `atomic_write`) of runs that were killed."""
-    for path in out.iterdir():
-        match = re.match(r"\.(\d+)-", path.name)
-        if match and path.is_file() and not is_running(int(match[1])):
-            path.unlink()
-
-
 def main(argv=None):
     """Trains the stages of --stage one after the other."""
     config = cli(Config, argv)
@@ -1540,7 +1524,7 @@ def main(argv=None):
         if is_first():
             with exclusive(out):
                 validate_out(config, out)
-                sweep(out)
+                delete_leftovers(out, CHECKPOINT_FILES)
                 train_stages(config, out)
         else:
             train_stages(config, out)

@@ -52,13 +52,16 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    ALLOWED, MAX_BYTES, TINY, PoseTokenizer, Record, SafeUnpickler, TokenizerConfig, UserError,
-    as_user_error, atomic_write, cli, count_bytes, first_line, pickle_errors, run_main,
+    ALLOWED, DESCRIPTION, MAX_BYTES, TINY, TOKENIZER_ENTRIES, PoseTokenizer, Record, SafeUnpickler,
+    TokenizerConfig, UserError, as_user_error, atomic_write, check_entries, cli, count_bytes,
+    delete_leftovers, first_line, is_allowed, pickle_errors, read_checkpoint, read_header,
+    read_json, run_main, shorten,
 )
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------
 # A size of your own is one more entry. `llm`, `clip`, `pose_vit` and `tokenizer` are the arguments
-# of LlamaConfig or MistralConfig, CLIPVisionConfig, VitPoseBackboneConfig and TokenizerConfig.
+# of LlamaConfig or MistralConfig, CLIPVisionConfig, VitPoseBackboneConfig and TokenizerConfig, of
+# those that ENTRIES below knows.
 SIZES = {
     "nano": {  # for the tests: all six stages train within seconds
         "llm": {
@@ -200,6 +203,121 @@ def model_config(size, projector="mlp", vision="both", attn="mixed"):
 
 MODEL_KEYS = tuple(model_config("nano"))  # what config.json must have; its other keys are notes
 
+# what the entries of config.json may be (see `tokenizer.check_entries`); notes that are not listed
+# are read by people only
+WIDTH = range(1, 2 ** 17)
+DEPTH = range(1, 1000)
+ENTRIES = {
+    "size": str,
+    "prompt_style": ("templates", "released"),
+    **CHOICES,
+    "lora": bool,
+    "llm": {
+        "model_type": ("llama", "mistral"),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": WIDTH,
+        "num_key_value_heads": WIDTH,
+        "head_dim": WIDTH,
+        "intermediate_size": WIDTH,
+        "max_position_embeddings": range(1, 2 ** 24),
+        "hidden_act": str,
+        "attention_bias": bool,
+        "mlp_bias": bool,
+        "rms_norm_eps": float,
+        "rope_theta": float,
+        "rope_parameters": dict,
+        "sliding_window": (None,),  # `mixed_mask` has no window
+    },
+    "clip": {
+        "model_type": ("clip_vision_model",),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": WIDTH,
+        "intermediate_size": WIDTH,
+        "image_size": range(1, 4096),
+        "patch_size": range(1, 4096),
+        "hidden_act": str,
+        "layer_norm_eps": float,
+    },
+    "pose_vit": {
+        "model_type": ("vitpose_backbone",),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": WIDTH,
+        "image_size": [range(1, 4096)],
+        "patch_size": [range(1, 4096)],
+        "mlp_ratio": range(1, 64),
+        "hidden_act": str,
+        "qkv_bias": bool,
+        "layer_norm_eps": float,
+    },
+    "tokenizer": TOKENIZER_ENTRIES,
+    "code_positions": bool,
+    "lora_r": range(2 ** 14),
+    "lora_alpha": float,
+    # notes
+    "stages": [str],
+    "seconds": dict,
+    "commands": dict,
+    "retrieval": {"words": range(1, 2 ** 20), "d": range(1, 2 ** 14)},
+}
+
+
+def validate_config(config, where):
+    """Checks a config before a model is built of it. Raises UserError."""
+    missing = [key for key in MODEL_KEYS if key not in config]
+    required = {part: SIZES["nano"][part] for part in ("llm", "clip", "pose_vit", "tokenizer")}
+    for part, keys in {**required, "retrieval": ENTRIES["retrieval"]}.items():
+        if type(config.get(part)) is dict:  # if it is something else, ENTRIES refuses it below
+            missing += [f"{part} {key}" for key in keys if key not in config[part]]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}; it does not describe a UniPose model")
+    check_entries({key: config[key] for key in config if key in ENTRIES}, ENTRIES, where)
+
+    problem = find_misfit(config)
+    if problem:
+        raise UserError(f"{where} does not describe a UniPose model: {problem}")
+
+
+def find_misfit(config):
+    """Which sizes of a config do not fit each other, in words; "" if they do.
+
+    These do not show in the shapes of tensors, so a model would be built and fail or answer wrong.
+    """
+    for name in ("llm", "clip", "pose_vit"):
+        part = config[name]
+        if part["hidden_size"] % part["num_attention_heads"] and "head_dim" not in part:
+            return f"hidden_size of {name} is no multiple of its num_attention_heads"
+
+    llm = config["llm"]
+    heads = llm["num_attention_heads"]
+    if heads % llm["num_key_value_heads"]:
+        return "num_attention_heads of llm is no multiple of its num_key_value_heads"
+    if llm.get("head_dim", llm["hidden_size"] // heads) % 2:
+        return "rotary embeddings need an even number of channels in each head of llm"
+    for key, value in llm.get("rope_parameters", {}).items():
+        if type(value) in (int, float) and not is_allowed(value, float):
+            return f"{shorten(key)} in rope_parameters of llm is no positive number"
+
+    clip = config["clip"]
+    if clip["image_size"] < clip["patch_size"]:
+        return "image_size of clip is smaller than its patch_size"
+
+    vit = config["pose_vit"]
+    if len(vit["image_size"]) != 2 or len(vit["patch_size"]) != 2:
+        return "image_size and patch_size of pose_vit are a height and a width each"
+    height, width = vit["image_size"]
+    patch_height, patch_width = vit["patch_size"]
+    if height % patch_height or width % patch_width:
+        return "image_size of pose_vit is no multiple of its patch_size"
+    if height < width or (height - width) % 2:  # it sees a square less equal columns on both sides
+        return "image_size of pose_vit must be as high as wide, or higher by an even number"
+
+    if config["lora"] and not config["lora_r"]:
+        return "lora needs a lora_r above 0"
+    return ""
+
 
 # ---- 2. One sequence -----------------------------------------------------------------------------
 IGNORE_INDEX = -100  # the label of a position that predicts nothing
@@ -333,13 +451,16 @@ def collate(rows, side="right"):
     }
 
 
+WORD_MARKS = ("<unk>", "<s>", "</s>", "[inst]", "[/inst]")
+
+
 def word_tokenizer(words):
     """A Hugging Face fast tokenizer whose tokens are the given words, for the nano and tiny LLMs.
 
     It drops case and spacing, which `tidy_text` restores. `[INST]` and `[/INST]` are words as well.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    words = ["<unk>", "<s>", "</s>", "[inst]", "[/inst]", *words]
+    words = [*WORD_MARKS, *words]
     table = {word: i for i, word in enumerate(dict.fromkeys(words))}  # each word once
 
     text = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
@@ -483,7 +604,9 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+        y = self.base(x)
+        update = self.scale * (x.to(self.A.dtype) @ self.A.T @ self.B.T)  # W may be bfloat16
+        return y + update.to(y.dtype)
 
 
 def add_lora(model, r, alpha):
@@ -638,7 +761,9 @@ class UniPose(nn.Module):
     def __init__(self, config, text=None):
         super().__init__()
         from transformers import AutoConfig, AutoModelForCausalLM
+        validate_config(config, "the config")
         self.config = dict(config)
+        self.stages = None  # which stages trained it, see `require_stages`; None: it is not known
         self.text_tokenizer = text
         self.is_word_level = True
         if text:  # only `word_tokenizer` has a word for this mark
@@ -790,13 +915,15 @@ class UniPose(nn.Module):
             x = x + queries * (code_index >= 0)[..., None]
 
         if images is not None:
-            patches = self.projector(images.to(x))                                   # (n,P,D)
+            images = images.to(next(self.projector.parameters()))
+            patches = self.projector(images)                                         # (n,P,D)
             is_patch = (ids == IMAGE_PLACEHOLDER)[..., None]                         # (B,T,1)
             x = x.masked_scatter(is_patch, patches.to(x.dtype))
         return x
 
     def hidden(self, x, mask, positions, cache=None):
         """Embeddings (B,q,D), mask (B,1,q,past+q), positions (B,q) -> hidden states (B,q,D)."""
+        x = x.to(self.llm.model.norm.weight.dtype)  # the layers may be bfloat16, see `cast_frozen`
         lowest = torch.finfo(x.dtype).min  # in half precision the lowest float32 would be -inf
         mask = mask.to(x.dtype).clamp(min=lowest)
         output = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
@@ -820,7 +947,8 @@ class UniPose(nn.Module):
         # logits are wide and most positions have no label: lm_head runs on the others only
         is_labelled = batch["labels"] != IGNORE_INDEX                                # (B,T)
         labels = batch["labels"][is_labelled]                                        # (n,)
-        logits = self.llm.lm_head(h[is_labelled]).float()                            # (n,vocab)
+        h = h[is_labelled].to(self.llm.lm_head.weight.dtype)                         # (n,D)
+        logits = self.llm.lm_head(h).float()                                         # (n,vocab)
 
         n_poses = (labels == self.vocab.p_open).sum()
         terms = len(labels) + n_poses
@@ -850,10 +978,24 @@ TRAINABLE = {
 }
 
 
+def cast_frozen(model, dtype=torch.bfloat16):
+    """Casts parameters in place: those that learn to float32, frozen ones to `dtype`.
+
+    The pose tokenizer stays in float32, see there. So do the buffers, of which only the frequencies
+    of rotary embeddings are floating: in bfloat16 they would move the positions.
+    """
+    for name, parameter in model.named_parameters():
+        learns = parameter.requires_grad or name.startswith("pose_tokenizer.")
+        parameter.data = parameter.data.to(torch.float32 if learns else dtype)
+
+
 # ---- 7. Checkpoints ------------------------------------------------------------------------------
-# A folder of config.json, model.safetensors and tokenizer.json. The retrieval model of eval.py
-# travels in the same file, under names that begin so:
+# A folder, see `tokenizer.DESCRIPTION`. The retrieval model of eval.py travels in the same file,
+# under names that begin so:
 RETRIEVAL_PREFIX = "retrieval."
+CHECKPOINT_FILES = (  # what train.py writes to the folder, each by `atomic_write`
+    "model.safetensors", "config.json", "tokenizer.json", "train_state.safetensors", "loss.png",
+)
 
 
 def git_hash():
@@ -891,10 +1033,10 @@ def to_half(state):
 
 
 def save(model, folder, half=False, extra=None, **notes):
-    """Writes config.json, model.safetensors and tokenizer.json, all complete before one is renamed.
+    """Writes a checkpoint: model.safetensors, and copies of its config and text tokenizer to read.
 
     half: store float16. extra: more tensors by name (the retrieval model). notes: more entries of
-    config.json (stages, seed, ...). Raises UserError if the disk is full or `folder` is not a
+    the config (stages, seed, ...). Raises UserError if the disk is full or `folder` is not a
     directory.
     """
     from safetensors.torch import save_file
@@ -904,83 +1046,165 @@ def save(model, folder, half=False, extra=None, **notes):
         state = to_half(state)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     config = {**model.config, "float16": half, **provenance(), **notes}
+    text = json.loads(model.text_tokenizer.backend_tokenizer.to_str())
 
-    with (atomic_write(folder / "config.json") as config_file,
-          atomic_write(folder / "tokenizer.json") as tokenizer_file,
-          atomic_write(folder / "model.safetensors") as weights_file):
-        save_file(state, weights_file)
-        model.text_tokenizer.backend_tokenizer.save(str(tokenizer_file))
-        config_file.write_text(json.dumps(config, indent=1) + "\n")
+    delete_leftovers(folder, CHECKPOINT_FILES)
+    with atomic_write(folder / "model.safetensors") as path:
+        save_file(state, path, {DESCRIPTION: json.dumps({"config": config, "tokenizer": text})})
+    for name, content in {"config.json": config, "tokenizer.json": text}.items():
+        with atomic_write(folder / name) as path:
+            path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_config(folder):
-    """config.json of a weights folder as a dict; inferred for the official folder, which has none.
+    """The config of a checkpoint as a dict, checked; of the official folder, which has none, made.
 
-    Raises UserError if the folder or one of its files is missing or unreadable.
+    The config in model.safetensors counts, not config.json (see `tokenizer.DESCRIPTION`). Raises
+    UserError if the folder or one of its files is missing or unreadable.
     """
-    folder = pathlib.Path(folder)
     if is_official(folder):
         return official_config(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no weights folder at {folder}; give --weights, "
-                        "or run `python train.py --stage all`")
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"the weights folder {folder} has no {name}; "
-                            "it is not a finished checkpoint of train.py")
-
-    path = folder / "config.json"
-    config = read_json(path)
-    missing = [key for key in MODEL_KEYS if key not in config]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it does not describe a UniPose model")
-    for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            raise UserError(f"{path} says {key} {config[key]!r}, not one of {', '.join(choices)}")
+    config, _, _ = read_checkpoint(folder)
+    validate_config(config, f"the config of {folder}")
     return config
 
 
-def read_tensors(path):
-    """{name: tensor} of a safetensors file, float16 turned to float32.
+def read_tensors(path, dtype=torch.float32):
+    """{name: tensor} of a safetensors file, floating numbers as `dtype`.
 
-    Raises UserError if the file is truncated or of another kind, or holds NaN or infinity.
+    The pose tokenizer is float32 in any case. Raises UserError if the file is truncated or of
+    another kind, or holds NaN or infinity.
     """
-    from safetensors.torch import load_file
-    with as_user_error(f"{path} is not a complete safetensors file (", "); copy or train it again"):
-        state = load_file(path)
-
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            state[name] = tensor.float()
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} in {path} holds NaN or infinite numbers; "
-                            "train it again with a lower --lr")
+    from safetensors import safe_open
+    _, shapes = read_header(path)
+    state = {}
+    with safe_open(str(path), "pt") as file:
+        for name in shapes:
+            tensor = file.get_tensor(name)
+            if not tensor.isfinite().all():
+                raise UserError(f"{shorten(name)} in {path} holds NaN or infinite numbers; "
+                                "train it again with a lower --lr")
+            if tensor.is_floating_point():
+                to = torch.float32 if name.startswith("pose_tokenizer.") else dtype
+                # a copy: the tensor itself is mapped from the file, which others may overwrite
+                tensor = tensor.to(to, copy=True)
+            state[name] = tensor
     return state
 
 
-def load(folder, device="cpu"):
-    """A weights folder -> UniPose in eval mode, float32 (the official folder on a GPU: bfloat16).
+def load(folder, device="cpu", dtype=None):
+    """A weights folder -> UniPose in eval mode.
 
-    Raises UserError if a file is missing or damaged, or if names or shapes differ from what
-    config.json describes. The tensors of the retrieval model are left to eval.py.
+    dtype: of the weights; the pose tokenizer is float32 in any case. None: float32, but bfloat16
+    for the paper's size on a GPU. Raises UserError if a file is missing or damaged, or if names or
+    shapes differ from what the config describes. The tensors of the retrieval model are left to
+    eval.py.
     """
+    if dtype is None:
+        is_paper = is_official(folder) or read_config(folder)["size"] == "paper"
+        on_gpu = str(device).startswith("cuda")
+        dtype = torch.bfloat16 if is_paper and on_gpu else torch.float32
     if is_official(folder):
-        dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         return load_official(folder, device, dtype)
 
-    from tokenizers import Tokenizer
-    folder = pathlib.Path(folder)
+    path = pathlib.Path(folder) / "model.safetensors"
     config = read_config(folder)
-    # building a model draws random weights; the caller's random numbers must not depend on that
-    with blame_description(folder), torch.random.fork_rng():
-        text = fast_tokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
-        model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
+    _, text, shapes = read_checkpoint(folder)
+    shapes = {name: shape for name, shape in shapes.items()
+              if not name.startswith(RETRIEVAL_PREFIX)}
+    text = restore_text_tokenizer(text, folder)
 
-    path = folder / "model.safetensors"
-    tensors = read_tensors(path)
-    names = [name for name in tensors if not name.startswith(RETRIEVAL_PREFIX)]
-    load_strictly(model, {name: tensors[name] for name in names}, path)
-    return model.to(device).eval()
+    # on the meta device a config that does not fit the weights costs no memory, and no more time
+    # than there are layers
+    for part in ("llm", "clip", "pose_vit"):
+        if config[part]["num_hidden_layers"] > len(shapes):
+            raise UserError(f"{path} does not fit its config: it holds fewer tensors than {part} "
+                            "has layers")
+    where = f"the config of {folder} does not describe a model ("
+    with as_user_error(where, "); copy or train it again"), torch.device("meta"):
+        model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
+    compare(shapes_of(model), shapes, path)
+
+    tensors = read_tensors(path, dtype)
+    model = assign_weights(model, {name: tensors[name] for name in shapes}, path, device, dtype)
+    model.stages = config.get("stages")
+    return model
+
+
+# the parts that a byte pair encoding may have; the package `tokenizers` has others, and crashes on
+# damaged ones
+TEXT_PARTS = {
+    "Sequence", "Prepend", "Replace", "NFC", "Lowercase", "Split", "WhitespaceSplit", "ByteLevel",
+    "TemplateProcessing", "ByteFallback", "Fuse",
+}
+
+
+def restore_text_tokenizer(description, folder):
+    """The text tokenizer of a checkpoint from the JSON object that describes it. Raises UserError.
+
+    Of a word-level tokenizer only the words are read: the rest of it is in `word_tokenizer`.
+    """
+    from tokenizers import Tokenizer
+    with as_user_error(f"the text tokenizer of {folder} is damaged (", "); copy or train it again"):
+        vocabulary = description["model"]["vocab"]
+        if description["model"]["type"] == "WordLevel":
+            words = sorted(vocabulary, key=vocabulary.get)
+            text = word_tokenizer(words[len(WORD_MARKS):])
+        else:
+            for kind in kinds_of_parts(description):
+                if kind not in TEXT_PARTS:
+                    raise UserError(f"the text tokenizer of {folder} has a part of the kind "
+                                    f"{shorten(kind)}, which is not read")
+            tokenizer = Tokenizer.from_str(json.dumps(description))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            vocabulary = tokenizer.get_vocab()
+            text = fast_tokenizer(tokenizer)  # which adds the special tokens that are missing
+
+        ids = list(range(len(text)))
+        if text.get_vocab() != vocabulary or sorted(vocabulary.values()) != ids:
+            raise UserError(f"the text tokenizer of {folder} lacks special tokens, or does not "
+                            "number its tokens one by one; copy or train it again")
+        text("[INST] some words, an unknown one: Ünïcødé. [/INST]")
+    return text
+
+
+def kinds_of_parts(description):
+    """What a text tokenizer consists of besides its vocabulary: every "type" in its JSON object."""
+    if description["model"]["type"] != "BPE":
+        return [description["model"]["type"]]
+    kinds = []
+    pending = [description[key] for key in description if key not in ("model", "added_tokens")]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending += part
+        elif isinstance(part, dict):
+            pending += part.values()
+            if "type" in part:
+                kinds.append(part["type"])
+    return kinds
+
+
+def require_stages(stages, with_images):
+    """Raises UserError unless a model that has been through `stages` can answer.
+
+    Questions of texts and poses need `align`, those with images `project` as well; a stage that is
+    trained again takes the later ones off the list. stages: None for a model whose history is not
+    known, which is never refused.
+    """
+    if stages is None:
+        return
+    needed = ["tokenizer", "align"]
+    kind = "questions"
+    if with_images:
+        needed += ["backbones", "project"]
+        kind = "questions with images"
+    missing = [stage for stage in needed if stage not in stages]
+    if missing:
+        raise UserError(
+            f"the model cannot answer {kind}: it has not been through {', '.join(missing)}, or not "
+            "again since an earlier stage was repeated; train it further with train.py")
 
 
 def set_threads(n, config):
@@ -999,16 +1223,26 @@ def find_device(name=""):
     """A device by name; "": the GPU if there is one, else the CPU. Raises UserError if unusable."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with as_user_error(f"--device {name} cannot be used here (", "); leave it out"):
-        return str(torch.zeros(1, device=name).device)
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.tolist()  # which the meta device has no numbers for
+    except Exception:  # torch's own error lists all kinds of device in the world
+        raise UserError(f"--device {name} cannot be used here; leave it out") from None
+    return str(probe.device)
+
+
+def shapes_of(model):
+    """{name: shape} of all that a checkpoint stores of a model."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def load_strictly(model, state, where):
-    """`load_state_dict` whose error is one sentence about the file `where` (UserError)."""
-    want = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    have = {name: tensor.shape for name, tensor in state.items()}
-    compare(want, have, where)
-    model.load_state_dict(state)
+    """`load_state_dict` whose error is one sentence about the file `where` (UserError).
+
+    The tensors of `state` become the model's own, so that it may be built on the meta device.
+    """
+    compare(shapes_of(model), {name: tensor.shape for name, tensor in state.items()}, where)
+    model.load_state_dict(state, assign=True)
 
 
 def compare(want, have, where):
@@ -1018,11 +1252,11 @@ def compare(want, have, where):
         if name in have and have[name] != want[name]:
             differences.append(f"{name} is {tuple(have[name])}, expected {tuple(want[name])}")
     differences += [f"{name} is missing" for name in want if name not in have]
-    differences += [f"{name} is unknown" for name in have if name not in want]
+    differences += [f"{shorten(name)} is unknown" for name in have if name not in want]
     if differences:
         n_more = len(differences) - 3
         more = f" and {n_more} more differences" if n_more > 0 else ""
-        raise UserError(f"{where} does not fit its config.json: {'; '.join(differences[:3])}{more}")
+        raise UserError(f"{where} does not fit its config: {'; '.join(differences[:3])}{more}")
 
 
 # ---- 8. Other people's weights: how their names map to ours --------------------------------------
@@ -1083,12 +1317,6 @@ def blame_description(folder):
     """`with blame_description(folder):` turns any exception into a UserError about its config."""
     return as_user_error(f"the JSON files in {folder} do not describe a model (",
                          "); copy it again")
-
-
-def read_json(path):
-    """A file with a JSON object -> dict. Raises UserError."""
-    with as_user_error(f"{path} cannot be read as JSON (", "); copy the folder again"):
-        return dict(json.loads(pathlib.Path(path).read_text()))
 
 
 def explain_unreadable(error):
@@ -1744,8 +1972,18 @@ class Config:
     merge: str = ""  # write the LLM of --weights here as a plain Hugging Face folder, LoRA merged
 
 
+def require_other(source, target, flag):
+    """Raises UserError if a conversion would overwrite what it is made of."""
+    if pathlib.Path(source).resolve() == pathlib.Path(target).resolve():
+        raise UserError(f"{flag} {target} is the folder --weights itself; name another one")
+
+
 def copy_half(source, target):
-    """Copies a checkpoint, with its retrieval model and notes, as float16 with LoRA merged."""
+    """Copies a checkpoint, with its retrieval model and notes, as float16 with LoRA merged.
+
+    Raises UserError.
+    """
+    require_other(source, target, "--half")
     config = read_config(source)
     model = load(source)
     merge_lora(model.llm.model.layers)
@@ -1807,6 +2045,7 @@ def main():
     if config.half:
         copy_half(config.weights, config.half)
     elif config.merge:
+        require_other(config.weights, config.merge, "--merge")
         write_llm(load(config.weights), config.merge)
     else:
         model = untrained(config.size) if config.size else load(config.weights)
