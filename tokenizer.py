@@ -1482,10 +1482,13 @@ def check_entries(entries, allowed, where):
             raise UserError(f"{name} is {shorten(value)}, not {describe_allowed(allowed[key])}")
 
 
+MAX_NUMBER = 1e12  # well within what float32 can hold
+
+
 def is_allowed(value, allowed):
     """Whether a JSON value is in a range of whole numbers, one of a tuple, or of a type.
 
-    float stands for any positive number; a list of one such thing for a list of any number of it.
+    float stands for any positive number; a list of one such thing for a list of any length.
     """
     if isinstance(allowed, range):
         return type(value) is int and value in allowed
@@ -1494,7 +1497,7 @@ def is_allowed(value, allowed):
     if isinstance(allowed, list):
         return type(value) is list and all(is_allowed(item, allowed[0]) for item in value)
     if allowed is float:
-        return type(value) in (int, float) and 0 < value < math.inf
+        return type(value) in (int, float) and value > 0 and value < MAX_NUMBER
     return type(value) is allowed
 
 
@@ -1503,7 +1506,7 @@ def describe_allowed(allowed):
     if isinstance(allowed, range):
         return f"a whole number from {allowed.start} to {allowed.stop - 1}"
     if isinstance(allowed, tuple):
-        return f"one of {', '.join(map(str, allowed))}"
+        return " or ".join(map(str, allowed))
     if isinstance(allowed, list):
         return f"a list of which each is {describe_allowed(allowed[0])}"
     if isinstance(allowed, dict) or allowed is dict:
@@ -1538,8 +1541,9 @@ def load_pose_tokenizer(folder):
     from safetensors import safe_open
 
     config, _, shapes = read_checkpoint(folder)
+    where = f"the config of {folder}:"
     sizes = config.get("tokenizer")
-    check_entries({"tokenizer": sizes}, {"tokenizer": TOKENIZER_ENTRIES}, f"the config of {folder}")
+    check_entries({"tokenizer": sizes}, {"tokenizer": TOKENIZER_ENTRIES}, where)
     with as_user_error(f"{folder} holds no complete pose tokenizer (", "); copy or train it again"):
         # on the meta device sizes that do not fit the file cost no memory
         with torch.device("meta"):

@@ -273,7 +273,8 @@ def validate_config(config, where):
             missing += [f"{part} {key}" for key in keys if key not in config[part]]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}; it does not describe a UniPose model")
-    check_entries({key: config[key] for key in config if key in ENTRIES}, ENTRIES, where)
+    entries = {key: config[key] for key in config if key in ENTRIES}
+    check_entries(entries, ENTRIES, f"{where}:")
 
     problem = find_misfit(config)
     if problem:
@@ -1092,30 +1093,35 @@ def read_tensors(path, dtype=torch.float32):
     return state
 
 
+def default_dtype(size, device):
+    """The type of weights that learn nothing: bfloat16 for the paper's size on a GPU, else float32.
+
+    Small models gain nothing from bfloat16, and what one stage learned and the next one freezes
+    would be rounded.
+    """
+    on_gpu = str(device).startswith("cuda")
+    return torch.bfloat16 if on_gpu and size == "paper" else torch.float32
+
+
 def load(folder, device="cpu", dtype=None):
     """A weights folder -> UniPose in eval mode.
 
-    dtype: of the weights; the pose tokenizer is float32 in any case. None: float32, but bfloat16
-    for the paper's size on a GPU. Raises UserError if a file is missing or damaged, or if names or
-    shapes differ from what the config describes. The tensors of the retrieval model are left to
-    eval.py.
+    dtype: of the weights, None for `default_dtype`; the pose tokenizer is float32 in any case.
+    Raises UserError if a file is missing or damaged, or if names or shapes differ from what the
+    config describes. Whether the model was trained for a question is up to `require_stages`. The
+    tensors of the retrieval model are left to eval.py.
     """
-    if dtype is None:
-        is_paper = is_official(folder) or read_config(folder)["size"] == "paper"
-        on_gpu = str(device).startswith("cuda")
-        dtype = torch.bfloat16 if is_paper and on_gpu else torch.float32
     if is_official(folder):
-        return load_official(folder, device, dtype)
+        return load_official(folder, device, dtype or default_dtype("paper", device))
 
-    path = pathlib.Path(folder) / "model.safetensors"
-    config = read_config(folder)
-    _, text, shapes = read_checkpoint(folder)
-    shapes = {name: shape for name, shape in shapes.items()
-              if not name.startswith(RETRIEVAL_PREFIX)}
+    config, text, shapes = read_checkpoint(folder)
+    validate_config(config, f"the config of {folder}")
+    dtype = dtype or default_dtype(config["size"], device)
     text = restore_text_tokenizer(text, folder)
+    path = pathlib.Path(folder) / "model.safetensors"
 
-    # on the meta device a config that does not fit the weights costs no memory, and no more time
-    # than there are layers
+    # on the meta device a config that does not fit the weights costs no memory, and time only for
+    # its layers, of which there cannot be more than tensors
     for part in ("llm", "clip", "pose_vit"):
         if config[part]["num_hidden_layers"] > len(shapes):
             raise UserError(f"{path} does not fit its config: it holds fewer tensors than {part} "
@@ -1123,12 +1129,18 @@ def load(folder, device="cpu", dtype=None):
     where = f"the config of {folder} does not describe a model ("
     with as_user_error(where, "); copy or train it again"), torch.device("meta"):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    compare(shapes_of(model), shapes, path)
+    compare(shapes_of(model), without_retrieval(shapes), path)
 
-    tensors = read_tensors(path, dtype)
-    model = assign_weights(model, {name: tensors[name] for name in shapes}, path, device, dtype)
+    tensors = without_retrieval(read_tensors(path, dtype))
+    model = assign_weights(model, tensors, path, device, dtype)
     model.stages = config.get("stages")
     return model
+
+
+def without_retrieval(entries):
+    """{name: anything} of a checkpoint less the retrieval model's."""
+    return {name: value for name, value in entries.items()
+            if not name.startswith(RETRIEVAL_PREFIX)}
 
 
 # the parts that a byte pair encoding may have; the package `tokenizers` has others, and crashes on
