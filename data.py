@@ -1820,6 +1820,8 @@ def read_embedded(path, skipped):
 
 
 class Reader(NamedTuple):
+    """How one kind of data set is named and read."""
+
     usage: str  # what follows "KIND:" in the name of a data set
     read: Callable  # takes what follows "KIND:", cut at the commas of `usage`, and `skipped`
 

@@ -39,7 +39,6 @@ import math
 import pathlib
 import re
 import sys
-import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -55,7 +54,7 @@ from data import (
     render_template, save_png, square, templates, upright_reading, write_pose,
 )
 from tokenizer import (
-    TINY, UserError, as_user_error, cli, face_front, load_asset, load_body, run_main,
+    TINY, UserError, cli, face_front, load_asset, load_body, run_main, validate_folder,
 )
 from unipose import (
     collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config, require_stages,
@@ -685,18 +684,6 @@ def is_question(config):
     return bool(config.text or config.image or config.pose or config.task)
 
 
-def validate_out(folder):
-    """Raises UserError if nothing can be written to a folder, which need not exist yet."""
-    with as_user_error(f"--out {folder} cannot be written (", "); choose another folder"):
-        parent = pathlib.Path(folder)
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise UserError(f"--out {folder}: {parent} is a file; choose another folder")
-        with tempfile.TemporaryFile(dir=parent):        # permissions alone do not tell
-            pass
-
-
 def answer_question(model, body, config, task, inputs):
     """Answers the question of the command line --n times.
 
@@ -741,7 +728,7 @@ def main(argv=None):
 
     # whatever can be wrong with the inputs is found before the weights are read, which takes long
     validate_flags(config)
-    validate_out(config.out)
+    validate_folder("--out", config.out)
     body = load_body(config.body)
     device = find_device(config.device)
     tasks = list(TASKS)

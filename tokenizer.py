@@ -964,21 +964,26 @@ def is_running(pid):
 
 
 def validate_writable(flag, path):
-    """Raises UserError if a file could not be written at `path`, whose folders need not exist yet.
+    """Raises UserError if a file could not be written at `path`; see `validate_folder`."""
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.name:
+        raise UserError(f"{flag} {path} is a folder: name a file")
+    validate_folder(flag, path.parent)
+
+
+def validate_folder(flag, folder):
+    """Raises UserError if nothing could be written to a folder, which need not exist yet.
 
     To be called before long work, which would be lost at its end. Permissions alone do not tell, so
     a temporary file is made.
     """
-    path = pathlib.Path(path)
-    if path.is_dir() or not path.name:
-        raise UserError(f"{flag} {path} is a folder: name a file")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"{flag} {path}: {folder} is a file, not a folder; choose another place")
-    with as_user_error(f"{flag} {path} cannot be written (", "); choose another place"):
-        tempfile.TemporaryFile(dir=folder).close()
+    parent = pathlib.Path(folder)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{flag} {folder}: {parent} is a file; choose another folder")
+    with as_user_error(f"{flag} {folder} cannot be written (", "); choose another folder"):
+        tempfile.TemporaryFile(dir=parent).close()
 
 
 def list_files(path, *suffixes):
