@@ -507,10 +507,9 @@ class Evaluator(NamedTuple):
     def text_metrics(self, evalset, texts):
         """Metrics of n generated texts -> {metric: value}.
 
-        Pairs of a person with itself count in same_recognised only, the share of them whose text
-        says that nothing changes; it is absent where there are none. All other figures are means
-        over the other questions, which are the same whether or not there are such pairs between
-        them, and so stay comparable with figures of pairs that all differ.
+        Pairs of a person with itself count in same_recognised only: the share whose text says that
+        nothing changes, absent where there are no such pairs. All other figures are about people
+        who differ, and so stay comparable with those of sets without such pairs.
         """
         kept = (~evalset.same).nonzero().flatten().tolist()
         pred = [texts[k] for k in kept]

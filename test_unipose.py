@@ -1981,6 +1981,24 @@ def test_a_photograph_does_not_depend_on_what_was_photographed_before():
     assert np.array_equal(one.image(5), other.image(5))
 
 
+def test_a_photograph_is_drawn_once(monkeypatch):
+    world = data.World("test", 4, size=32)
+    first = world.image(3)
+    monkeypatch.setattr(data, "render_photo", None)
+
+    assert world.image(torch.tensor(3)) is first
+
+
+def test_a_world_keeps_a_limited_number_of_photographs(monkeypatch):
+    monkeypatch.setattr(data, "PICTURES_KEPT", 2)
+    world = data.World("test", 4, size=32)
+
+    pictures = [world.image(i) for i in range(4)]
+
+    assert len(world.pictures) == 2
+    assert np.array_equal(world.image(3), pictures[3])
+
+
 @pytest.mark.parametrize("one, other", itertools.combinations(data.SPLITS, 2))
 def test_splits_share_no_people(one, other):
     poses = data.sample_people(one, 600)[1].flatten(1)
