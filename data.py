@@ -62,10 +62,10 @@ from captions import (
     full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write, cli,
-    face_front, first_line, forward_kinematics, list_files, load_asset, load_body, load_json,
-    load_pickle, matrix_to_aa, mirror, read_arrays, run_main, shorten, skip_bad_entry, to_array,
-    to_element, turn_root,
+    JOINTS, MAX_BYTES, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write,
+    cli, face_front, file_errors, first_line, forward_kinematics, list_files, list_to_array,
+    load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays, read_pickle,
+    read_torch_file, run_main, shorten, skip_bad_entry, to_array, to_element, turn_root,
 )
 
 
@@ -1067,7 +1067,9 @@ SPLIT_KEYS = {
     ("root_orient", "pose_body"): "z",          # AMASS, SMPL-X
     ("global_orient", "body_pose"): "camera",   # HMR2, TokenHMR, GVHMR, SMPLify-X
 }
-GROUP_KEYS = {                  # of what holds the above; of several, the first one is read
+# What holds the above; of several, the first one is read. They are looked for before POSE_KEYS: a
+# frame of PHALP also has a `pose`, which is none.
+GROUP_KEYS = {
     "smpl_params_global": "y",  # GVHMR
     "smpl_params_incam": "camera",
     "pred_smpl_params": "camera",               # HMR2, TokenHMR
@@ -1075,28 +1077,33 @@ GROUP_KEYS = {                  # of what holds the above; of several, the first
     "smpl": "camera",           # PHALP
     "results": "",              # ROMP: as what it holds says
 }
-POSE_PATH = re.compile(r"(.+?\.(?:npy|npz|pkl|pt|pth))((?::[^:]+)*)", re.IGNORECASE)
+POSE_FILES = (".npy", ".npz", ".pkl", ".pt", ".pth", ".ckpt")
+
+
+def split_pose_path(path):
+    """"people.pkl:3:120" -> "people.pkl", ["3", "120"]. Raises UserError if it is no pose file."""
+    suffixes = "|".join(map(re.escape, POSE_FILES))
+    match = re.fullmatch(rf"(.+?(?:{suffixes}))((?::[^:]+)*)", str(path), re.IGNORECASE)
+    if not match:
+        raise UserError(f"{path} is no pose file: give one of {', '.join(POSE_FILES)}, and behind "
+                        "it which pose, as in walk.npz:120")
+    return match[1], match[2].split(":")[1:]
 
 
 def read_pose(path, up=""):
     """Reads one pose -> rotmat (22,3,3). Raises UserError on a file that is not one pose.
 
-    .npy: rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`.
-    .npz, .pkl, .pt, .pth: the keys of POSE_KEYS, SPLIT_KEYS and GROUP_KEYS.
+    Rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`. A .npy file
+    is such an array. The others (.npz; .pkl; .pt, .pth or .ckpt of torch) hold it under the keys of
+    POSE_KEYS, SPLIT_KEYS and GROUP_KEYS, as arrays, tensors or lists.
     Where a file holds several people or frames, what follows its name chooses one: `walk.npz:120`
     is frame 120, `people.pkl:3:120` is frame 120 of person 3, and `results.pt:smpl_params_incam:9`
     names a key. A level that has one entry only needs no name.
     up: which way is up in the file, a key of UP_TURNS; "": as the kind of file says.
     """
-    path = str(path)
-    match = POSE_PATH.fullmatch(path)
-    names = []
-    if match:
-        path = match[1]
-        names = match[2].split(":")[1:]
-
+    path, names = split_pose_path(path)
     entry = PoseEntry(path, names)
-    with as_user_error(f"cannot read {path}: "):
+    with as_user_error(f"cannot read {path}: ", "; save its arrays again with numpy.savez"):
         array, usual_up = entry.find(read_pose_file(pathlib.Path(path)))
     if entry.names_left and not set(entry.names_left) <= set(entry.passed):
         name = entry.names_left[0]
@@ -1105,68 +1112,30 @@ def read_pose(path, up=""):
 
 
 def read_pose_file(path):
-    """Reads what `read_pose` takes -> an array, or nested dicts and lists with arrays in them.
+    """The content of a pose file -> an array, or what `load_pickle` returns; of .npz files a dict.
 
-    Nothing in the file is executed. Raises exceptions of any kind.
+    Nothing in the file is executed, and no array is made before `to_numbers`. Raises exceptions of
+    any kind.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".npz", ".pkl", ".pt", ".pth"):
-        return read_arrays(path, ()).get("")
-    if not path.is_file():
+    if not path.is_file():  # a device or a pipe may never end
         raise UserError(f"no file {path}: check the path")
-
-    if suffix in (".pt", ".pth"):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # its message advises to run whatever is in the file
-            raise UserError(f"{path} is not a torch file of tensors alone: convert what else is in "
-                            "it to tensors, and save its tensors again in a dict") from error
+    suffix = path.suffix.lower()
+    if suffix in (".pt", ".pth", ".ckpt"):
+        return read_torch_file(path)
     if suffix == ".pkl":
-        with as_user_error(f"{path} is not a pickle of plain numpy arrays: save them again with "
-                           "pickle.dump or numpy.savez, without joblib or torch (", ")"):
-            return unpickle(path.read_bytes())
+        return read_pickle(path)
 
-    keys = [*POSE_KEYS, *itertools.chain(*SPLIT_KEYS)]
-    arrays = read_arrays(path, keys)
-    with zipfile.ZipFile(path) as archive:
+    arrays = read_arrays(path, [*POSE_KEYS, *itertools.chain(*SPLIT_KEYS)])
+    if "" in arrays:
+        return arrays[""]
+    with file_errors("it is damaged"), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         for name in set(GROUP_KEYS) & set(names):
             # a dict, which numpy pickles behind the header of an array
-            content = archive.read(f"{name}.npy")
-            arrays[name] = unpickle(content[content.index(b"\n") + 1:])
+            with archive.open(f"{name}.npy") as member:
+                content = member.read(MAX_BYTES)
+            arrays[name] = load_pickle(content[content.index(b"\n") + 1:])
     return arrays or dict.fromkeys(names)
-
-
-def unpickle(content):
-    """The bytes of a pickle -> its object, made of numbers, text, dicts, lists and arrays."""
-    return build_arrays(load_pickle(content), 0, {})
-
-
-def build_arrays(value, depth, built):
-    """A value of `load_pickle` with its records built into arrays.
-
-    built: what was built before, by id: a container that a pickle repeats is visited once. Raises
-    UserError for containers that lie too deep in each other, such as one in itself.
-    """
-    if depth > MOST_NESTED:
-        raise UserError("its entries lie too deep in each other")
-    if id(value) in built:
-        return built[id(value)]
-
-    if isinstance(value, Record):
-        element = to_element(value)
-        if element is value:
-            result = to_array(value)
-        else:
-            result = build_arrays(element, depth + 1, built)
-    elif isinstance(value, dict):
-        result = {key: build_arrays(entry, depth + 1, built) for key, entry in value.items()}
-    elif isinstance(value, (list, tuple)):
-        result = [build_arrays(entry, depth + 1, built) for entry in value]
-    else:
-        result = value
-    built[id(value)] = result
-    return result
 
 
 def join_root(root, body, where):
@@ -1196,11 +1165,24 @@ def join_root(root, body, where):
     return np.concatenate([root, body], len(lead))
 
 
+MOST_NUMBERS = 2 ** 20  # in nested lists of poses
+MOST_NESTED = 10  # dicts and lists in each other
+
+
 def to_numbers(value):
-    """A tensor, an array or nested lists of numbers -> array."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().double().numpy()  # numpy knows no bfloat16
-    return np.asarray(value)
+    """What a file holds in the place of numbers -> their array. Raises FileError."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, Record):
+        return to_array(value)
+    return list_to_array(value, MOST_NUMBERS)
+
+
+def is_container(value):
+    """Whether a value of a file holds others, rather than numbers."""
+    if isinstance(value, Record):
+        return value.name == "dict"
+    return isinstance(value, (dict, list, tuple))
 
 
 class PoseEntry:
@@ -1214,20 +1196,24 @@ class PoseEntry:
         self.where = path
         self.names_left = list(names)
         self.passed = []
+        self.depth = 0
 
     def find(self, node, up=""):
         """Descends from a node of the file to the pose -> array, a key of UP_TURNS.
 
         up: which way is up, if a key above the node says so. Raises UserError.
         """
-        if isinstance(node, np.ndarray) and node.dtype == object and node.size == 1:
-            node = node.item()
-        if isinstance(node, dict):
+        self.depth += 1
+        if self.depth > MOST_NESTED:  # a pickle may hold a list that holds itself
+            raise UserError(f"{self.where} holds entries too deep in each other")
+
+        node = to_element(node)
+        if is_container(node) and isinstance(node, dict):
             return self.find_in_dict(node, up)
 
-        is_list = isinstance(node, (list, tuple)) and len(node) > 0
-        if is_list and isinstance(node[0], (dict, np.ndarray, torch.Tensor)):
-            keys = [str(k) for k in range(len(node))]
+        first = node[0] if isinstance(node, (list, tuple)) and node else None
+        if isinstance(first, dict) and getattr(first, "name", "") != "scalar":
+            keys = [str(k) for k in range(len(node))]  # people, or arrays, whose Records are dicts
             return self.find(node[self.choose(keys)], up)
 
         array = to_numbers(node)
@@ -1246,10 +1232,6 @@ class PoseEntry:
                 body = to_numbers(entries[body])
                 poses = join_root(root, body, self.where)
                 return self.find(poses, up or usual_up)
-        for key, usual_up in POSE_KEYS.items():
-            if key in entries:
-                return self.find(entries[key], up or usual_up)
-
         groups = [key for key in GROUP_KEYS if key in entries]
         if groups:
             key = groups[0]
@@ -1258,8 +1240,14 @@ class PoseEntry:
                 self.where += f":{key}"
             return self.find(entries[key], GROUP_KEYS[key] or up)
 
-        people = {str(key): entry for key, entry in entries.items()
-                  if isinstance(entry, (dict, list, tuple))}
+        for key, usual_up in POSE_KEYS.items():
+            if key in entries:
+                return self.find(entries[key], up or usual_up)
+
+        people = {}
+        for key, entry in entries.items():
+            if is_container(to_element(entry)):
+                people[str(key)] = entry
         if not people:
             keys = ", ".join(shorten(str(key)) for key in list(entries)[:12])
             raise UserError(
@@ -1654,7 +1642,6 @@ def picture_record(image, center=None, sides=None, pose=None):
     return record
 
 
-MOST_NESTED = 10  # dicts and lists in each other, in a file of poses
 MAX_PYD = 2 ** 22  # bytes; one person takes a few thousand
 MAX_PEOPLE = 100  # in a picture
 

@@ -29,6 +29,7 @@ import tarfile
 import time
 import types
 import zipfile
+import zlib
 
 # before torch is imported: two threads on a busy machine are slower than one
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -2999,7 +3000,8 @@ POSE_LAYOUTS = [
     "hmr2_axis_angles.npz", "vibe.pkl:2", "vibe.pkl:7:2", "vibe_people.pkl:7:2", "romp.npz:1",
     "romp_one.npz", "romp_results.npz:1", "gvhmr.pt:2", "gvhmr.pt:smpl_params_incam:2",
     "gvhmr.pt:smpl_params_global:2", "smplifyx.pkl", "phalp.pkl:b.jpg:1", "phalp.pkl:1:1",
-    "tensors.pth", "list_of_people.pt:1", "half.pt",
+    "tensors.pth", "list_of_people.pt:1", "half.pt", "vibe.pt:2", "vibe.ckpt:7:2", "amass.pth:2",
+    "ordered.pt", "wham.pkl:2", "lists.pkl:2", "lists.pt:2",
 ]
 
 
@@ -3053,15 +3055,36 @@ def test_a_reading_in_which_the_person_stands_is_found(tmp_path, up, name):
     "no root": ("rootless.npz", "(69,)"),
     "a latent code": ("vposer.pkl", "(1, 32)"),
     "a pose in 6D": ("sixd.npy", "(144,)"),
-    "a file of joblib": ("joblib.pkl", "without joblib"),
-    "a module in a torch file": ("module.pt", "save its tensors again"),
-    "text in a torch file": ("text.pt", "save its tensors again"),
+    "a module in a torch file": ("module.pt", "it asks to run torch.nn.modules.linear.Linear"),
+    "text in a torch file": ("text.pt", "save its arrays again"),
+    "text in a pickle": ("text.pkl", "it is damaged"),
+    "text in an .npy file": ("text.npy", "it is no file of numpy"),
+    "text in an .npz file": ("text.npz", "it is no file of numpy"),
 })
 def test_a_pose_that_cannot_be_chosen_is_refused_by_a_way_out(tmp_path, name, message):
     file = name.partition(":")[0]
     save_pose_layout(tmp_path / file, A)
 
     refused(message, data.read_pose, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pose.json", "pose.json:3", "pose.txt", "pose", "pose.npz:", ""])
+def test_a_pose_in_another_kind_of_file_is_refused_by_those_that_are_read(tmp_path, name):
+    (tmp_path / "pose.json").write_text("[1, 2]")
+
+    refused(".npy, .npz, .pkl, .pt, .pth, .ckpt", data.read_pose, f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("compress", [0, 3])
+@pytest.mark.parametrize("name", ["vibe.pkl:7:2", "phalp.pkl:b.jpg:1", "wham.pkl:0:2"])
+def test_poses_are_read_as_joblib_holds_them(tmp_path, name, compress):
+    """VIBE and WHAM save them so, PHALP compressed."""
+    joblib = pytest.importorskip("joblib")
+    path = tmp_path / name.partition(":")[0]
+    save_pose_layout(path, A)
+    joblib.dump(pickle.loads(path.read_bytes()), path, compress=compress)
+
+    close(data.read_pose(tmp_path / name), A)
 
 
 def test_farthest_points_are_those_of_the_plain_search():
@@ -3631,16 +3654,18 @@ def save_pose_layout(path, rotmat):
                   "smpl_params_global": split | {"global_orient": in_global},
                   "K_fullimg": torch.eye(3)},
         "smplifyx": {"global_orient": aa[:1], "body_pose": aa[1:22].reshape(1, 63), **others},
-        "phalp": {"out/a.jpg": {"tid": [1], "smpl": [nobody]},
-                  "b.jpg": {"tid": [1, 2], "smpl": [nobody, person]}},
+        "phalp": {"out/a.jpg": {"tid": [1], "pose": [np.zeros(229)], "smpl": [nobody]},
+                  "b.jpg": {"tid": [1, 2], "pose": [np.zeros(229)] * 2, "smpl": [nobody, person]}},
         "tensors": torch.tensor(smpl),
+        "ordered": collections.OrderedDict(matrices),
+        "wham": collections.defaultdict(dict, {0: {"pose": clip, "trans": clip[:, :3]}}),
+        "lists": {"pose": np.tile(clip, (60, 1)).tolist()},
         "list_of_people": [{"pose": torch.zeros(72)}, {"pose": torch.tensor(clip[2])}],
         "half": {"smpl": {name: value.bfloat16() for name, value in matrices.items()}},
         "unknown": {"theta": clip, "betas": np.zeros(10)},
         "rootless": {"body_pose": clip[2, 3:]},
         "vposer": {"global_orient": aa[:1], "body_pose": np.zeros((1, 32))},
         "sixd": np.zeros(144),
-        "joblib": b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n.",
         "module": torch.nn.Linear(1, 1),
     }
     content = contents.get(kind)
@@ -3649,7 +3674,7 @@ def save_pose_layout(path, rotmat):
         np.savez(path, pred_smpl_params=np.array(in_numpy, object))
     elif kind == "text":
         path.write_text("hello")
-    elif path.suffix in (".pt", ".pth"):
+    elif path.suffix in (".pt", ".pth", ".ckpt"):
         torch.save(content, path)
     elif path.suffix == ".pkl":
         if kind == "hmr2":
@@ -3840,6 +3865,21 @@ def list_of(*values):
     return pickle.MARK + b"".join(values) + pickle.LIST
 
 
+def joblib_array(array, dtype=None, alignment=16, shape=None):
+    """An array as joblib writes it: a description, padding, and the bytes between instructions."""
+    description = dict_of(
+        subclass=name("numpy.ndarray"),
+        shape=shape or shape_of(*array.shape),
+        order=text("F" if array.flags.fnc else "C"),
+        dtype=dtype or dtype_of(array.dtype.str[1:], array.dtype.str[0]),
+        allow_mmap=pickle.NEWTRUE,
+        **({"numpy_array_alignment_bytes": number(alignment)} if alignment else {}),
+    )
+    new = name("joblib.numpy_pickle.NumpyArrayWrapper") + tuple_of() + pickle.NEWOBJ
+    padding = b"\3\xff\xff\xff" if alignment else b""
+    return built(new, description) + padding + array.tobytes(order="A")
+
+
 def dict_of(**items):
     pairs = [text(key) + value for key, value in items.items()]
     return pickle.MARK + b"".join(pairs) + pickle.DICT
@@ -3969,6 +4009,10 @@ def code_pickles(trap):
         "state_of_a_name": built(name("numpy.ndarray"), dict_of(a=NONE)),
         "state_of_a_dict": built(dict_of(), dict_of(__class__=NONE)),
         "state_of_none": built(NONE, dict_of(a=NONE)),
+        "joblib_array_of_8_tb": joblib_array(np.zeros(1), shape=shape_of(10 ** 12)),
+        "joblib_array_of_8_gb": joblib_array(np.zeros(1), shape=shape_of(2 ** 30)),
+        "joblib_array_of_objects": joblib_array(np.zeros(1), dtype_of("O8", "|", flags=63)),
+        "joblib_array_that_is_cut_off": joblib_array(np.zeros(1), shape=shape_of(10 ** 6)),
         "dtype_grows": array_of(SOME_TEXT, shape_of(1), grown) + built(recall(1000), growing),
         "items_of_a_list": list_of() + text("a") + NONE + pickle.SETITEM,
         "append_to_a_name": name("numpy.ndarray") + NONE + pickle.APPEND,
@@ -4009,6 +4053,7 @@ def array_pickles():
         "dtype_of_no_byte_order": array_of(SOME_TEXT, shape_of(1), dtype_of(order="")),
         "dtype_without_state": array_of(SOME_TEXT, shape_of(1), call("numpy.dtype", text("f8"))),
         "dtype_that_is_text": array_of(SOME_TEXT, shape_of(1), text("f8")),
+        "joblib_array_without_state": call("joblib.numpy_pickle.NumpyArrayWrapper"),
         "array_without_state": call("numpy.core.multiarray._reconstruct", name("numpy.ndarray")),
         "array_of_objects": array_of(list_of(number(1)), shape_of(1), objects),
         "array_by_its_class": call("numpy.ndarray", shape_of(10 ** 6)),
@@ -4110,10 +4155,32 @@ def replace_in_torch_file(path, old, new):
     return path
 
 
-def hostile_torch_file(path, code):
-    """Weights, and beside them a hostile value."""
-    torch.save({"state_dict": {"a": torch.arange(3.0)}, "epoch": "hostile"}, path)
-    return replace_in_torch_file(path, b"X\7\0\0\0hostile", code)
+def hostile_torch_file(path, code, zipped=True, content=None):
+    """Weights, or other content, and beside them a hostile value -> path."""
+    content = content or {"state_dict": {"a": torch.arange(3.0)}, "epoch": "hostile"}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    place = b"X\7\0\0\0hostile"
+    if zipped:
+        return replace_in_torch_file(path, place, code)
+    path.write_bytes(path.read_bytes().replace(place, code))
+    return path
+
+
+def hostile_pose_file(path, code, pose=None):
+    """A pose file; its pose, or what is beside it, is hostile -> path."""
+    content = {"pose": "hostile"} if pose is None else {"pose": pose, "beside": "hostile"}
+    if path.suffix == ".pt":
+        return hostile_torch_file(path, code, content=content)
+    path.write_bytes(with_hostile(content, code))
+    return path
+
+
+def shared_megabyte():
+    """A pickle of one megabyte with 500 arrays of it."""
+    megabyte = pickle.BINBYTES + struct.pack("<I", 2 ** 20) + bytes(2 ** 20)
+    first = array_of(megabyte + remember(1000), shape_of(2 ** 17))
+    other = array_of(recall(1000), shape_of(2 ** 17))
+    return list_of(first, *[other] * 499)
 
 
 def npy_of_pickle(code):
@@ -4253,9 +4320,10 @@ def test_a_hostile_pickle_in_a_tar_is_left_out_and_counted(tmp_path, trap, capsy
     assert ": entries left out: 1," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before_1.6"])
 @pytest.mark.parametrize("kind", CODE)
-def test_a_torch_file_with_code_is_refused(tmp_path, trap, kind):
-    path = hostile_torch_file(tmp_path / "w.ckpt", hostile_code(kind, trap))
+def test_a_torch_file_with_code_is_refused(tmp_path, trap, kind, zipped):
+    path = hostile_torch_file(tmp_path / "w.ckpt", hostile_code(kind, trap), zipped)
 
     refused("is not a complete file of weights", unipose.map_tensors, path)
 
@@ -4268,6 +4336,32 @@ def test_what_is_no_array_in_a_torch_file_is_never_made(tmp_path, trap, kind):
     tensors = unipose.map_tensors(path)
 
     assert torch.equal(tensors["a"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pt"])
+@pytest.mark.parametrize("kind", CODE)
+def test_a_pose_file_with_code_is_refused(tmp_path, trap, kind, suffix):
+    code = hostile_code(kind, trap)
+    path = hostile_pose_file(tmp_path / f"pose{suffix}", code, pose=np.zeros(72))
+
+    refused("cannot read", data.read_pose, path)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pt"])
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_what_is_no_array_is_no_pose(tmp_path, trap, kind, suffix):
+    path = hostile_pose_file(tmp_path / f"pose{suffix}", hostile_code(kind, trap))
+
+    refused(str(path), data.read_pose, path)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pt"])
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_what_is_beside_a_pose_is_never_made(tmp_path, trap, kind, suffix):
+    pose = tokenizer.matrix_to_aa(poses(1)[0]).flatten().numpy()
+    path = hostile_pose_file(tmp_path / f"pose{suffix}", hostile_code(kind, trap), pose)
+
+    close(data.read_pose(path, "y"), poses(1)[0])
 
 
 @pytest.mark.parametrize("kind", CODE + NO_ARRAYS)
@@ -4339,6 +4433,14 @@ def test_what_may_never_end_is_not_opened(tmp_path, trap, kind, suffix):
     refused("no file", tokenizer.read_arrays, path, ["f"])
 
 
+def test_a_compressed_pickle_is_not_unpacked_beyond_the_limit(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(zlib.compress(pickle.dumps({"pose": bytes(10 ** 6)})))
+    monkeypatch.setattr(tokenizer, "MAX_BYTES", 5000)
+
+    refused("it ends too early", data.read_pose, path)
+
+
 def test_a_pickle_larger_than_the_limit_is_not_read(tmp_path, trap):
     path = tmp_path / "body.pkl"
     with open(path, "wb") as file:
@@ -4383,7 +4485,7 @@ def test_one_person_repeated_by_a_pickle_is_not_read_for_ever(tmp_path, trap, ki
 
 
 READ_ALL = """
-import pathlib, resource, sys, tokenizer, unipose
+import data, pathlib, resource, sys, tokenizer, unipose
 
 pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 300_000_000
@@ -4392,6 +4494,8 @@ for path in pathlib.Path(sys.argv[1]).iterdir():
     try:
         if path.suffix == ".ckpt":
             unipose.map_tensors(path)
+        elif path.suffix == ".pt" or path.stem.endswith("pose"):
+            data.read_pose(path)
         else:
             tokenizer.read_arrays(path, [*tokenizer.BODY_SHAPES, "poses"])
     except tokenizer.UserError as error:
@@ -4408,6 +4512,11 @@ def test_no_hostile_file_asks_for_memory(tmp_path):
         code = hostile_code(kind, trap)
         (tmp_path / f"{kind}.pkl").write_bytes(hostile_body(code))
         hostile_torch_file(tmp_path / f"{kind}.ckpt", code)
+        hostile_torch_file(tmp_path / f"old {kind}.ckpt", code, zipped=False)
+        hostile_pose_file(tmp_path / f"{kind}.pt", code)
+    for suffix in (".pkl", ".pt"):
+        path = tmp_path / f"shared megabyte, no pose{suffix}"
+        hostile_pose_file(path, shared_megabyte(), pose=np.zeros(72))
     lay(tmp_path, BAD_ARRAY_FILES)
 
     command = [sys.executable, "-c", READ_ALL, tmp_path]
@@ -4429,6 +4538,32 @@ def test_a_pickled_array_is_read_back(kind, protocol):
     assert read.shape == np.shape(array)
     assert read.dtype == np.asarray(array).dtype.newbyteorder("=")
     assert read.flags.writeable
+
+
+@pytest.mark.parametrize("kind", saved_arrays())
+def test_an_array_in_a_file_of_joblib_is_read_back(tmp_path, kind):
+    joblib = pytest.importorskip("joblib")
+    array = saved_arrays()[kind]
+    joblib.dump({"a": array, "b": 1}, tmp_path / "a.pkl")
+
+    entries = tokenizer.read_pickle(tmp_path / "a.pkl")
+    read = tokenizer.to_array(entries["a"])
+
+    np.testing.assert_array_equal(read, array, strict=False)
+    assert read.shape == np.shape(array)
+    assert entries["b"] == 1
+
+
+@pytest.mark.parametrize("alignment", [16, None], ids=["joblib 1.2", "older"])
+@pytest.mark.parametrize("kind", ["rows", "fortran", "big_endian", "uint32", "no_dimension"])
+def test_an_array_of_joblib_is_read_by_its_format(kind, alignment):
+    array = saved_arrays()[kind]
+    code = dict_of(a=joblib_array(array, alignment=alignment), b=number(1)) + pickle.STOP
+
+    entries = tokenizer.load_pickle(code)
+
+    np.testing.assert_array_equal(tokenizer.to_array(entries["a"]), array, strict=False)
+    assert entries["b"] == 1
 
 
 @pytest.mark.parametrize("protocol", PYTHON_2.values(), ids=PYTHON_2)
@@ -6149,7 +6284,8 @@ def test_training_starts_from_downloaded_backbones(tmp_path):
     refused("come together", run_train, tmp_path / "out", *llm)
 
 
-@pytest.mark.parametrize("change", ["torch file", "whole clip", "whole vitpose", "unnested llava"])
+@pytest.mark.parametrize("change", [
+    "torch file", "torch files", "whole clip", "whole vitpose", "unnested llava"])
 def test_downloads_may_be_laid_out_otherwise(tmp_path, change):
     """pytorch_model.bin; CLIP beside its text tower; VitPose under its head; another LLaVA."""
     downloads(tmp_path, "llava" if change == "unnested llava" else "llama")
@@ -6161,6 +6297,19 @@ def test_downloads_may_be_laid_out_otherwise(tmp_path, change):
     for name in expected:
         if name.startswith(("llm.", "vision.")):
             assert torch.equal(state[name], expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["command", "dict_that_hashes_for_years", "bytes_of_4_tb"])
+def test_a_hostile_download_is_refused(tmp_path, kind):
+    """transformers would give pytorch_model.bin to torch.load."""
+    downloads(tmp_path)
+    (tmp_path / "llm/model.safetensors").unlink()
+    code = hostile_code(kind, tmp_path / "ran")
+    hostile_torch_file(tmp_path / "llm/pytorch_model.bin", code)
+
+    refused(str(tmp_path / "llm"), base_of, tmp_path)
+
+    assert not (tmp_path / "ran").exists()
 
 
 def test_training_does_not_write_into_the_files_of_a_download(tmp_path):
@@ -6282,6 +6431,13 @@ def change_layout(folder, change):
         path = folder / "llm/model.safetensors"
         torch.save(load_file(path), folder / "llm/pytorch_model.bin")
         path.unlink()
+    elif change == "torch files":
+        path = folder / "llm/model.safetensors"
+        tensors = list(load_file(path).items())
+        for k in range(2):
+            name = f"pytorch_model-0000{k + 1}-of-00002.bin"
+            torch.save(dict(tensors[k::2]), folder / "llm" / name)
+        path.unlink()
     elif change == "whole clip":
         vision = hf.CLIPVisionModel.from_pretrained(folder / "clip")
         text = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
@@ -6377,6 +6533,7 @@ STATE = {
     "part": torch.arange(12.0)[2:9:3],
     "number": torch.tensor(2.5),
     "empty": torch.zeros(0, 3),
+    "repeated": torch.arange(3.0).expand(1000, 3),
     "parameter": torch.nn.Parameter(torch.ones(2)),
     "bfloat16": torch.arange(3).bfloat16(),
     "half": torch.arange(3).half(),
@@ -6443,6 +6600,9 @@ BAD_TENSORS = {
     "negative_shape": b"K\0J\xff\xff\xff\xff\x85q\x08K\1\x85",
     "more_strides": b"K\0K\3\x85q\x08K\1K\1\x86",
     "no_shape": b"K\0Nq\x08N",
+    "text_for_an_offset": b"X\1\0\0\0xK\3\x85q\x08K\1\x85",
+    "text_for_strides": b"K\0K\3\x85q\x08X\1\0\0\0x\x85",
+    "repeated_too_often": b"K\0J\1\0\x10\0\x85q\x08K\0\x85",
 }
 
 
@@ -6462,6 +6622,63 @@ def test_numbers_in_a_torch_file_are_found_by_text_alone(tmp_path, trap):
     replace_in_torch_file(path, b"X\1\0\0\x000q", nest(tuple_of(), twins, 60) + b"q")
 
     refused("without a name", unipose.map_tensors, path)
+
+
+def test_numbers_in_an_old_torch_file_are_found_by_text_alone(tmp_path, trap):
+    """The keys stand once more before the numbers."""
+    path = tmp_path / "w.ckpt"
+    torch.save({"a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    *_, key = re.finditer(rb"X.\0\0\0\d+q", content)
+    hashes = nest(tuple_of(), twins, 60)
+    path.write_bytes(content[:key.start()] + hashes + b"q" + content[key.end():])
+
+    refused("without a name", unipose.map_tensors, path)
+
+
+def pose_file_bytes():
+    """{file and pose: content}: the kinds of pose files that are easily damaged."""
+    clip = torch.zeros(3, 72)
+    clip[1, :66] = tokenizer.matrix_to_aa(A).flatten()
+    split = {"global_orient": clip[:, :3], "body_pose": clip[:, 3:66].double(), "n": np.zeros(3)}
+    clip = clip.numpy()
+    vibe = {7: {"pose": clip, "betas": np.zeros((3, 10)), "names": ["a"], "n": np.float64(2)}}
+    old = io.BytesIO()
+    torch.save({"smpl": split}, old, _use_new_zipfile_serialization=False)
+    new = io.BytesIO()
+    torch.save({"smpl": split}, new)
+    in_joblib = b"\x80\2" + dict_of(pose=joblib_array(clip), n=joblib_array(clip)) + pickle.STOP
+    romp = np.array({"smpl_thetas": clip}, object)
+    return {
+        "zip.pt:1": new.getvalue(),
+        "old.pt:1": old.getvalue(),
+        "plain.pkl:7:1": pickle.dumps(vibe),
+        "joblib.pkl:1": in_joblib,
+        "compressed.pkl:1": zlib.compress(in_joblib),
+        "poses.npz:1": file_bytes(np.savez, poses=clip),
+        "results.npz:1": file_bytes(np.savez, results=romp),
+        "clip.npy:1": file_bytes(np.save, clip),
+    }
+
+
+@pytest.mark.parametrize("name", pose_file_bytes())
+def test_a_damaged_pose_file_gives_a_pose_or_a_user_error(tmp_path, name):
+    """A few hundred random damages: none ends in another exception, or hangs."""
+    path = tmp_path / name.partition(":")[0]
+    content = pose_file_bytes()[name]
+    path.write_bytes(content)
+    data.read_pose(tmp_path / name)
+
+    for seed in range(60):
+        rng = np.random.default_rng((seed, len(name)))
+        path.write_bytes(mutate_bytes(content, rng, 0, len(content)))
+        try:
+            rotmat = data.read_pose(tmp_path / name)
+        except tokenizer.UserError as error:
+            assert str(error).isprintable(), seed
+        else:
+            assert rotmat.shape == (22, 3, 3)
+            close(rotmat @ rotmat.mT, torch.eye(3).expand(22, 3, 3), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["cut_off", "no_numbers", "web_page", "compressed"])

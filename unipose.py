@@ -29,17 +29,14 @@ does not generate them. A pose has no hands, no face, no body shape and no place
 """
 import copy
 import functools
-import io
 import json
 import math
 import pathlib
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 import unicodedata
-import zipfile
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -52,10 +49,10 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    ALLOWED, DESCRIPTION, MAX_BYTES, TINY, TOKENIZER_ENTRIES, PoseTokenizer, Record, SafeUnpickler,
-    TokenizerConfig, UserError, as_user_error, atomic_write, check_entries, cli, count_bytes,
-    delete_leftovers, first_line, is_allowed, pickle_errors, read_checkpoint, read_header,
-    read_json, run_main, shorten,
+    DESCRIPTION, TINY, TOKENIZER_ENTRIES, PoseTokenizer, TokenizerConfig, UserError, as_user_error,
+    atomic_write, check_entries, cli, delete_leftovers, file_errors, first_line, is_allowed,
+    is_tensor, map_tensor, read_checkpoint, read_header, read_json, read_torch_file, run_main,
+    shorten,
 )
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------
@@ -1331,154 +1328,12 @@ def blame_description(folder):
                          "); copy it again")
 
 
-def explain_unreadable(error):
-    """Why a file of weights cannot be read, in a few words."""
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))  # refused by torch.load(weights_only=True)
-    return f"it asks to run {code[1]}" if code else first_line(error)[:300]
-
-
-STORAGES = {  # what a torch file calls an array of numbers, by their type
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.storage.UntypedStorage": torch.uint8,
-}
-TENSORS = {  # what makes a tensor of it
-    "torch._utils._rebuild_tensor": "tensor",
-    "torch._utils._rebuild_tensor_v2": "tensor",
-    "torch._utils._rebuild_parameter": "parameter",
-}
-BESIDE_TENSORS = (  # data that checkpoints hold as well: recorded, and never looked at
-    "__builtin__.bool", "__builtin__.int", "__builtin__.float", "__builtin__.complex",
-    "__builtin__.str", "__builtin__.unicode", "__builtin__.bytearray", "__builtin__.frozenset",
-    "__builtin__.tuple", "__builtin__.list", "__builtin__.dict",
-    "collections.OrderedDict", "collections.Counter", "collections.defaultdict",
-    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath",
-    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
-    "argparse.Namespace", "yacs.config.CfgNode", "typing.Any",
-    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode",
-    "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v3",
-    "torch.uint16", "torch.uint32", "torch.uint64", *map(str, STORAGES.values()),
-)
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch file that is no zip
-
-
-class TorchUnpickler(SafeUnpickler):
-    """Reads the pickle in a torch file, in which numbers are only referred to.
-
-    dtypes: {key of a storage, an array of numbers in the file: their type}.
-    torch.load(weights_only=True) executes no foreign code either, but an 80-byte file makes it
-    hash nested tuples for years, and another one allocate all memory.
-    """
-
-    def __init__(self, file):
-        allowed = ALLOWED | TENSORS | {path: path for path in STORAGES}
-        super().__init__(file, allowed | dict.fromkeys(BESIDE_TENSORS, "other"))
-        self.dtypes = {}
-
-    def persistent_load(self, reference):
-        """The hook for references: ("storage", type, key, device, length)."""
-        kind, key = reference[1:3]
-        if type(key) is not str:
-            raise pickle.UnpicklingError("it refers to numbers without a name")
-        self.dtypes[key] = STORAGES[kind.name]
-        return Record("storage", key)
-
-
-def read_zipped(file):
-    """An open torch file, a zip -> its object, {key of a storage: (dtype, start, n_bytes)}."""
-    storages = {}
-    with zipfile.ZipFile(file) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        path = next(name for name in members if name.endswith("/data.pkl"))
-        if members[path].file_size > MAX_BYTES:
-            raise pickle.UnpicklingError(f"its pickle is larger than {MAX_BYTES:,} bytes")
-        unpickler = TorchUnpickler(io.BytesIO(archive.read(path)))
-        content = unpickler.load()
-
-        for key, dtype in unpickler.dtypes.items():
-            member = members[path.removesuffix(".pkl") + "/" + key]
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise pickle.UnpicklingError("its tensors are compressed")
-            # the numbers follow a header of 30 bytes, whose last 4 are the lengths of what is
-            # between: the name and an extra field
-            file.seek(member.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")
-            start = member.header_offset + 30 + int(lengths.sum())
-            storages[key] = (dtype, start, member.file_size)
-    return content, storages
-
-
-def read_unzipped(file):
-    """The same of a file of torch before 1.6: pickles, then a length and numbers per storage."""
-    if SafeUnpickler(file).load() != TORCH_MAGIC:
-        raise pickle.UnpicklingError("it is no torch file")
-    SafeUnpickler(file).load()  # the version of the format
-    SafeUnpickler(file).load()  # the machine that wrote it
-    unpickler = TorchUnpickler(file)
-    content = unpickler.load()
-    keys = SafeUnpickler(file).load()
-
-    storages = {}
-    position = file.tell()
-    for key in keys:
-        file.seek(position)
-        dtype = unpickler.dtypes[key]
-        n_bytes = int.from_bytes(file.read(8), "little") * dtype.itemsize
-        storages[key] = (dtype, position + 8, n_bytes)
-        position += 8 + n_bytes
-    return content, storages
-
-
-def map_tensor(record, storages, file_bytes):
-    """The Record of a tensor -> the tensor, whose numbers stay in the mapped file."""
-    if record.name == "parameter":
-        record = record.arguments[0]
-    storage, offset, shape, strides = record.arguments[:4]
-    if record.name != "tensor" or storage.name != "storage":
-        raise pickle.UnpicklingError("it holds a damaged tensor")
-    dtype, start, n_bytes = storages[storage.arguments]
-
-    size = count_bytes(dtype, shape)  # which checks the shape
-    reach = offset  # the index of the last number
-    for length, stride in zip(shape, strides, strict=True):
-        reach += (length - 1) * stride
-    size = max(size, (reach + 1) * dtype.itemsize)
-    is_negative = min(offset, *strides, 0) < 0
-    if is_negative or size > n_bytes or start + n_bytes > len(file_bytes):
-        raise pickle.UnpicklingError("it holds a tensor that is larger than its numbers")
-
-    numbers = file_bytes[start:start + n_bytes]
-    if start % dtype.itemsize:  # as in old files; memory cannot be read as numbers from there
-        numbers = numbers.clone()
-    numbers = numbers.view(dtype)
-    return numbers.as_strided(shape, strides, numbers.storage_offset() + offset)
-
-
-def read_torch_file(path):
-    """{name: tensor} of a torch file. Nothing in its pickle is executed. Raises UnpicklingError."""
-    with pickle_errors("it is damaged or cut off"), open(path, "rb") as file:
-        if zipfile.is_zipfile(file):
-            content, storages = read_zipped(file)
-        else:
-            file.seek(0)
-            content, storages = read_unzipped(file)
-
-        n_bytes = path.stat().st_size
-        file_bytes = torch.from_file(str(path), size=n_bytes, dtype=torch.uint8)
-        tensors = {}
-        for name, value in content.get("state_dict", content).items():
-            if type(value) is Record and value.name in TENSORS.values():
-                tensors[name] = map_tensor(value, storages, file_bytes)
-        return tensors
+def map_torch_file(path):
+    """{name: tensor} of a state dict in a torch file, mapped. Raises FileError."""
+    content = read_torch_file(path)
+    with file_errors("it holds no tensors that have names, or damaged ones"):
+        entries = content.get("state_dict", content)
+        return {name: map_tensor(entry) for name, entry in entries.items() if is_tensor(entry)}
 
 
 def map_tensors(path):
@@ -1489,7 +1344,7 @@ def map_tensors(path):
     from safetensors.torch import load_file
 
     try:
-        return load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+        return load_file(path) if path.suffix == ".safetensors" else map_torch_file(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere
         raise UserError(f"{path} is not a complete file of weights ({first_line(error)}); "
                         "get it again, from a source you trust") from None
@@ -1580,6 +1435,20 @@ def pick_settings(config):
     return {name: settings[name] for name in SETTINGS if name in settings}
 
 
+def read_bin_files(folder):
+    """{name: tensor} of a folder with pytorch_model*.bin instead of safetensors, mapped; else None.
+
+    transformers would give them to torch.load, see `tokenizer.read_torch_file`. Raises UserError.
+    """
+    paths = sorted(folder.glob("pytorch_model*.bin"))
+    if not paths or any(folder.glob("model*.safetensors")):
+        return None
+    state = {}
+    for path in paths:
+        state |= map_tensors(path)
+    return state
+
+
 def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     """{prefix + name: tensor} of a model that transformers reads from a local folder.
 
@@ -1591,13 +1460,15 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     from transformers.utils import logging
     logging.set_verbosity_error()  # its warnings become errors below
 
+    state = read_bin_files(folder)
     try:
         model, report = model_class.from_pretrained(
-            folder, config=config, key_mapping=names, dtype=dtype, local_files_only=True,
-            ignore_mismatched_sizes=True, output_loading_info=True)
+            None if state else folder, state_dict=state, config=config, key_mapping=names,
+            dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True,
+            output_loading_info=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere
         origin = ORIGINS.get(folder.name, "its source")
-        raise UserError(f"the weights in {folder} cannot be loaded ({explain_unreadable(error)}); "
+        raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); "
                         f"get them again from {origin}") from None
 
     problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
@@ -1614,12 +1485,14 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
 
 def load_llm(folder, config, dtype=torch.float32):
     """The tensors of the LLM in a folder of Llama, Mistral or LLaVA, by our names."""
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM, MistralForCausalLM
 
+    # AutoModelForCausalLM takes no state dict
+    model_class = MistralForCausalLM if config.model_type == "mistral" else LlamaForCausalLM
     # older and newer LLaVA of transformers; LLaVA's authors call the LLM as Llama does
     names = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
     unused = r"(model\.)?(vision_tower|mm_projector|multi_modal_projector|image_newline)"
-    return load_pretrained("llm.", AutoModelForCausalLM, folder, config, names, unused, dtype)
+    return load_pretrained("llm.", model_class, folder, config, names, unused, dtype)
 
 
 def load_clip(folder, config, dtype=torch.float32):
