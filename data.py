@@ -1475,7 +1475,8 @@ def check_box(box, size):
 #   texts         a list: they describe `pose`, or how to get from `start` to `pose`
 #   image, box    [file, first byte, number of bytes (-1: all)]; a square [center x, y, side] in it
 #   start         pose A of a pair, if `pose` is B; start_id, start_image: its entry and its picture
-#   together      of a pair: are both poses frames of the same sequence?
+#   together      of a pair: are both poses frames of one sequence? Then B gets the turn that makes
+#                 A face front; else each faces front by itself (PoseFix's rule)
 #
 # A release that cannot be read raises UserError. An unreadable entry is skipped, and the reason
 # is appended to the list `skipped`. Entries are checked here once, when they are converted and by

@@ -51,7 +51,7 @@ from PIL import Image
 from captions import check_text
 from data import (
     SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture, read_pose, render,
-    render_template, save_png, square, templates, upright_reading, write_pose,
+    render_template, save_png, split_pose_path, square, templates, upright_reading, write_pose,
 )
 from tokenizer import (
     TINY, UserError, cli, face_front, load_asset, load_body, run_main, validate_folder,
@@ -482,10 +482,10 @@ def read_pictures(paths, boxes):
 
 
 def read_poses(paths, up):
-    """Pose files -> poses (22,3,3), turned as the first has to be turned to face front.
+    """Pose files -> poses (22,3,3) of people who face front, as those that texts describe.
 
-    Texts describe people who face front, so A loses its heading. B gets the turn of A, so that what
-    the two files say of B's heading beside A's stays.
+    If A and B are of one sequence, B gets the turn of A, so that its heading beside A's stays; else
+    each faces front by itself (the rule of PoseFix, which train.RealData follows as well).
     """
     poses = []
     for path in paths:
@@ -494,7 +494,22 @@ def read_poses(paths, up):
         if other:
             print(f"note: {path} is read with the head below the feet; with --up {other} the "
                   "person would be upright", file=sys.stderr)
-    return [face_front(pose, like=poses[0])[0] for pose in poses]
+    reference = None if are_two_sequences(paths) else poses[0]
+    return [face_front(pose, reference)[0] for pose in poses]
+
+
+def are_two_sequences(paths):
+    """Whether pose files are frames of two motions: walk.npz:3 and run.npz:7.
+
+    Two files of a single pose do not say what they are of. They count as one sequence, or two poses
+    of somebody who lies on the side could come out half a turn apart (see `face_front`).
+    """
+    motions = set()
+    for path in paths:
+        file, frame = split_pose_path(path)
+        if frame:
+            motions.add(pathlib.Path(file).resolve())
+    return len(motions) == 2
 
 
 def read_inputs(config):

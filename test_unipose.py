@@ -3483,6 +3483,7 @@ MOTION = "AMASS/BioMotionLab_NTroje/s 1/a_poses.npz"
 V2_INDEX = "v2/ids_2_dataset_sequence_and_frame_index_100k.json"
 V2_TEXTS = "v2/posescript_auto_100k.json"
 PAIRS = "fix/pair_id_2_pose_ids.json"
+POSEFIX_INDEX = V2_INDEX.replace("v2", "fix")
 TAR = "h36m/0.tar"
 BUILT = "built/imagescript.jsonl"
 MUTATED = {  # data set: those of its files that are damaged
@@ -3490,7 +3491,7 @@ MUTATED = {  # data set: those of its files that are damaged
     "amass smplx": ["X/CMU/1/b_stageii.npz"],
     "posescript v1": ["v1/automatic_A.json", "v1/train_ids.json"],
     "posescript v2": [V2_INDEX, V2_TEXTS, MOTION, "v2/test_ids_100k.json"],
-    "posefix": [PAIRS, V2_INDEX.replace("v2", "fix"), "fix/posefix_human_6157.json"],
+    "posefix": [PAIRS, POSEFIX_INDEX, "fix/posefix_human_6157.json"],
     "tars": [TAR],
     "evaluation": ["3dpw.npz", "Bilder/b.jpg"],
     "images": ["Bilder/boxes.json", "Bilder/ü.jpg"],
@@ -3585,8 +3586,7 @@ def posescript_v2_files():
 def posefix_files():
     """Two pairs of poses: of one sequence, and of two sequences."""
     return {
-        "fix/ids_2_dataset_sequence_and_frame_index_100k.json":
-            pose_index() | {"3": ["AMASS", "CMU/1/b_poses.npz", 9]},
+        POSEFIX_INDEX: pose_index() | {"3": ["AMASS", "CMU/1/b_poses.npz", 9]},
         PAIRS: [[0, 1], [3, 2]],
         "fix/train_in_sequence_pair_ids.json": [0],
         "fix/train_out_sequence_pair_ids.json": [1],
@@ -7173,6 +7173,47 @@ def test_two_frames_of_somebody_who_lies_on_the_side_stay_as_near_as_they_are(tm
     as_written = joints(data.read_pose(paths[0])) - joints(data.read_pose(paths[1]))
     close(gap.norm(dim=-1), as_written.norm(dim=-1), atol=1e-4)
     assert gap.norm(dim=-1).mean() < 0.03
+
+
+@parametrize("a, b, is_one", {
+    "two frames of one file": ("walk.npz:0", "walk.npz:1", True),
+    "two spellings of one file": ("walk.npz:0", "../{folder}/walk.npz:1", True),
+    "frames of two files": ("walk.npz:0", "run.npz:1", False),
+    "files of one pose each, which do not say": ("a.npy", "b.npy", True),
+    "a frame and a file of one pose": ("walk.npz:0", "b.npy", True),
+})
+def test_a_pair_keeps_its_headings_if_it_is_of_one_sequence(tmp_path, a, b, is_one):
+    """PoseFix's rule, in questions as in training."""
+    aa = tokenizer.matrix_to_aa(torch.stack([A, B])).flatten(1).numpy()
+    clip = {"poses": aa, "mocap_framerate": np.array(30.0)}
+    lay(tmp_path, {"walk.npz": clip, "run.npz": clip, "a.npy": aa[0], "b.npy": aa[1]})
+    paths = [f"{tmp_path}/{name}".format(folder=tmp_path.name) for name in (a, b)]
+
+    _, second = read_poses(*paths, up="y")
+
+    expected = tokenizer.face_front(B[None], like=A[None] if is_one else None)[0]
+    close(second, expected)
+
+
+def test_a_pair_of_posefix_is_turned_alike_in_training_and_in_a_question(real):
+    """One pair is of one sequence, the other is of two."""
+    questions = []
+    for numbers in json.loads((real.folder / PAIRS).read_text()):
+        paths = []
+        for number in numbers:
+            _, name, frame = posefix_files()[POSEFIX_INDEX][str(number)]
+            paths.append(f"{data.find_sequence(real.folder / 'AMASS', name)}:{frame}")
+        questions.append(torch.stack(read_poses(*paths)))
+
+    mixture = train.RealData({real.specs["posefix"]: 1}, ["posediff"])
+    of_pair = []
+    for k in range(10):
+        _, (a, b, _), _ = mixture.example(k)
+        errors = [(torch.stack([a, b]) - pair).abs().max() for pair in questions]
+        assert min(errors) < 1e-5
+        of_pair.append(errors.index(min(errors)))
+
+    assert set(of_pair) == {0, 1}
 
 
 @pytest.mark.parametrize("up, degrees", [("y", 0), ("z", 90), ("camera", 180)])

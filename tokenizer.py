@@ -1608,7 +1608,7 @@ def read_arrays(path, names):
     path = pathlib.Path(path)
     if not path.is_file():  # a device or a pipe may never end
         raise UserError(f"no file {path}: check the path")
-    hint = f". Is it a complete {path.suffix} file of plain arrays?"
+    hint = ". Is it a complete .npz, .npy or .pkl file of plain arrays?"
     where = f"cannot read {path}: "
     with as_user_error(where, hint), open(path, "rb") as file, file_errors("it is damaged"):
         if path.suffix.lower() == ".pkl":

@@ -256,7 +256,11 @@ class RealData:
         return group.records[rng.integers(len(group.records))], rng
 
     def example(self, k, task=""):
-        """Example k -> (task, [its inputs in order, its target], generator)."""
+        """Example k -> (task, [its inputs in order, its target], generator).
+
+        Poses face front, but for those of image tasks. If A and B are of one sequence, B gets the
+        turn of A, so that its heading beside A's stays (PoseFix's rule, also of sample.read_poses).
+        """
         record, rng = self.draw(k, task)
         wanted = {task} if task else self.tasks
         task = str(rng.choice(sorted(wanted & set(tasks_offered(record)))))
@@ -264,7 +268,7 @@ class RealData:
 
         poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
         if row.frame == "body":
-            # texts are about people who face front; B keeps its heading relative to A in a sequence
+            # texts are about people who face front
             reference = poses[0] if record.get("together") else None
             poses = [face_front(pose, reference) for pose in poses]
 
