@@ -2312,7 +2312,7 @@ class Config:
     differ: int = 10  # imagediff: minimum number of codes in which the poses of a pair differ
     refine: str = ""  # --build: folder of a chat model that rewrites texts
     refined: int = 0  # --refine: train rows to refine, drawn at random; 0: all; others: always all
-    body: str = ""  # --build, --check: SMPL file of the body to measure and to draw; empty: ours
+    body: str = ""  # --build, --check: SMPL file of the body to draw and to compare; empty: ours
 
 
 def time_captions(split, n, seed):

@@ -1122,6 +1122,13 @@ def write_body_file(path, arrays):
     return path
 
 
+def write_large_body(path):
+    """Writes the free body, twice as large -> path."""
+    with np.load(HERE / "assets/body.npz") as file:
+        arrays = dict(file)
+    return write_body_file(path, arrays | {"v_template": 2 * arrays["v_template"]})
+
+
 class Evil(str):
     """A path; unpickled without care, it makes a file there."""
 
@@ -1332,6 +1339,13 @@ def test_golden_captions_are_measured_at_the_same_35_keypoints(gold):
     keypoints = captions.find_keypoints(gold.poses["coords22"])
 
     np.testing.assert_allclose(keypoints, gold.poses["coords"], atol=1e-6)
+
+
+def test_golden_captions_are_measured_on_the_skeleton_of_the_free_body(gold):
+    joints = tokenizer.forward_kinematics(gold.facing.float()[:, :22], captions.rest_joints())
+
+    theirs = torch.tensor(gold.poses["coords22"])
+    close(joints, theirs - theirs[:, :1])
 
 
 def test_golden_captions_know_the_same_kinds_of_codes(gold):
@@ -3127,6 +3141,18 @@ def test_imagescript_texts_are_three_and_true(imagescript):
 def test_imagescript_pictures_are_336_pixels_wide(imagescript):
     for row in read_rows(imagescript)[::6]:
         assert Image.open(imagescript / row["image"]).size == (336, 336)
+
+
+def test_a_body_of_ones_own_changes_pictures_and_no_captions(tmp_path):
+    """It is twice as large, so that nearly every distance would be in another category."""
+    large = write_large_body(tmp_path / "large.npz")
+    build("imagescript", tmp_path / "free", "--quota=world=3")
+    build("imagescript", tmp_path / "own", "--quota=world=3", "--body", large)
+
+    for free, own in zip(read_rows(tmp_path / "free"), read_rows(tmp_path / "own")):
+        pictures = [(tmp_path / "free" / free["image"]), (tmp_path / "own" / own["image"])]
+        assert pictures[0].read_bytes() != pictures[1].read_bytes()
+        assert free["texts"] == own["texts"]
 
 
 def test_imagescript_keeps_the_poses_of_its_sources(imagescript, real):
@@ -8075,16 +8101,11 @@ def test_part_noise_is_on_by_default_at_the_papers_size_only(flags, is_on):
 @pytest.mark.parametrize("stage", ["backbones", "tokenizer"])
 def test_a_body_of_ones_own_is_what_the_losses_measure(trained, tmp_path, stage):
     """Twice as large a body: another loss; config.json has the name of its file."""
-    with np.load(HERE / "assets/body.npz") as file:
-        arrays = dict(file)
-    for name in ("v_template", "J"):
-        if name in arrays:
-            arrays[name] = 2 * arrays[name]
-    np.savez(tmp_path / "large.npz", **arrays)
+    large = write_large_body(tmp_path / "large.npz")
     flags = ["--stage", stage, "--steps", 1, "--batch", 4, "--init", trained[0]]
 
     run_train(tmp_path / "free", *flags)
-    run_train(tmp_path / "own", *flags, "--body", tmp_path / "large.npz")
+    run_train(tmp_path / "own", *flags, "--body", large)
 
     assert logged_losses(tmp_path / "own", stage) > logged_losses(tmp_path / "free", stage)
     assert unipose.read_config(tmp_path / "own")["body"] == "large.npz"

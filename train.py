@@ -258,8 +258,9 @@ class RealData:
     def example(self, k, task=""):
         """Example k -> (task, [its inputs in order, its target], generator).
 
-        Poses face front, but for those of image tasks. If A and B are of one sequence, B gets the
-        turn of A, so that its heading beside A's stays (PoseFix's rule, also of sample.read_poses).
+        Poses face front, but those of image2pose are as the camera sees them. If A and B are of one
+        sequence, B gets the turn of A, so that its heading beside A's stays (PoseFix's rule, also
+        of sample.read_poses).
         """
         record, rng = self.draw(k, task)
         wanted = {task} if task else self.tasks
