@@ -5583,6 +5583,33 @@ def test_a_config_without_an_entry_is_refused(nano_checkpoint, tmp_path, key):
     refused(f"lacks {key}", unipose.load, folder)
 
 
+@parametrize("size, is_on", {"nano": ("nano", True), "tiny": ("tiny", True),
+                             "paper, as the public code": ("paper", False)})
+def test_the_small_sizes_reset_codes_that_are_revived(size, is_on):
+    settings = unipose.SIZES[size]["tokenizer"]
+
+    assert tokenizer.TokenizerConfig(**settings).reset_revived == is_on
+
+
+def test_a_checkpoint_older_than_an_entry_of_its_tokenizer_has_the_default(
+        nano_checkpoint, tmp_path):
+    description = read_description(nano_checkpoint)
+    del description["config"]["tokenizer"]["reset_revived"]
+    folder = copy_described(nano_checkpoint, tmp_path / "w", description)
+
+    assert unipose.load(folder).pose_tokenizer.config.reset_revived is False
+    assert tokenizer.load_pose_tokenizer(folder).config.reset_revived is False
+
+
+def test_the_shipped_tokenizer_is_the_one_that_its_config_describes():
+    """Not that of the size tiny today: training that goes on from it goes on alike."""
+    settings = unipose.read_config(tokenizer.TINY)["tokenizer"]
+
+    config = unipose.load(tokenizer.TINY).pose_tokenizer.config
+
+    assert config == tokenizer.TokenizerConfig(**settings)
+
+
 def test_a_size_of_ones_own_is_checked_before_it_is_trained(monkeypatch):
     llm = unipose.SIZES["nano"]["llm"] | {"attention_dropout": 0.1}
     monkeypatch.setitem(unipose.SIZES, "mine", unipose.SIZES["nano"] | {"llm": llm})
