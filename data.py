@@ -40,6 +40,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tarfile
 import textwrap
@@ -2175,13 +2176,19 @@ def parse_quota(quota):
     return source, int(n), split or "train"
 
 
-def load_features(path, n_poses):
-    """Reads the retrieval features that eval.py wrote, (M,d), one row a pose. Raises UserError."""
+def load_features(path, specs, n_poses):
+    """Reads the retrieval features that eval.py wrote, (M,d), one row a pose. Raises UserError.
+
+    specs: the data sets of --poses, which hold n_poses poses.
+    """
+    poses = " ".join(f"--poses {shlex.quote(spec)}" for spec in specs)
+    command = f"python eval.py {poses} --features {shlex.quote(path or 'features.npy')}"
+    if not path:
+        raise UserError(f"--build imagediff needs --features, the file that this writes: {command}")
     features = read_arrays(path, ()).get("", np.empty(0))
     if features.ndim != 2 or len(features) != n_poses:
-        raise UserError(
-            f"--features {path} must hold a row for each of the {n_poses} poses: "
-            "make it by eval.py --features with the same --poses")
+        raise UserError(f"--features {path} must hold a row for each of the {n_poses} poses; write "
+                        f"it anew: {command}")
     return features
 
 
@@ -2198,7 +2205,7 @@ def choose_rows(config, records, front, body):
 
     is_pair = config.build == "imagediff"
     if is_pair:
-        features = load_features(config.features, len(records))
+        features = load_features(config.features, config.poses, len(records))
         category = np.concatenate([posecodes(part).category for part in front.split(1000)])
 
     rng = np.random.default_rng(config.seed)

@@ -3317,6 +3317,29 @@ def test_imagediff_wants_features_of_every_pose(tmp_path):
     path = lay(tmp_path, {"few.npy": np.eye(400)[:9]}) / "few.npy"
 
     refused("each of the 400 poses", build, "imagediff", tmp_path, "--features", path)
+    refused("needs --features", build, "imagediff", tmp_path)
+
+
+def test_the_command_for_missing_features_writes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sentence = refused("python eval.py", build, "imagediff", tmp_path)
+    command = shlex.split(sentence.partition("python eval.py ")[2])
+
+    evaluation.main(command)
+
+    assert np.load("features.npy").shape == (400, 64)
+
+
+def test_the_command_for_missing_stages_trains_them(tmp_path):
+    folder = tmp_path / "half of it"
+    few = ["--steps", "1", "--batch", "2", *SMALL]
+    run_train(folder, "--stage", "tokenizer", *few)
+    sentence = refused("train all", run_train, folder, "--stage", "instruct")
+    command = re.search(r"python train.py (.*)\), or", sentence)[1]
+
+    train.main([*shlex.split(command), *few])
+
+    assert set(unipose.read_config(folder)["stages"]) == set(train.STAGES)
 
 
 def test_real_data_is_mixed_by_weight(real):

@@ -47,6 +47,7 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -1662,8 +1663,9 @@ def read_checkpoint(folder):
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no weights folder at {folder}; give --weights, "
-                        "or run `python train.py --stage all`")
+        out = shlex.quote(str(folder))
+        raise UserError(f"there is no weights folder at {folder}; give another one, or train it: "
+                        f"python train.py --stage all --size tiny --out {out}")
     path = folder / "model.safetensors"
     if not path.exists():
         raise UserError(f"the weights folder {folder} has no model.safetensors; "

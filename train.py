@@ -39,6 +39,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -1360,8 +1361,8 @@ def validate_needs(config, trained, folder):
                 missing.append(need)
     if not missing:
         return
-    remedy = (f"train it first (all: python train.py --stage all --size {config.size}), "
-              "or give --init FOLDER")
+    command = f"python train.py --stage all --size {config.size} --resume --out"
+    remedy = f"train all stages ({command} {shlex.quote(str(folder))}), or give --init FOLDER"
     if column(config.size) not in STAGES[missing[0]].schedule:
         remedy = "give --llm and --pose_vit"
     raise UserError(
