@@ -66,7 +66,8 @@ from tokenizer import (
     JOINTS, MAX_BYTES, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write,
     cli, face_front, file_errors, first_line, forward_kinematics, list_files, list_to_array,
     load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays, read_pickle,
-    read_torch_file, run_main, shorten, skip_bad_entry, to_array, to_element, turn_root,
+    read_torch_file, require_file, run_main, shorten, skip_bad_entry, to_array, to_element,
+    turn_root,
 )
 
 
@@ -1095,8 +1096,8 @@ def read_pose(path, up=""):
     """Reads one pose -> rotmat (22,3,3). Raises UserError on a file that is not one pose.
 
     Rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`. A .npy file
-    is such an array. The others (.npz; .pkl; .pt, .pth or .ckpt of torch) hold it under the keys of
-    POSE_KEYS, SPLIT_KEYS and GROUP_KEYS, as arrays, tensors or lists.
+    is such an array. The others (.npz; .pkl, also of joblib; .pt, .pth or .ckpt of torch) hold it
+    under the keys of POSE_KEYS, SPLIT_KEYS and GROUP_KEYS, as arrays, tensors or lists.
     Where a file holds several people or frames, what follows its name chooses one: `walk.npz:120`
     is frame 120, `people.pkl:3:120` is frame 120 of person 3, and `results.pt:smpl_params_incam:9`
     names a key. A level that has one entry only needs no name.
@@ -1118,8 +1119,7 @@ def read_pose_file(path):
     Nothing in the file is executed, and no array is made before `to_numbers`. Raises exceptions of
     any kind.
     """
-    if not path.is_file():  # a device or a pipe may never end
-        raise UserError(f"no file {path}: check the path")
+    require_file(path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".ckpt"):
         return read_torch_file(path)

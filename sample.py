@@ -494,8 +494,9 @@ def read_poses(paths, up):
         if other:
             print(f"note: {path} is read with the head below the feet; with --up {other} the "
                   "person would be upright", file=sys.stderr)
-    reference = None if are_two_sequences(paths) else poses[0]
-    return [face_front(pose, reference)[0] for pose in poses]
+    if are_two_sequences(paths):
+        return [face_front(pose)[0] for pose in poses]
+    return [face_front(pose, like=poses[0])[0] for pose in poses]
 
 
 def are_two_sequences(paths):

@@ -802,7 +802,7 @@ BAD_POSES = {  # file: what the message must contain
     "text.npy": "",
     "pickle.npy": "",
     "bytes.pkl": "",
-    "absent.npy": "no file",
+    "absent.npy": "check the path",
     "seven_frames.npz": "7 frames",
     "seven_frames.npz:7": "no frame 7",
     "no_frames.npz": "holds 0",

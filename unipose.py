@@ -1466,9 +1466,10 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     logging.set_verbosity_error()  # its warnings become errors below
 
     state = read_bin_files(folder)
+    source = folder if state is None else None  # it takes one or the other
     try:
         model, report = model_class.from_pretrained(
-            None if state else folder, state_dict=state, config=config, key_mapping=names,
+            source, state_dict=state, config=config, key_mapping=names,
             dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True,
             output_loading_info=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere
