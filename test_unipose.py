@@ -7179,6 +7179,559 @@ def test_the_python_lines_of_the_lesson_give_a_pose(monkeypatch):
     assert result.failed == 0
 
 
+# ---- sample.py: files for other programs ---------------------------------------------------------
+ODD_POSES = {  # where formulas divide by zero, or lose a sign
+    "T-pose": (0, 0, 0),
+    "quarter turn about x": (90, 0, 0),
+    "quarter turn back": (-90, 0, 0),
+    "nearly a quarter turn": (89.9999, 0, 0),
+    "half turn about x": (180, 0, 0),
+    "half turn about y": (0, 180, 0),
+    "half turn about z": (0, 0, 180),
+    "half turn about a slanted axis": (127.279, 0, 127.279),
+}
+
+
+def some_motion():
+    """Random poses, then poses whose joints are all at an odd angle: (F,22,3,3)."""
+    degrees = torch.tensor(list(ODD_POSES.values()), dtype=torch.float64)
+    odd = tokenizer.aa_to_matrix(torch.deg2rad(degrees)).float()                # (8,3,3)
+    return torch.cat([poses(4), odd[:, None].expand(-1, 22, -1, -1)])
+
+
+def exact_joints(rotmat, body):
+    """The joints of poses (...,22,3,3) in double precision, (...,22,3)."""
+    return tokenizer.forward_kinematics(rotmat.double(), body.rest.double())
+
+
+def read_glb(path):
+    """A .glb -> its JSON, the arrays of its accessors. Every chunk must have the stated length."""
+    content = path.read_bytes()
+    magic, version, n_bytes, n_json, kind = struct.unpack_from("<4sIII4s", content)
+    assert (magic, version, n_bytes, kind) == (b"glTF", 2, len(content), b"JSON")
+    gltf = json.loads(content[20:20 + n_json])
+    n_binary, kind = struct.unpack_from("<I4s", content, 20 + n_json)
+    assert (28 + n_json + n_binary, kind) == (len(content), b"BIN\0")
+    assert gltf["buffers"] == [{"byteLength": n_binary}]
+
+    arrays = []
+    for accessor in gltf["accessors"]:
+        view = gltf["bufferViews"][accessor["bufferView"]]
+        dtype = {5121: "<u1", 5125: "<u4", 5126: "<f4"}[accessor["componentType"]]
+        width = {"SCALAR": 1, "VEC3": 3, "VEC4": 4, "MAT4": 16}[accessor["type"]]
+        start = 28 + n_json + view["byteOffset"]
+        array = np.frombuffer(content, dtype, accessor["count"] * width, start)
+        assert start % 4 == 0
+        assert array.nbytes == view["byteLength"]
+        arrays.append(array.reshape(accessor["count"], -1))
+    return gltf, arrays
+
+
+def turn_by_quaternion(x, y, z, w):
+    """The rotation matrix of a unit quaternion, column by column the turned axes."""
+    return np.array([
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ])
+
+
+def glb_transforms(gltf, turns):
+    """Nodes turned by `turns` {node: quaternion} -> their matrices in the scene, {node: (4,4)}."""
+    matrices = {}
+    waiting = [(node, np.eye(4)) for node in gltf["scenes"][gltf["scene"]]["nodes"]]
+    for node, parent in waiting:
+        local = np.eye(4)
+        local[:3, :3] = turn_by_quaternion(*turns.get(node, (0, 0, 0, 1)))
+        local[:3, 3] = gltf["nodes"][node].get("translation", 0)
+        matrices[node] = parent @ local
+        waiting += [(child, matrices[node]) for child in gltf["nodes"][node].get("children", [])]
+    return matrices
+
+
+def glb_turns(gltf, arrays, frame):
+    """The rotations of the nodes as they stand in the file, or in a frame of its animation."""
+    if frame is None:
+        return {k: node["rotation"] for k, node in enumerate(gltf["nodes"]) if "rotation" in node}
+    [animation] = gltf["animations"]
+    turns = {}
+    for channel in animation["channels"]:
+        assert channel["target"]["path"] == "rotation"
+        sampler = animation["samplers"][channel["sampler"]]
+        turns[channel["target"]["node"]] = arrays[sampler["output"]][frame]
+    return turns
+
+
+def pose_glb(path, frame=None):
+    """A .glb, skinned by hand as glTF says -> joints (22,3), vertices (V,3), faces (F,3)."""
+    gltf, arrays = read_glb(path)
+    matrices = glb_transforms(gltf, glb_turns(gltf, arrays, frame))
+    joints = {gltf["nodes"][k].get("name"): matrix[:3, 3] for k, matrix in matrices.items()}
+
+    [skin] = gltf["skins"]
+    [primitive] = gltf["meshes"][0]["primitives"]
+    attribute = {name: arrays[k] for name, k in primitive["attributes"].items()}
+    inverses = arrays[skin["inverseBindMatrices"]].reshape(-1, 4, 4).transpose(0, 2, 1)
+    moves = np.stack([matrices[k] for k in skin["joints"]]) @ inverses          # (22,4,4)
+
+    blended = np.einsum("vk,vkij->vij", attribute["WEIGHTS_0"], moves[attribute["JOINTS_0"]])
+    position = np.pad(attribute["POSITION"], ((0, 0), (0, 1)), constant_values=1)
+    vertices = (blended @ position[..., None])[:, :3, 0]
+    faces = arrays[primitive["indices"]].reshape(-1, 3)
+    return np.stack([joints[name] for name in tokenizer.JOINTS]), vertices, faces
+
+
+def read_bvh(path):
+    """A .bvh -> names, parents, offsets (n,3), channels of each joint, motion (F,C), seconds.
+
+    End sites are joints named "End Site" without channels.
+    """
+    hierarchy, _, motion = path.read_text().partition("MOTION\n")
+    names, parents, offsets, channels = [], [], [], []
+    above = []
+    for line in hierarchy.splitlines()[1:]:
+        word, *rest = line.split()
+        if word in ("ROOT", "JOINT", "End"):
+            names.append(line.strip() if word == "End" else rest[0])
+            parents.append(above[-1] if above else -1)
+            channels.append([])
+        elif word == "{":
+            above.append(len(names) - 1)
+        elif word == "}":
+            above.pop()
+        elif word == "OFFSET":
+            offsets.append([float(number) for number in rest])
+        elif word == "CHANNELS":
+            channels[-1] = rest[1:]
+            assert int(rest[0]) == len(rest) - 1
+
+    n_frames, seconds, *rows = motion.splitlines()
+    rows = np.array([[float(number) for number in row.split()] for row in rows])
+    assert n_frames == f"Frames: {len(rows)}"
+    return names, parents, np.array(offsets), channels, rows, float(seconds.split()[-1])
+
+
+def pose_bvh(path):
+    """The joints of each frame of a .bvh in the order of tokenizer.JOINTS, (F,22,3) centimetres."""
+    names, parents, offsets, channels, motion, _ = read_bvh(path)
+    frames = []
+    for row in motion:
+        numbers = iter(row)
+        matrices = []
+        for parent, offset, kinds in zip(parents, offsets, channels):
+            local = np.eye(4)
+            local[:3, 3] = offset
+            for kind in kinds:
+                local = local @ bvh_channel(kind, next(numbers))
+            matrices.append(matrices[parent] @ local if parent >= 0 else local)
+        places = {name: matrix[:3, 3] for name, matrix in zip(names, matrices)}
+        frames.append([places[name] for name in tokenizer.JOINTS])
+    return np.array(frames)
+
+
+def bvh_channel(kind, number):
+    """What a channel such as Xposition or Zrotation does, (4,4)."""
+    axis = "XYZ".index(kind[0])
+    matrix = np.eye(4)
+    if kind.endswith("position"):
+        matrix[axis, 3] = number
+        return matrix
+    one, two = (axis + 1) % 3, (axis + 2) % 3
+    cosine, sine = math.cos(math.radians(number)), math.sin(math.radians(number))
+    matrix[[one, two], [one, two]] = cosine
+    matrix[two, one] = sine
+    matrix[one, two] = -sine
+    return matrix
+
+
+@pytest.fixture(scope="session")
+def licensed_body(tmp_path_factory):
+    """A body in SMPL's format that is not the free one, though its file has the same name.
+
+    No vertex hangs on more than four joints and none has correctives, so a .glb can pose it
+    exactly; some hang on the hands.
+    """
+    arrays = fake_smpl()
+    rng = np.random.default_rng(1)
+    weights = np.zeros((40, 24))
+    for row in weights:
+        row[rng.choice(24, 4, replace=False)] = rng.dirichlet(np.ones(4))
+    faces = np.stack([rng.choice(40, 3, replace=False) for _ in range(30)])
+    arrays |= {"weights": weights, "posedirs": 0 * arrays["posedirs"], "f": faces}
+    path = write_body_file(tmp_path_factory.mktemp("licensed") / "body.npz", arrays)
+    return tokenizer.load_body(path)
+
+
+def test_a_saved_npz_is_read_back_as_one_pose(tmp_path, free_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.npz", rotmat, free_body)
+
+    close(data.read_pose(tmp_path / "pose.npz"), rotmat)
+
+
+def test_a_saved_npz_is_read_back_frame_by_frame(tmp_path, free_body):
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.npz", motion, free_body)
+
+    read = [data.read_pose(f"{tmp_path}/motion.npz:{k}") for k in range(len(motion))]
+    close(torch.stack(read), motion)
+
+
+def test_a_saved_npz_is_read_back_as_a_motion_of_amass(tmp_path, free_body):
+    """At 24 frames a second every second frame is taken, from the middle 60 % of 20."""
+    motion = poses(20)
+    path = tmp_path / "walk" / "person" / "motion.npz"
+    skipped = []
+
+    sample.save_poses(path, motion, free_body, fps=24)
+
+    records = list(data.read_amass(path, skipped))
+    assert not skipped
+    close(torch.from_numpy(np.stack([record["pose"] for record in records])), motion[4:16:2])
+
+
+@pytest.mark.parametrize("frame", [None, 0, 3, 7])
+def test_a_saved_glb_has_the_joints_and_vertices_of_the_body(tmp_path, free_body, frame):
+    """Skinned by hand; None: as the nodes stand, which is the first pose."""
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.glb", motion, free_body)
+
+    joints, vertices, faces = pose_glb(tmp_path / "motion.glb", frame)
+    body_joints, body_vertices = free_body(motion[frame or 0][None])
+    assert np.abs(joints - body_joints[0].numpy()).max() < 1e-5
+    assert np.abs(vertices - body_vertices[0].numpy()).max() < 1e-5
+    assert (faces == free_body.faces.numpy()).all()
+
+
+def test_a_glb_of_one_pose_stands_in_it_and_does_not_move(tmp_path, free_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.glb", rotmat, free_body)
+
+    _, vertices, _ = pose_glb(tmp_path / "pose.glb")
+    assert np.abs(vertices - free_body(rotmat[None])[1][0].numpy()).max() < 1e-5
+    assert "animations" not in read_glb(tmp_path / "pose.glb")[0]
+
+
+def test_the_hands_of_a_glb_move_with_the_wrists(tmp_path, licensed_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.glb", rotmat, licensed_body, mesh=True)
+
+    joints, vertices, _ = pose_glb(tmp_path / "pose.glb")
+    body_joints, body_vertices = licensed_body(rotmat[None])
+    assert np.abs(joints - body_joints[0].numpy()).max() < 1e-5
+    assert np.abs(vertices - body_vertices[0].numpy()).max() < 1e-5
+
+
+def test_of_more_than_four_joints_a_vertex_of_a_glb_follows_the_four_strongest():
+    """The fake body hangs every vertex on all joints."""
+    body = plain_smpl()
+
+    joints, weights = sample.four_weights(body)
+
+    folded = body.weights[:, :22].clone()
+    folded[:, 20:] += body.weights[:, 22:]
+    kept = torch.take_along_dim(folded, torch.from_numpy(joints).long(), 1)
+    assert kept.min(1).values.min() > 0
+    assert ((folded > kept.min(1, keepdim=True).values).sum(1) == 3).all()
+    close(torch.from_numpy(weights), kept / kept.sum(1, keepdim=True))
+
+
+def test_the_bones_of_a_glb_have_the_names_and_parents_of_our_joints(tmp_path, free_body):
+    sample.save_poses(tmp_path / "pose.glb", poses(1), free_body)
+
+    nodes = read_glb(tmp_path / "pose.glb")[0]["nodes"]
+    parents = dict.fromkeys(tokenizer.JOINTS)
+    for node in nodes:
+        for child in node.get("children", []):
+            parents[nodes[child]["name"]] = node["name"]
+    expected = [tokenizer.JOINTS[parent] for parent in tokenizer.PARENTS[1:]]
+    assert list(parents.values()) == [None, *expected]
+
+
+def test_the_frames_of_a_glb_are_as_far_apart_as_asked(tmp_path, free_body):
+    sample.save_poses(tmp_path / "motion.glb", poses(5), free_body, fps=8)
+
+    gltf, arrays = read_glb(tmp_path / "motion.glb")
+    times = [arrays[sampler["input"]] for sampler in gltf["animations"][0]["samplers"]]
+    assert all((time.ravel() == [0, 0.125, 0.25, 0.375, 0.5]).all() for time in times)
+
+
+def test_a_glb_wears_orange_on_the_left_and_blue_on_the_right(tmp_path, free_body):
+    """The colours of `body_colors`, without the gamma that glTF does not have."""
+    sample.save_poses(tmp_path / "pose.glb", poses(1), free_body)
+
+    gltf, arrays = read_glb(tmp_path / "pose.glb")
+    attributes = gltf["meshes"][0]["primitives"][0]["attributes"]
+    position, colors = arrays[attributes["POSITION"]], arrays[attributes["COLOR_0"]]
+    shin = (position[:, 1] > -0.6) & (position[:, 1] < -0.5)
+    left, right = colors[shin & (position[:, 0] > 0)], colors[shin & (position[:, 0] < 0)]
+    assert (left[:, 0] > 2 * left[:, 2]).all()
+    assert (right[:, 2] > 2 * right[:, 0]).all()
+    assert np.abs(colors ** (1 / 2.2) - data.body_colors(free_body)).max() < 1e-5
+
+
+@pytest.mark.parametrize("which", ["free_body", "licensed_body"])
+def test_the_normals_of_a_glb_have_length_1(tmp_path, request, which):
+    """Of vertices without a triangle, too, which the random body has."""
+    body = request.getfixturevalue(which)
+
+    sample.save_poses(tmp_path / "pose.glb", poses(1), body, mesh=True)
+
+    gltf, arrays = read_glb(tmp_path / "pose.glb")
+    normals = arrays[gltf["meshes"][0]["primitives"][0]["attributes"]["NORMAL"]]
+    assert np.abs(np.linalg.norm(normals, axis=1) - 1).max() < 1e-5
+
+
+VALIDATE = """
+const validator = require("gltf-validator");
+const content = new Uint8Array(require("fs").readFileSync(process.argv[1]));
+validator.validateBytes(content).then(report => console.log(JSON.stringify(report.issues)));
+"""
+
+
+@pytest.mark.parametrize("which", ["free_body", "licensed_body"])
+@pytest.mark.parametrize("n_frames", [1, 5])
+def test_khronos_validator_finds_nothing_to_say_about_a_glb(tmp_path, request, which, n_frames):
+    """`npm install gltf-validator` in a folder that node searches: NODE_PATH, or one above."""
+    body = request.getfixturevalue(which)
+    if not shutil.which("node"):
+        pytest.skip("there is no node")
+    sample.save_poses(tmp_path / "motion.glb", poses(n_frames), body, mesh=True)
+
+    command = ["node", "-e", VALIDATE, str(tmp_path / "motion.glb")]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    if "Cannot find module 'gltf-validator'" in run.stderr:
+        pytest.skip("node does not find the package gltf-validator")
+
+    issues = json.loads(run.stdout)
+    assert issues["messages"] == []
+
+
+def test_a_saved_bvh_has_the_joints_of_the_body_in_centimetres(tmp_path, free_body):
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.bvh", motion, free_body)
+
+    error = pose_bvh(tmp_path / "motion.bvh") - 100 * exact_joints(motion, free_body).numpy()
+    assert np.abs(error).max() < 2e-4
+
+
+def test_a_saved_bvh_says_its_order_its_ends_and_its_time(tmp_path, free_body):
+    sample.save_poses(tmp_path / "motion.bvh", poses(3), free_body, fps=25)
+
+    names, parents, _, channels, motion, seconds = read_bvh(tmp_path / "motion.bvh")
+    turns = ["Zrotation", "Xrotation", "Yrotation"]
+    ends = {names[parent] for name, parent in zip(names, parents) if name == "End Site"}
+    assert channels[0] == ["Xposition", "Yposition", "Zposition", *turns]
+    assert all(kinds == turns for kinds in channels[1:] if kinds)
+    assert ends == {"head", "left_foot", "right_foot", "left_wrist", "right_wrist"}
+    assert motion.shape == (3, 69)
+    assert seconds == 0.04
+
+
+def test_the_angles_of_a_bvh_do_not_jump_where_a_turn_is_complete(tmp_path, free_body):
+    angles = torch.deg2rad(torch.arange(0, 720, 20.0))
+    turns = tokenizer.rotation_about(1, angles)
+    spin = tokenizer.turn_root(torch.eye(3).expand(36, 22, 3, 3), turns)
+
+    sample.save_poses(tmp_path / "spin.bvh", spin, free_body)
+
+    _, _, _, channels, motion, _ = read_bvh(tmp_path / "spin.bvh")
+    heading = motion[:, channels[0].index("Yrotation")]
+    assert np.abs(np.diff(heading) - 20).max() < 1e-3
+
+
+def test_a_saved_obj_is_the_posed_mesh(tmp_path, free_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.obj", rotmat, free_body)
+
+    rows = [line.split() for line in (tmp_path / "pose.obj").read_text().splitlines()]
+    vertices = torch.tensor([[float(x) for x in row[1:]] for row in rows if row[0] == "v"])
+    faces = torch.tensor([[int(k) for k in row[1:]] for row in rows if row[0] == "f"])
+    close(vertices, free_body(rotmat[None])[1][0], atol=1e-6)
+    assert (faces - 1 == free_body.faces).all()
+
+
+def test_a_saved_json_holds_the_joints_of_every_frame_in_metres(tmp_path, free_body):
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.json", motion, free_body, fps=12)
+
+    saved = json.loads((tmp_path / "motion.json").read_text())
+    close(torch.tensor(saved["joints"]).double(), exact_joints(motion, free_body), atol=2e-6)
+    assert saved["names"] == tokenizer.JOINTS
+    assert saved["parents"] == tokenizer.PARENTS
+    assert saved["frames_per_second"] == 12
+
+
+COCO_18 = (
+    "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
+    "right_hip right_knee right_ankle left_hip left_knee left_ankle "
+    "right_eye left_eye right_ear left_ear"
+).split()
+
+
+def saved_keypoints(folder, rotmat, body):
+    """The keypoints of a saved .openpose.json, {name: (x, y, confidence)}."""
+    sample.save_poses(folder / "pose.openpose.json", rotmat, body)
+    saved = json.loads((folder / "pose.openpose.json").read_text())
+    [person] = saved["people"]
+    numbers = person["pose_keypoints_2d"]
+    assert len(numbers) == 3 * 18
+    assert saved["canvas_width"] == saved["canvas_height"] == 512
+    return dict(zip(COCO_18, zip(*[iter(numbers)] * 3)))
+
+
+def turned(degrees):
+    """The T-pose, turned about the vertical."""
+    turn = tokenizer.rotation_about(1, torch.deg2rad(torch.tensor(degrees)))
+    return tokenizer.turn_root(torch.eye(3).expand(22, 3, 3), turn)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_openpose_keypoints_lie_on_the_person_in_our_picture(tmp_path, free_body, seed):
+    """The canvas shows what `render` shows of the same pose from the front."""
+    rotmat = data.World("test", 4).poses[seed]
+    _, vertices = free_body(rotmat[None])
+    picture = data.render(
+        vertices[0].numpy(), free_body.faces, np.zeros((len(vertices[0]), 3)), 512, floor=False)
+
+    points = saved_keypoints(tmp_path, rotmat, free_body)
+
+    seen = [(int(x), int(y)) for x, y, confidence in points.values() if confidence == 1]
+    assert len(seen) >= 15
+    assert all((picture[y, x] < 200).all() for x, y in seen)
+
+
+def test_openpose_keypoints_of_the_body_are_our_joints(tmp_path, free_body):
+    """A T-pose from the front: heights and sides tell them apart."""
+    points = saved_keypoints(tmp_path, turned(0.0), free_body)
+
+    for part in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle", "eye", "ear"):
+        assert points[f"left_{part}"][0] > 256 > points[f"right_{part}"][0], part
+    heights = ["ankle", "knee", "hip", "shoulder", "ear", "eye"]
+    below = [points[f"left_{part}"][1] for part in heights]
+    assert below == sorted(below, reverse=True)
+    assert points["left_shoulder"][0] < points["left_elbow"][0] < points["left_wrist"][0]
+    assert points["neck"][0] == pytest.approx(points["nose"][0], abs=4)
+    assert points["left_eye"][1] < points["nose"][1] < points["neck"][1]
+
+
+@pytest.mark.parametrize("degrees, hidden", [
+    (0.0, []),
+    (60.0, ["left_ear"]),
+    (-60.0, ["right_ear"]),
+    (95.0, ["left_ear", "left_eye"]),
+    (180.0, ["left_eye", "nose", "right_eye"]),
+])
+def test_openpose_keypoints_that_the_head_hides_have_no_confidence(
+        tmp_path, free_body, degrees, hidden):
+    """At 90 degrees the person looks to the right edge, and the camera sees the right side."""
+    points = saved_keypoints(tmp_path, turned(degrees), free_body)
+
+    missing = sorted(name for name, point in points.items() if point[2] != 1)
+    assert missing == sorted(hidden)
+    assert all(points[name] == (0, 0, 0) for name in missing)
+
+
+@pytest.mark.parametrize("suffix", sample.WRITERS)
+@pytest.mark.parametrize("name", ODD_POSES)
+def test_no_number_in_a_saved_file_is_nan(tmp_path, free_body, suffix, name):
+    rotmat = some_motion()[4 + list(ODD_POSES).index(name)]
+    path = tmp_path / f"odd{suffix}"
+
+    sample.save_poses(path, rotmat, free_body)
+
+    if suffix == ".npz":
+        assert np.isfinite(np.load(path)["poses"]).all()
+    elif suffix == ".glb":
+        assert all(np.isfinite(array).all() for array in read_glb(path)[1])
+    else:
+        assert not re.search("nan|inf", path.read_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("suffix", sample.WRITERS)
+def test_the_case_of_a_suffix_does_not_matter(tmp_path, free_body, suffix):
+    sample.save_poses(tmp_path / f"lower{suffix}", poses(1)[0], free_body)
+    sample.save_poses(tmp_path / f"upper{suffix.upper()}", poses(1)[0], free_body)
+
+    lower = (tmp_path / f"lower{suffix}").read_bytes()
+    assert (tmp_path / f"upper{suffix.upper()}").read_bytes() == lower
+
+
+@pytest.mark.parametrize("name", ["pose", "pose.fbx", "pose.", ".glb", "glb", "pose.glb.zip"])
+def test_a_name_that_does_not_say_what_to_write_is_refused(tmp_path, free_body, name):
+    sentence = refused(name, sample.save_poses, tmp_path / name, poses(1)[0], free_body)
+
+    assert all(suffix in sentence for suffix in sample.WRITERS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_suffix_counts(tmp_path, free_body):
+    sample.save_poses(tmp_path / "pose.v2.bvh", poses(1)[0], free_body)
+
+    assert (tmp_path / "pose.v2.bvh").read_text().startswith("HIERARCHY")
+
+
+@pytest.mark.parametrize("suffix", sample.WRITERS)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(free_body, suffix):
+    refused("--save", sample.validate_save, f"/proc/below/pose{suffix}", free_body)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path, free_body):
+    (tmp_path / "pose.glb").mkdir()
+
+    refused("is a folder", sample.validate_save, tmp_path / "pose.glb", free_body)
+
+
+def test_folders_on_the_way_to_a_saved_file_are_made(tmp_path, free_body):
+    sample.validate_save(tmp_path / "new" / "pose.bvh", free_body)
+    sample.save_poses(tmp_path / "new" / "pose.bvh", poses(1)[0], free_body)
+
+    assert (tmp_path / "new" / "pose.bvh").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj"])
+def test_the_mesh_of_a_licensed_body_is_not_written_unasked(tmp_path, licensed_body, suffix):
+    path = tmp_path / f"pose{suffix}"
+
+    sentence = refused("--mesh", sample.validate_save, path, licensed_body)
+
+    refused("--mesh", sample.save_poses, path, poses(1)[0], licensed_body)
+    assert "save as .npz, .bvh" in sentence
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj"])
+def test_the_mesh_of_a_licensed_body_is_written_on_request(tmp_path, licensed_body, suffix):
+    sample.save_poses(tmp_path / f"pose{suffix}", poses(1)[0], licensed_body, mesh=True)
+
+    assert (tmp_path / f"pose{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".bvh", ".json", ".openpose.json"])
+def test_poses_of_a_licensed_body_are_written_without_its_mesh(tmp_path, licensed_body, suffix):
+    sample.save_poses(tmp_path / f"pose{suffix}", poses(1)[0], licensed_body)
+
+    assert (tmp_path / f"pose{suffix}").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".obj", ".openpose.json"])
+def test_a_motion_is_refused_where_there_is_room_for_one_pose(tmp_path, free_body, suffix):
+    path = tmp_path / f"motion{suffix}"
+
+    sentence = refused("there are 3", sample.save_poses, path, poses(3), free_body)
+
+    assert "save one of them, or all as .npz, .glb, .bvh, .json" in sentence
+    assert not path.exists()
+
+
 # ---- eval.py -------------------------------------------------------------------------------------
 SENTENCE = (
     "the left arm is bent, at 1.5 metres; half-bent (almost) 3-4 L/R knee's up... Down! 10,000 a_b"
