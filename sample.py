@@ -621,6 +621,13 @@ def euler_zxy(rotations):
     return np.stack([z, x, y], -1)
 
 
+def bones(body):
+    """The way to each joint from its parent in the T-pose, (22,3) metres."""
+    way = body.rest - body.rest[PARENTS]
+    way[0] = body.rest[0]               # the pelvis has no parent
+    return way
+
+
 def joints_below(joint):
     """The joints that hang on a joint."""
     return [below for below, parent in enumerate(PARENTS) if parent == joint]
@@ -634,26 +641,26 @@ def depth_first(joint=0):
     return order
 
 
-def bvh_joint(joint, rest):
-    """The lines of a BVH's HIERARCHY for a joint and all below it. rest (22,3): centimetres."""
-    bone = rest[joint] - rest[PARENTS[joint]] if joint else rest[0]
-    title = f"JOINT {JOINTS[joint]}" if joint else f"ROOT {JOINTS[joint]}"
+def bvh_joint(joint, offsets):
+    """The lines of a BVH's HIERARCHY for a joint and all below it. offsets (22,3): centimetres."""
+    kind = "JOINT"
     channels = "3 Zrotation Xrotation Yrotation"
     if joint == 0:
+        kind = "ROOT"
         channels = "6 Xposition Yposition Zposition Zrotation Xrotation Yrotation"
 
-    inside = [bvh_offset(bone), f"CHANNELS {channels}"]
+    inside = [bvh_offset(offsets[joint]), f"CHANNELS {channels}"]
     for below in joints_below(joint):
-        inside += bvh_joint(below, rest)
+        inside += bvh_joint(below, offsets)
     if not joints_below(joint):
-        # we know no fingertips and no crown: programs get half a bone to draw
-        inside += ["End Site", "{", "\t" + bvh_offset(bone / 2), "}"]
-    return [title, "{", *["\t" + line for line in inside], "}"]
+        # the body has no joint at fingertips, toes and crown: half a bone for programs to draw
+        inside += ["End Site", "{", "\t" + bvh_offset(offsets[joint] / 2), "}"]
+    return [f"{kind} {JOINTS[joint]}", "{", *["\t" + line for line in inside], "}"]
 
 
-def bvh_offset(bone):
-    """The line of a BVH that places a joint."""
-    return "OFFSET " + " ".join(f"{number:.6f}" for number in bone)
+def bvh_offset(offset):
+    """The line of a BVH that places a joint beside its parent."""
+    return "OFFSET " + " ".join(f"{number:.6f}" for number in offset)
 
 
 def write_bvh(path, poses, body, fps):
@@ -661,12 +668,12 @@ def write_bvh(path, poses, body, fps):
 
     The rest pose is the T-pose; the pelvis stays at 0.
     """
-    rest = 100 * body.rest.double().numpy()                                     # (22,3)
+    offsets = 100 * bones(body).double().numpy()                                # (22,3)
     rotations = poses[:, depth_first()].double().numpy()                        # (F,22,3,3)
     angles = np.unwrap(euler_zxy(rotations), axis=0)    # no jumps from 180 to -180 degrees
     angles = np.rad2deg(angles).reshape(len(poses), -1)                         # (F,66)
 
-    lines = ["HIERARCHY", *bvh_joint(0, rest)]
+    lines = ["HIERARCHY", *bvh_joint(0, offsets)]
     lines += ["MOTION", f"Frames: {len(poses)}", f"Frame Time: {1 / fps:.8f}"]
     for frame in angles.tolist():
         numbers = " ".join(f"{angle:.6f}" for angle in frame)
@@ -747,11 +754,11 @@ def glb_skin(arrays, body):
 def glb_joints(quaternions, body):
     """The nodes of the 22 joints, turned by quaternions (22,4), x y z w."""
     nodes = []
+    translations = bones(body)                                                  # (22,3)
     for joint, name in enumerate(JOINTS):
-        bone = body.rest[joint] - body.rest[PARENTS[joint]] if joint else body.rest[0]
         node = {
             "name": name,
-            "translation": bone.tolist(),
+            "translation": translations[joint].tolist(),
             "rotation": quaternions[joint].tolist(),
         }
         if joints_below(joint):
@@ -822,20 +829,19 @@ FACE = {                        # metres from the head joint in the T-pose, as o
     "left_eye": (0.032, 0.090, 0.100),
     "right_ear": (-0.085, 0.075, 0.0),
     "left_ear": (0.085, 0.075, 0.0),
+    "between_ears": (0.0, 0.075, 0.0),                  # inside of the head, no keypoint
 }
-BETWEEN_EARS = (0.0, 0.075, 0.0)
-BEHIND = 0.03                   # metres behind that point from which the head hides a point
+BEHIND = 0.03                   # metres behind `between_ears` from which the head hides a point
 
 
 def keypoints(pose, body):
-    """A pose (22,3,3) -> the places of KEYPOINTS (18,3) and between the ears (3,), in metres."""
+    """A pose (22,3,3) -> where its KEYPOINTS are, and last `between_ears`: (19,3) metres."""
     rotations, joints = global_transforms(pose, body.rest)                      # (22,3,3|3)
     places = dict(zip(JOINTS, joints))
     places["neck"] = (places["left_shoulder"] + places["right_shoulder"]) / 2   # as COCO has it
-    for name, offset in [*FACE.items(), ("between_ears", BETWEEN_EARS)]:
+    for name, offset in FACE.items():
         places[name] = joints[HEAD] + rotations[HEAD] @ torch.tensor(offset)
-    points = torch.stack([places[name] for name in KEYPOINTS])
-    return points.numpy(), places["between_ears"].numpy()
+    return torch.stack([places[name] for name in [*KEYPOINTS, "between_ears"]])
 
 
 def write_openpose(path, poses, body, fps):
@@ -845,8 +851,7 @@ def write_openpose(path, poses, body, fps):
     face that the head hides; that other parts of the body hide something does not count.
     """
     _, vertices = body(poses)                                                   # (1,V,3)
-    points, between_ears = keypoints(poses[0], body)                            # (18,3), (3,)
-    points = np.concatenate([points, between_ears[None]])                       # (19,3)
+    points = keypoints(poses[0], body).numpy()                                  # (19,3)
     pixels, depth = project(points, vertices[0].numpy(), CANVAS, 1.0, (0.0, 0.0))
 
     numbers = []
@@ -869,7 +874,7 @@ class Writer(NamedTuple):
     """How a kind of file is written."""
 
     write: Callable             # (path, poses (F,22,3,3), body, fps)
-    has_mesh: bool = False      # it gives away the mesh of the body
+    has_mesh: bool = False      # it contains the mesh of the body
     one_pose: bool = False      # it has no room for a motion
 
 
@@ -918,8 +923,8 @@ def save_poses(path, poses, body, mesh=False, fps=30.0):
     """Writes poses (22,3,3), or the frames (F,22,3,3) of a motion, as the suffix of `path` says.
 
     body: a Body on the CPU. mesh: write its mesh even if it is not free, where the file has one.
-    fps: frames per second. Raises UserError for what `validate_save` refuses, and if the disk is
-    full.
+    fps: frames per second, above 0. Raises UserError for what `validate_save` refuses, and if the
+    disk is full.
     """
     poses = poses.detach().cpu().float().reshape(-1, 22, 3, 3)                  # (F,22,3,3)
     validate_save(path, body, mesh, len(poses))
