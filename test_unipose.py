@@ -7293,7 +7293,10 @@ def read_bvh(path):
     End sites are joints named "End Site" without channels.
     """
     hierarchy, _, motion = path.read_text().partition("MOTION\n")
-    names, parents, offsets, channels = [], [], [], []
+    names = []
+    parents = []
+    offsets = []
+    channels = []
     above = []
     for line in hierarchy.splitlines()[1:]:
         word, *rest = line.split()
@@ -7342,8 +7345,10 @@ def bvh_channel(kind, number):
     if kind.endswith("position"):
         matrix[axis, 3] = number
         return matrix
-    one, two = (axis + 1) % 3, (axis + 2) % 3
-    cosine, sine = math.cos(math.radians(number)), math.sin(math.radians(number))
+    one = (axis + 1) % 3
+    two = (axis + 2) % 3
+    cosine = math.cos(math.radians(number))
+    sine = math.sin(math.radians(number))
     matrix[[one, two], [one, two]] = cosine
     matrix[two, one] = sine
     matrix[one, two] = -sine
@@ -7481,9 +7486,11 @@ def test_a_glb_wears_orange_on_the_left_and_blue_on_the_right(tmp_path, free_bod
 
     gltf, arrays = read_glb(tmp_path / "pose.glb")
     attributes = gltf["meshes"][0]["primitives"][0]["attributes"]
-    position, colors = arrays[attributes["POSITION"]], arrays[attributes["COLOR_0"]]
-    shin = (position[:, 1] > -0.6) & (position[:, 1] < -0.5)
-    left, right = colors[shin & (position[:, 0] > 0)], colors[shin & (position[:, 0] < 0)]
+    colors = arrays[attributes["COLOR_0"]]
+    x, y, _ = arrays[attributes["POSITION"]].T
+    is_shin = (y > -0.6) & (y < -0.5)
+    left = colors[is_shin & (x > 0)]
+    right = colors[is_shin & (x < 0)]
     assert (left[:, 0] > 2 * left[:, 2]).all()
     assert (right[:, 2] > 2 * right[:, 0]).all()
     assert np.abs(colors ** (1 / 2.2) - data.body_colors(free_body)).max() < 1e-5
@@ -7714,6 +7721,13 @@ def test_folders_on_the_way_to_a_saved_file_are_made(tmp_path, free_body):
     sample.save_poses(tmp_path / "new" / "pose.bvh", poses(1)[0], free_body)
 
     assert (tmp_path / "new" / "pose.bvh").is_file()
+
+
+def test_the_free_body_is_free_under_its_path_and_no_other(licensed_body):
+    """Its path, not the name of the file, which anybody may give to a licensed one."""
+    assert tokenizer.load_body(tokenizer.ASSETS / "body.npz").is_free
+    assert licensed_body.name == "body"
+    assert not licensed_body.is_free
 
 
 @pytest.mark.parametrize("suffix", [".glb", ".obj"])
