@@ -33,8 +33,10 @@ P image patches, D LLM width.
 Left out: conversations of several turns, streaming, top-k and beam search, and one prefill for
 several answers to the same prompt.
 """
+import base64
 import difflib
 import enum
+import io
 import json
 import math
 import pathlib
@@ -54,14 +56,14 @@ from PIL import Image
 
 from captions import check_text
 from data import (
-    HEAD, SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture, project,
-    read_pose, render, render_template, save_png, square, templates, upright_reading,
-    vertex_normals, write_pose,
+    HEAD, SIDE_TINTS, SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture,
+    project, read_pose, render, render_template, save_png, square, templates, to_rgb,
+    upright_reading, vertex_normals, write_pose,
 )
 from tokenizer import (
-    JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, atomic_write, cli, face_front,
-    global_transforms, load_asset, load_body, matrix_to_quaternion, run_main, validate_folder,
-    validate_writable,
+    ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, atomic_write, cli,
+    face_front, global_transforms, load_asset, load_body, matrix_to_quaternion, run_main,
+    validate_folder, validate_writable,
 )
 from unipose import (
     collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config, require_stages,
@@ -536,22 +538,29 @@ def draw_pose(rotmat, body, heading):
     return render(vertices[0].numpy(), body.faces, body_colors(body), 256, heading)
 
 
+def named_cells(task, inputs, results):
+    """All that is shown of a question: its inputs under their names, then its results."""
+    names = TASKS[task].inputs
+    if names in (("pose", "pose"), ("image", "image")):
+        names = ("A", "B")
+    return [*zip(names, inputs), *results]
+
+
+def first_heading(task):
+    """How far people are turned in pictures of a task: radians, for `render`."""
+    # half turned, so that depth shows; beside a photograph from the side of its camera
+    return 0.0 if "image" in TASKS[task].inputs else -0.5
+
+
 def sheet_row(task, note, inputs, results, body):
     """One row of `contact_sheet`: task and note on the left, then the inputs, then the results.
 
     inputs: the values of the task; results: [(name, value), ...]. A pose (22,3,3) is drawn.
     """
-    names = TASKS[task].inputs
-    if names in (("pose", "pose"), ("image", "image")):
-        names = ("A", "B")
-
-    # half turned, so that depth shows; beside a photograph from the side of its camera
-    heading = 0.0 if "image" in TASKS[task].inputs else -0.5
-
     cells = []
-    for name, value in [*zip(names, inputs), *results]:
+    for name, value in named_cells(task, inputs, results):
         if torch.is_tensor(value):
-            value = draw_pose(value, body, heading)
+            value = draw_pose(value, body, first_heading(task))
         if isinstance(value, Image.Image):
             value = square(value)       # the sheet would cut off the ends of a long one
         cells.append((name, value))
@@ -931,7 +940,86 @@ def save_poses(path, poses, body, mesh=False, fps=30.0):
     WRITERS[suffix_of(path)].write(path, poses, body, fps)
 
 
-# ---- 6. The tour ---------------------------------------------------------------------------------
+# ---- 6. A page to look at ------------------------------------------------------------------------
+MAX_PAGE_ANSWERS = 64       # of 55 kB each
+PAGE_PICTURE = (640, 640)   # pixels that a picture in a page has at most
+
+
+def validate_page(path, n_answers, body, mesh=False):
+    """Raises UserError if `write_page` would refuse these arguments; to be called before long work.
+
+    n_answers: how many results all its rows will have together.
+    """
+    if pathlib.Path(path).suffix not in (".html", ".htm"):
+        raise UserError(f"--show {path} would not open in a browser; give it a name that ends in "
+                        ".html")
+    if n_answers > MAX_PAGE_ANSWERS:
+        raise UserError(f"--show {path} would hold {n_answers} answers; ask for at most "
+                        f"{MAX_PAGE_ANSWERS}")
+    if not body.is_free and not mesh:
+        raise UserError(f"--show {path}: a page contains the mesh of the body {body.name}, which "
+                        "its licence may not let you pass on; add --mesh to write it all the same, "
+                        "or leave out --body")
+    validate_writable("--show", path)
+
+
+def write_page(path, rows, body, mesh=False):
+    """Writes a page that shows people to turn with the mouse, beside texts and pictures.
+
+    It is one file, assets/page.html with its content filled in, and loads nothing from elsewhere.
+    rows: of each question (task, note, inputs, results), as `sheet_row` takes them. body: a Body on
+    the CPU. mesh: write its mesh even if it is not free. Raises UserError for what `validate_page`
+    refuses, and if the disk is full.
+    """
+    n_answers = sum(len(results) for _, _, _, results in rows)
+    validate_page(path, n_answers, body, mesh)
+
+    page_rows = []
+    for task, note, inputs, results in rows:
+        cells = []
+        for name, value in named_cells(task, inputs, results):
+            cells.append({"name": name, **page_value(value, body)})
+        heading = first_heading(task)
+        page_rows.append({"title": task, "note": note, "heading": heading, "cells": cells})
+
+    colors = body_colors(body)[body.faces].mean(1)                              # (F,3)
+    content = json.dumps({
+        "faces": encode_array(body.faces.numpy(), "<u4"),
+        "colors": encode_array(255 * colors, "u1"),
+        "sides": {side: (255 * np.array(color)).tolist() for side, color in SIDE_TINTS.items()},
+        "rows": page_rows,
+    })
+    content = content.replace("<", r"\u003c")   # else a text could end the script that it is in
+
+    template = (ASSETS / "page.html").read_text(encoding="utf-8")
+    write_text(path, template.replace("{{content}}", content))
+
+
+def page_value(value, body):
+    """A text, a picture or a pose (22,3,3) as a page holds it: {kind: text}."""
+    if isinstance(value, str):
+        return {"text": value or "(no text)"}
+
+    if torch.is_tensor(value):
+        with torch.no_grad():
+            _, vertices = body(value[None])                                     # (1,V,3)
+        return {"vertices": encode_array(vertices[0].numpy(), "<f4")}
+
+    if isinstance(value, np.ndarray):
+        value = Image.fromarray(value)
+    picture = to_rgb(value)
+    picture.thumbnail(PAGE_PICTURE)
+    jpeg = io.BytesIO()
+    picture.save(jpeg, format="JPEG", quality=90)
+    return {"picture": "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()}
+
+
+def encode_array(array, dtype):
+    """The numbers of an array, as base64 text of their bytes."""
+    return base64.b64encode(array.astype(dtype).tobytes()).decode()
+
+
+# ---- 7. The tour ---------------------------------------------------------------------------------
 def tour(model, body, config):
     """Answers all seven tasks in one batch: task k about the k-th pair of the test split."""
     world = World("test", 2 * len(TASKS), model.vision.clip_size)
@@ -996,7 +1084,7 @@ def score(task, answer, target, poses, body):
     return f"{n_true}/{len(verdicts)} statements true"
 
 
-# ---- 7. The command line -------------------------------------------------------------------------
+# ---- 8. The command line -------------------------------------------------------------------------
 @dataclass
 class Config:
     """Ask UniPose; without a question, take the tour of all seven tasks."""
