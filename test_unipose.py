@@ -7,9 +7,11 @@ UNIPOSE_GOLDEN names another folder of golden figures in the same format.
 """
 import argparse
 import ast
+import base64
 import collections
 import contextlib
 import dataclasses
+import html.parser
 import importlib
 import io
 import itertools
@@ -7763,6 +7765,284 @@ def test_a_motion_is_refused_where_there_is_room_for_one_pose(tmp_path, free_bod
 
     assert "save one of them, or all as .npz, .glb, .bvh, .json" in sentence
     assert not path.exists()
+
+
+# ---- sample.py: a page to look at ----------------------------------------------------------------
+T_POSE = torch.eye(3).expand(22, 3, 3)
+NASTY_TEXTS = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "\"double\" and 'single' quotes, a \\ and a & sign",
+    "{{content}}",
+    "two\nlines, \u2028, übel, 🙂",
+]
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects the tags of a page, [(name, {attribute: value}), ...], and what its scripts hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+        self.scripts = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        if self.cdata_elem == "script":
+            self.scripts.append(text)
+
+
+def parsed_page(path):
+    parser = PageParser()
+    parser.feed(path.read_text(encoding="utf-8"))
+    return parser
+
+
+def page_content(path):
+    """What the page shows, as JSON."""
+    content, _ = parsed_page(path).scripts
+    return json.loads(content)
+
+
+def from_base64(text, dtype):
+    """Base64 text -> its rows of three numbers."""
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(-1, 3)
+
+
+def page_of(folder, body, task="text2pose", inputs=("Stand.",), results=(("answer", T_POSE),)):
+    """Writes a page of one question -> its path."""
+    path = folder / "page.html"
+    sample.write_page(path, [(task, "a note", inputs, results)], body)
+    return path
+
+
+def test_a_page_holds_the_mesh_of_every_pose_within_a_tenth_of_a_millimetre(tmp_path, free_body):
+    a, b, answer = poses(3)
+    rows = [
+        ("posediff", "", [a, b], [("answer", "Bend.")]),
+        ("text2pose", "", ["Bend."], [("answer", answer)]),
+    ]
+
+    sample.write_page(tmp_path / "page.html", rows, free_body)
+
+    content = page_content(tmp_path / "page.html")
+    cells = [cell for row in content["rows"] for cell in row["cells"] if "vertices" in cell]
+    vertices = np.stack([from_base64(cell["vertices"], "<f4") for cell in cells])
+    _, expected = free_body(torch.stack([a, b, answer]))
+    close(torch.tensor(vertices), expected, atol=1e-4)
+    assert np.array_equal(from_base64(content["faces"], "<u4"), free_body.faces)
+
+
+def test_a_page_holds_the_colours_of_the_pictures(tmp_path, free_body):
+    content = page_content(page_of(tmp_path, free_body))
+
+    colors = data.body_colors(free_body)[free_body.faces].mean(1)
+    np.testing.assert_allclose(from_base64(content["colors"], "u1"), 255 * colors, atol=1)
+    assert content["sides"]["left"] == pytest.approx([255 * part for part in (0.93, 0.47, 0.24)])
+
+
+def test_a_page_shows_a_question_and_its_answers_in_order_under_their_names(tmp_path, free_body):
+    results = [("answer 1", T_POSE), ("answer 2", "")]
+
+    path = page_of(tmp_path, free_body, "edit", [T_POSE, "Bend the knee."], results)
+
+    [row] = page_content(path)["rows"]
+    kinds = [(cell["name"], *sorted(set(cell) - {"name"})) for cell in row["cells"]]
+    assert (row["title"], row["note"]) == ("edit", "a note")
+    assert kinds == [
+        ("pose", "vertices"), ("text", "text"), ("answer 1", "vertices"), ("answer 2", "text")]
+    assert [row["cells"][k]["text"] for k in (1, 3)] == ["Bend the knee.", "(no text)"]
+
+
+@pytest.mark.parametrize("as_array", [False, True], ids=["PIL", "array"])
+def test_a_page_shows_the_whole_of_a_picture_at_a_moderate_size(tmp_path, free_body, as_array):
+    picture = gradient(1600, 800)
+    value = np.asarray(picture) if as_array else picture
+
+    path = page_of(tmp_path, free_body, "image2pose", [value])
+
+    uri = page_content(path)["rows"][0]["cells"][0]["picture"]
+    jpeg = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(jpeg)).size == (640, 320)
+    assert picture.size == (1600, 800)
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_no_text_breaks_out_of_the_script_that_holds_it(tmp_path, free_body, text):
+    path = page_of(tmp_path, free_body, inputs=[text], results=[(text, text)])
+
+    assert len(parsed_page(path).scripts) == 2
+    question, answer = page_content(path)["rows"][0]["cells"]
+    assert question["text"] == answer["text"] == answer["name"] == text
+
+
+def test_a_page_loads_nothing_from_elsewhere(tmp_path, free_body):
+    path = page_of(tmp_path, free_body)
+
+    names = {name for _, attributes in parsed_page(path).tags for name in attributes}
+    policies = [attributes["content"] for _, attributes in parsed_page(path).tags
+                if "http-equiv" in attributes]
+    assert not re.search(r"https?:|//\w+\.|@import|url\(", path.read_text())
+    assert not names & {"src", "href", "data", "srcset"}
+    assert policies[0].startswith("default-src 'none'; img-src data:; ")
+
+
+@pytest.mark.parametrize("task", ["text2pose", "image2pose"])
+def test_a_page_of_one_answer_has_less_than_300_kilobytes(tmp_path, free_body, task):
+    photo = data.open_picture(HERE / "assets/photo_lunge.jpg")
+    inputs = [photo] if task == "image2pose" else ["Stand."]
+
+    path = page_of(tmp_path, free_body, task, inputs)
+
+    assert path.stat().st_size < 300_000
+
+
+def test_a_page_has_room_for_a_limited_number_of_answers(tmp_path, free_body):
+    path = tmp_path / "page.html"
+    most = sample.MAX_PAGE_ANSWERS
+    row = ("pose2text", "", [T_POSE], [("answer", "text")] * (most + 1))
+
+    sample.validate_page(path, most, free_body)
+    refused(f"at most {most}", sample.validate_page, path, most + 1, free_body)
+    refused(f"at most {most}", sample.write_page, path, [row], free_body)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name, fragment", [
+    ("page.png", "ends in .html"),
+    ("page", "ends in .html"),
+    ("folder.html", "is a folder"),
+    ("file.txt/page.html", "is a file"),
+])
+def test_a_page_that_nobody_could_open_is_refused(tmp_path, free_body, name, fragment):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file.txt").write_text("")
+
+    refused(fragment, sample.validate_page, tmp_path / name, 1, free_body)
+
+
+def test_a_page_shows_a_licensed_body_only_on_request(tmp_path, licensed_body):
+    path = tmp_path / "page.html"
+    rows = [("text2pose", "", ["Stand."], [("answer", T_POSE)])]
+
+    refused("--mesh", sample.validate_page, path, 1, licensed_body)
+    refused("--mesh", sample.write_page, path, rows, licensed_body)
+    assert not path.exists()
+
+    sample.write_page(path, rows, licensed_body, mesh=True)
+    faces = from_base64(page_content(path)["faces"], "<u4")
+    assert np.array_equal(faces, licensed_body.faces)
+
+
+def test_the_script_of_a_page_has_no_syntax_error(tmp_path, free_body):
+    if not shutil.which("node"):
+        pytest.skip("no node to read the script with")
+    _, script = parsed_page(page_of(tmp_path, free_body)).scripts
+    lay(tmp_path, {"page.js": script})
+
+    run = subprocess.run(["node", "--check", tmp_path / "page.js"], capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+
+
+def test_an_installed_copy_has_the_template_of_pages(installed):
+    template = (HERE / "assets/page.html").read_text()
+
+    assert (installed / "unipose_data/assets/page.html").read_text() == template
+
+
+# pages in a browser
+
+BROWSERS = [
+    "chromium", "chromium-browser", "chromium-headless-shell", "google-chrome",
+    "google-chrome-stable", "firefox", "firefox-esr",
+]
+START = "const canvas = document.querySelector('canvas');"
+DRAG = """
+    canvas.setPointerCapture = () => {};        // it wants a real pointer
+    canvas.dispatchEvent(new PointerEvent("pointerdown", { clientX: 0 }));
+    canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: 314 }));
+"""
+PRESS_AN_ARROW = """
+    for (let k = 0; k < 16; k++)
+      canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+"""
+SCROLL = """
+    canvas.focus();
+    canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: 200 }));
+"""
+DOUBLE_CLICK = "canvas.dispatchEvent(new MouseEvent('dblclick'));"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The first browser of this machine that runs. Skips where there is none."""
+    for name in BROWSERS:
+        path = shutil.which(name)
+        # a stub only says how to install the browser, and fails
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    pytest.skip(f"no browser to look at a page with: none of {', '.join(BROWSERS)}")
+
+
+@pytest.fixture(scope="session")
+def seen(browser, free_body, tmp_path_factory):
+    """script -> what a page with a T-pose looks like after the script, (H,W,3), 0 to 255."""
+    def look(script=""):
+        folder = tmp_path_factory.mktemp("seen")
+        path = page_of(folder, free_body)
+        page = path.read_text().replace("</html>", f"<script>{START}{script}</script></html>")
+        path.write_text(page)
+
+        flags = ["--no-sandbox", f"--user-data-dir={folder}/profile"]
+        if "firefox" in browser:
+            flags = ["--no-remote", "--profile", folder]
+        command = [browser, "--headless", *flags, "--window-size=800,600", "--screenshot",
+                   path.as_uri()]
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=True)
+
+        picture = Image.open(folder / "screenshot.png").convert("RGB")
+        return np.asarray(picture, np.int64)
+    return look
+
+
+def side_pixels(picture):
+    """The columns of all pixels of the person's orange left and of its blue right, in order."""
+    picture = picture[150:]                             # below the legend, which has them too
+    warmth = picture[..., 0] - picture[..., 2]
+    return np.sort((warmth > 80).nonzero()[1]), np.sort((warmth < -80).nonzero()[1])
+
+
+def test_a_page_shows_a_person_in_the_colours_of_the_sides(seen):
+    left, right = side_pixels(seen())
+
+    assert len(left) > 1000
+    assert len(right) > 1000
+    assert np.median(left) > np.median(right)           # it faces us
+
+
+@pytest.mark.parametrize("act", [DRAG, PRESS_AN_ARROW], ids=["drag", "arrow key"])
+def test_a_person_in_a_page_is_turned_by_half_a_turn(seen, act):
+    left, right = side_pixels(seen(act))
+
+    assert len(left) > 1000
+    assert len(right) > 1000
+    assert np.median(left) < np.median(right)           # it shows its back
+
+
+def test_the_wheel_changes_the_size_of_a_selected_person_in_a_page(seen):
+    before, _ = side_pixels(seen())
+    after, _ = side_pixels(seen(SCROLL))
+
+    assert len(after) / len(before) == pytest.approx(math.exp(-200 / 500) ** 2, rel=0.05)
+
+
+def test_a_double_click_shows_a_person_in_a_page_as_at_first(seen):
+    after = seen(DRAG + SCROLL + DOUBLE_CLICK + "canvas.blur();")
+
+    assert np.array_equal(after, seen())
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
