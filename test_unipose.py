@@ -7870,7 +7870,7 @@ def test_a_page_shows_the_whole_of_a_picture_at_a_moderate_size(tmp_path, free_b
 
 
 @pytest.mark.parametrize("text", NASTY_TEXTS)
-def test_no_text_breaks_out_of_the_script_that_holds_it(tmp_path, free_body, text):
+def test_no_text_in_a_page_breaks_out_of_the_script_that_holds_it(tmp_path, free_body, text):
     path = page_of(tmp_path, free_body, inputs=[text], results=[(text, text)])
 
     assert len(parsed_page(path).scripts) == 2
@@ -7965,10 +7965,7 @@ DRAG = """
     canvas.dispatchEvent(new PointerEvent("pointerdown", { clientX: 0 }));
     canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: 314 }));
 """
-PRESS_AN_ARROW = """
-    for (let k = 0; k < 16; k++)
-      canvas.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
-"""
+PRESS = "canvas.dispatchEvent(new KeyboardEvent('keydown', { key: 'Arrow%s' }));"
 SCROLL = """
     canvas.focus();
     canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: 200 }));
@@ -8023,13 +8020,20 @@ def test_a_page_shows_a_person_in_the_colours_of_the_sides(seen):
     assert np.median(left) > np.median(right)           # it faces us
 
 
-@pytest.mark.parametrize("act", [DRAG, PRESS_AN_ARROW], ids=["drag", "arrow key"])
+@pytest.mark.parametrize("act", [DRAG, 16 * (PRESS % "Right")], ids=["drag", "arrow key"])
 def test_a_person_in_a_page_is_turned_by_half_a_turn(seen, act):
     left, right = side_pixels(seen(act))
 
     assert len(left) > 500
     assert len(right) > 500
     assert np.median(left) < np.median(right)           # it shows its back
+
+
+def test_the_near_side_of_a_person_in_a_page_hides_the_far_side(seen):
+    left, right = side_pixels(seen(5 * (PRESS % "Left")))
+
+    assert len(left) > 500
+    assert len(right) < len(left) / 10
 
 
 def test_the_wheel_changes_the_size_of_a_selected_person_in_a_page(seen):
