@@ -950,7 +950,7 @@ def validate_page(path, n_answers, body, mesh=False):
 
     n_answers: how many results all its rows will have together.
     """
-    if pathlib.Path(path).suffix not in (".html", ".htm"):
+    if pathlib.Path(path).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--show {path} would not open in a browser; give it a name that ends in "
                         ".html")
     if n_answers > MAX_PAGE_ANSWERS:
