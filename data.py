@@ -567,8 +567,8 @@ def draw_shadow(canvas, pixels):
     canvas.paste((40, 40, 50), mask=mask)
 
 
-def shade(vertices, faces, colors, light):
-    """The colours of vertices (V,3) under a lamp in the direction `light`, a unit vector: (V,3)."""
+def vertex_normals(vertices, faces):
+    """Unit normals of vertices (V,3): (V,3), outwards; 0 where a vertex has no triangle."""
     corners = vertices[faces]                                                 # (F,3,3)
     edge_1 = corners[:, 1] - corners[:, 0]
     edge_2 = corners[:, 2] - corners[:, 0]
@@ -579,8 +579,12 @@ def shade(vertices, faces, colors, light):
     for axis in range(3):
         weights = np.repeat(face_normals[:, axis], 3)
         normals[:, axis] = np.bincount(faces.ravel(), weights, len(vertices))
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    return normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12)
 
+
+def shade(vertices, faces, colors, light):
+    """The colours of vertices (V,3) under a lamp in the direction `light`, a unit vector: (V,3)."""
+    normals = vertex_normals(vertices, faces)                                 # (V,3)
     brightness = 0.5 + 0.5 * normals @ light               # half Lambert: no side is black
     brightness = 0.30 + 0.80 * brightness ** 1.5                              # (V,)
     return np.asarray(colors) * brightness[:, None]
@@ -1305,22 +1309,24 @@ def upright_reading(path, up=""):
     return best if heights[best] > 0.7 else ""
 
 
-def write_pose(path, rotmat):
-    """Writes rotmat (22,3,3) as an AMASS .npz (z up) of one frame. Raises UserError.
+def write_pose(path, rotmat, fps=30.0):
+    """Writes rotmat (22,3,3), or the frames of a motion (T,22,3,3), as an AMASS .npz (z up).
 
-    `read_pose` returns the same pose.
+    `read_pose` returns the same poses. fps: frames per second. Raises UserError.
     """
-    rotmat = turn_root(rotmat.detach().cpu().double(), Z_UP_TO_Y_UP.T)  # AMASS stores doubles
-    poses = np.zeros((1, 156))  # the 52 joints of SMPL+H, with the fingers at rest
-    poses[0, :66] = matrix_to_aa(rotmat).flatten()
+    rotmat = rotmat.detach().cpu().double()  # AMASS stores doubles
+    rotmat = turn_root(rotmat.reshape(-1, 22, 3, 3), Z_UP_TO_Y_UP.T)        # (T,22,3,3)
+    n_frames = len(rotmat)
+    poses = np.zeros((n_frames, 156))  # the 52 joints of SMPL+H, with the fingers at rest
+    poses[:, :66] = matrix_to_aa(rotmat).flatten(1)
     with atomic_write(path) as new, open(new, "wb") as file:
         np.savez(
             file,
             poses=poses,
-            trans=np.zeros((1, 3)),
+            trans=np.zeros((n_frames, 3)),
             betas=np.zeros(16),
             gender="neutral",
-            mocap_framerate=30.0,
+            mocap_framerate=float(fps),
         )
 
 

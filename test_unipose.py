@@ -7,9 +7,11 @@ UNIPOSE_GOLDEN names another folder of golden figures in the same format.
 """
 import argparse
 import ast
+import base64
 import collections
 import contextlib
 import dataclasses
+import html.parser
 import importlib
 import io
 import itertools
@@ -7511,6 +7513,874 @@ def test_the_python_lines_of_the_lesson_give_a_pose(monkeypatch):
 
     assert result.attempted == 6
     assert result.failed == 0
+
+
+# ---- sample.py: files for other programs ---------------------------------------------------------
+ODD_POSES = {  # where formulas divide by zero, or lose a sign
+    "T-pose": (0, 0, 0),
+    "quarter turn about x": (90, 0, 0),
+    "quarter turn back": (-90, 0, 0),
+    "nearly a quarter turn": (89.9999, 0, 0),
+    "half turn about x": (180, 0, 0),
+    "half turn about y": (0, 180, 0),
+    "half turn about z": (0, 0, 180),
+    "half turn about a slanted axis": (127.279, 0, 127.279),
+    "gimbal lock": (69.282, 69.282, 69.282),  # z, then a quarter turn about x, then y
+}
+
+
+def some_motion():
+    """Random poses, then poses whose joints are all at an odd angle: (F,22,3,3)."""
+    degrees = torch.tensor(list(ODD_POSES.values()))
+    odd = tokenizer.aa_to_matrix(torch.deg2rad(degrees))                        # (9,3,3)
+    turn = poses(1)[0, 0]
+    odd = turn.T @ (turn @ odd)         # there and back, which leaves noise in the zeros
+    return torch.cat([poses(4), odd[:, None].expand(-1, 22, -1, -1)])
+
+
+def exact_joints(rotmat, body):
+    """The joints of poses (...,22,3,3) in double precision, (...,22,3)."""
+    return tokenizer.forward_kinematics(rotmat.double(), body.rest.double())
+
+
+def read_glb(path):
+    """A .glb -> its JSON, the arrays of its accessors. Every chunk must have the stated length."""
+    content = path.read_bytes()
+    magic, version, n_bytes, n_json, kind = struct.unpack_from("<4sIII4s", content)
+    assert (magic, version, n_bytes, kind) == (b"glTF", 2, len(content), b"JSON")
+    gltf = json.loads(content[20:20 + n_json])
+    n_binary, kind = struct.unpack_from("<I4s", content, 20 + n_json)
+    assert (28 + n_json + n_binary, kind) == (len(content), b"BIN\0")
+    assert gltf["buffers"] == [{"byteLength": n_binary}]
+
+    arrays = []
+    for accessor in gltf["accessors"]:
+        view = gltf["bufferViews"][accessor["bufferView"]]
+        dtype = {5121: "<u1", 5125: "<u4", 5126: "<f4"}[accessor["componentType"]]
+        width = {"SCALAR": 1, "VEC3": 3, "VEC4": 4, "MAT4": 16}[accessor["type"]]
+        start = 28 + n_json + view["byteOffset"]
+        array = np.frombuffer(content, dtype, accessor["count"] * width, start)
+        assert start % 4 == 0
+        assert array.nbytes == view["byteLength"]
+        array = array.reshape(accessor["count"], width)
+        assert accessor["min"] == array.min(0).tolist()
+        assert accessor["max"] == array.max(0).tolist()
+        arrays.append(array)
+    return gltf, arrays
+
+
+def turn_by_quaternion(x, y, z, w):
+    """The rotation matrix of a unit quaternion, column by column the turned axes."""
+    return np.array([
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ])
+
+
+def glb_transforms(gltf, turns):
+    """Nodes turned by `turns` {node: quaternion} -> their matrices in the scene, {node: (4,4)}."""
+    matrices = {}
+    waiting = [(node, np.eye(4)) for node in gltf["scenes"][gltf["scene"]]["nodes"]]
+    for node, parent in waiting:
+        local = np.eye(4)
+        local[:3, :3] = turn_by_quaternion(*turns.get(node, (0, 0, 0, 1)))
+        local[:3, 3] = gltf["nodes"][node].get("translation", 0)
+        matrices[node] = parent @ local
+        waiting += [(child, matrices[node]) for child in gltf["nodes"][node].get("children", [])]
+    return matrices
+
+
+def glb_turns(gltf, arrays, frame):
+    """The rotations of the nodes as they stand in the file, or in a frame of its animation."""
+    if frame is None:
+        return {k: node["rotation"] for k, node in enumerate(gltf["nodes"]) if "rotation" in node}
+    [animation] = gltf["animations"]
+    turns = {}
+    for channel in animation["channels"]:
+        assert channel["target"]["path"] == "rotation"
+        sampler = animation["samplers"][channel["sampler"]]
+        turns[channel["target"]["node"]] = arrays[sampler["output"]][frame]
+    return turns
+
+
+def pose_glb(path, frame=None):
+    """A .glb, skinned by hand as glTF says -> joints (22,3), vertices (V,3), faces (F,3)."""
+    gltf, arrays = read_glb(path)
+    matrices = glb_transforms(gltf, glb_turns(gltf, arrays, frame))
+    joints = {gltf["nodes"][k].get("name"): matrix[:3, 3] for k, matrix in matrices.items()}
+
+    [skin] = gltf["skins"]
+    [primitive] = gltf["meshes"][0]["primitives"]
+    attribute = {name: arrays[k] for name, k in primitive["attributes"].items()}
+    inverses = arrays[skin["inverseBindMatrices"]].reshape(-1, 4, 4).transpose(0, 2, 1)
+    moves = np.stack([matrices[k] for k in skin["joints"]]) @ inverses          # (22,4,4)
+
+    blended = np.einsum("vk,vkij->vij", attribute["WEIGHTS_0"], moves[attribute["JOINTS_0"]])
+    position = np.pad(attribute["POSITION"], ((0, 0), (0, 1)), constant_values=1)
+    vertices = (blended @ position[..., None])[:, :3, 0]
+    faces = arrays[primitive["indices"]].reshape(-1, 3)
+    return np.stack([joints[name] for name in tokenizer.JOINTS]), vertices, faces
+
+
+def read_bvh(path):
+    """A .bvh -> names, parents, offsets (n,3), channels of each joint, motion (F,C), seconds.
+
+    End sites are joints named "End Site" without channels.
+    """
+    hierarchy, _, motion = path.read_text().partition("MOTION\n")
+    names = []
+    parents = []
+    offsets = []
+    channels = []
+    above = []
+    for line in hierarchy.splitlines()[1:]:
+        word, *rest = line.split()
+        if word in ("ROOT", "JOINT", "End"):
+            names.append(line.strip() if word == "End" else rest[0])
+            parents.append(above[-1] if above else -1)
+            channels.append([])
+        elif word == "{":
+            above.append(len(names) - 1)
+        elif word == "}":
+            above.pop()
+        elif word == "OFFSET":
+            offsets.append([float(number) for number in rest])
+        elif word == "CHANNELS":
+            channels[-1] = rest[1:]
+            assert int(rest[0]) == len(rest) - 1
+
+    n_frames, seconds, *rows = motion.splitlines()
+    rows = np.array([[float(number) for number in row.split()] for row in rows])
+    assert n_frames == f"Frames: {len(rows)}"
+    return names, parents, np.array(offsets), channels, rows, float(seconds.split()[-1])
+
+
+def pose_bvh(path):
+    """The joints of each frame of a .bvh in the order of tokenizer.JOINTS, (F,22,3) centimetres."""
+    names, parents, offsets, channels, motion, _ = read_bvh(path)
+    frames = []
+    for row in motion:
+        numbers = iter(row)
+        matrices = []
+        for parent, offset, kinds in zip(parents, offsets, channels):
+            local = np.eye(4)
+            local[:3, 3] = offset
+            for kind in kinds:
+                local = local @ bvh_channel(kind, next(numbers))
+            matrices.append(matrices[parent] @ local if parent >= 0 else local)
+        places = {name: matrix[:3, 3] for name, matrix in zip(names, matrices)}
+        frames.append([places[name] for name in tokenizer.JOINTS])
+    return np.array(frames)
+
+
+def bvh_channel(kind, number):
+    """What a channel such as Xposition or Zrotation does, (4,4)."""
+    axis = "XYZ".index(kind[0])
+    matrix = np.eye(4)
+    if kind.endswith("position"):
+        matrix[axis, 3] = number
+        return matrix
+    one = (axis + 1) % 3
+    two = (axis + 2) % 3
+    cosine = math.cos(math.radians(number))
+    sine = math.sin(math.radians(number))
+    matrix[[one, two], [one, two]] = cosine
+    matrix[two, one] = sine
+    matrix[one, two] = -sine
+    return matrix
+
+
+@pytest.fixture(scope="session")
+def licensed_body(tmp_path_factory):
+    """A body in SMPL's format that is not the free one, though its file has the same name.
+
+    No vertex hangs on more than four joints and none has correctives, so a .glb can pose it
+    exactly; some hang on the hands.
+    """
+    arrays = fake_smpl()
+    rng = np.random.default_rng(1)
+    weights = np.zeros((40, 24))
+    for row in weights:
+        row[rng.choice(24, 4, replace=False)] = rng.dirichlet(np.ones(4))
+    faces = np.stack([rng.choice(40, 3, replace=False) for _ in range(30)])
+    arrays |= {"weights": weights, "posedirs": 0 * arrays["posedirs"], "f": faces}
+    path = write_body_file(tmp_path_factory.mktemp("licensed") / "body.npz", arrays)
+    return tokenizer.load_body(path)
+
+
+def test_a_saved_npz_is_read_back_as_one_pose(tmp_path, free_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.npz", rotmat, free_body)
+
+    close(data.read_pose(tmp_path / "pose.npz"), rotmat)
+
+
+def test_a_saved_npz_is_read_back_frame_by_frame(tmp_path, free_body):
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.npz", motion, free_body)
+
+    read = [data.read_pose(f"{tmp_path}/motion.npz:{k}") for k in range(len(motion))]
+    close(torch.stack(read), motion)
+
+
+def test_a_saved_npz_is_read_back_as_a_motion_of_amass(tmp_path, free_body):
+    """At 48 frames a second every fourth frame is taken, from the middle 60 % of 20."""
+    motion = poses(20)
+    path = tmp_path / "walk" / "person" / "motion.npz"
+    skipped = []
+
+    sample.save_poses(path, motion, free_body, fps=48)
+
+    records = list(data.read_amass(path, skipped))
+    assert not skipped
+    close(torch.from_numpy(np.stack([record["pose"] for record in records])), motion[4:16:4])
+
+
+@pytest.mark.parametrize("frame", [None, 0, 3, 7])
+def test_a_saved_glb_has_the_joints_and_vertices_of_the_body(tmp_path, free_body, frame):
+    """Skinned by hand; None: as the nodes stand, which is the first pose."""
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.glb", motion, free_body)
+
+    joints, vertices, faces = pose_glb(tmp_path / "motion.glb", frame)
+    body_joints, body_vertices = free_body(motion[frame or 0][None])
+    assert np.abs(joints - body_joints[0].numpy()).max() < 1e-5
+    assert np.abs(vertices - body_vertices[0].numpy()).max() < 1e-5
+    assert (faces == free_body.faces.numpy()).all()
+
+
+def test_a_glb_of_one_pose_stands_in_it_and_does_not_move(tmp_path, free_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.glb", rotmat, free_body)
+
+    _, vertices, _ = pose_glb(tmp_path / "pose.glb")
+    assert np.abs(vertices - free_body(rotmat[None])[1][0].numpy()).max() < 1e-5
+    assert "animations" not in read_glb(tmp_path / "pose.glb")[0]
+
+
+def test_the_hands_of_a_glb_move_with_the_wrists(tmp_path, licensed_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.glb", rotmat, licensed_body, mesh=True)
+
+    joints, vertices, _ = pose_glb(tmp_path / "pose.glb")
+    body_joints, body_vertices = licensed_body(rotmat[None])
+    assert np.abs(joints - body_joints[0].numpy()).max() < 1e-5
+    assert np.abs(vertices - body_vertices[0].numpy()).max() < 1e-5
+
+
+def test_of_more_than_four_joints_a_vertex_of_a_glb_follows_the_four_strongest():
+    """The fake body hangs every vertex on all joints."""
+    body = plain_smpl()
+
+    joints, weights = sample.four_weights(body)
+
+    folded = body.weights[:, :22].clone()
+    folded[:, 20:] += body.weights[:, 22:]
+    kept = torch.take_along_dim(folded, torch.from_numpy(joints).long(), 1)
+    assert kept.min(1).values.min() > 0
+    assert ((folded > kept.min(1, keepdim=True).values).sum(1) == 3).all()
+    close(torch.from_numpy(weights), kept / kept.sum(1, keepdim=True))
+
+
+def test_where_fewer_joints_move_a_vertex_of_a_glb_the_others_are_joint_0(free_body):
+    """The standard asks for it; most vertices of the free body follow one joint or two."""
+    joints, weights = sample.four_weights(free_body)
+
+    assert (weights == 0).mean() > 0.3
+    assert (joints[weights == 0] == 0).all()
+
+
+def test_the_bones_of_a_glb_have_the_names_and_parents_of_our_joints(tmp_path, free_body):
+    sample.save_poses(tmp_path / "pose.glb", poses(1), free_body)
+
+    nodes = read_glb(tmp_path / "pose.glb")[0]["nodes"]
+    parents = dict.fromkeys(tokenizer.JOINTS)
+    for node in nodes:
+        for child in node.get("children", []):
+            parents[nodes[child]["name"]] = node["name"]
+    expected = [tokenizer.JOINTS[parent] for parent in tokenizer.PARENTS[1:]]
+    assert list(parents.values()) == [None, *expected]
+
+
+def test_the_frames_of_a_glb_are_as_far_apart_as_asked(tmp_path, free_body):
+    sample.save_poses(tmp_path / "motion.glb", poses(5), free_body, fps=8)
+
+    gltf, arrays = read_glb(tmp_path / "motion.glb")
+    times = [arrays[sampler["input"]] for sampler in gltf["animations"][0]["samplers"]]
+    assert all((time.ravel() == [0, 0.125, 0.25, 0.375, 0.5]).all() for time in times)
+
+
+def test_a_glb_wears_orange_on_the_left_and_blue_on_the_right(tmp_path, free_body):
+    """The colours of `body_colors`, without the gamma that glTF does not have."""
+    sample.save_poses(tmp_path / "pose.glb", poses(1), free_body)
+
+    gltf, arrays = read_glb(tmp_path / "pose.glb")
+    attributes = gltf["meshes"][0]["primitives"][0]["attributes"]
+    colors = arrays[attributes["COLOR_0"]]
+    x, y, _ = arrays[attributes["POSITION"]].T
+    is_shin = (y > -0.6) & (y < -0.5)
+    left = colors[is_shin & (x > 0)]
+    right = colors[is_shin & (x < 0)]
+    assert (left[:, 0] > 2 * left[:, 2]).all()
+    assert (right[:, 2] > 2 * right[:, 0]).all()
+    assert np.abs(colors ** (1 / 2.2) - data.body_colors(free_body)).max() < 1e-5
+
+
+@pytest.mark.parametrize("which", ["free_body", "licensed_body"])
+def test_the_normals_of_a_glb_have_length_1(tmp_path, request, which):
+    """Of vertices without a triangle, too, which the random body has."""
+    body = request.getfixturevalue(which)
+
+    sample.save_poses(tmp_path / "pose.glb", poses(1), body, mesh=True)
+
+    gltf, arrays = read_glb(tmp_path / "pose.glb")
+    normals = arrays[gltf["meshes"][0]["primitives"][0]["attributes"]["NORMAL"]]
+    assert np.abs(np.linalg.norm(normals, axis=1) - 1).max() < 1e-5
+
+
+VALIDATE = """
+const validator = require("gltf-validator");
+const content = new Uint8Array(require("fs").readFileSync(process.argv[1]));
+validator.validateBytes(content).then(report => console.log(JSON.stringify(report.issues)));
+"""
+
+
+@pytest.mark.parametrize("which", ["free_body", "licensed_body"])
+@pytest.mark.parametrize("n_frames", [1, 5])
+def test_khronos_validator_finds_nothing_to_say_about_a_glb(tmp_path, request, which, n_frames):
+    """`npm install gltf-validator` in a folder that node searches: NODE_PATH, or one above."""
+    body = request.getfixturevalue(which)
+    if not shutil.which("node"):
+        pytest.skip("there is no node")
+    sample.save_poses(tmp_path / "motion.glb", poses(n_frames), body, mesh=True)
+
+    command = ["node", "-e", VALIDATE, str(tmp_path / "motion.glb")]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    if "Cannot find module 'gltf-validator'" in run.stderr:
+        pytest.skip("node does not find the package gltf-validator")
+
+    issues = json.loads(run.stdout)
+    assert issues["messages"] == []
+
+
+def test_a_saved_bvh_has_the_joints_of_the_body_in_centimetres(tmp_path, free_body):
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.bvh", motion, free_body)
+
+    error = pose_bvh(tmp_path / "motion.bvh") - 100 * exact_joints(motion, free_body).numpy()
+    assert np.abs(error).max() < 2e-4
+
+
+def test_a_saved_bvh_says_its_order_its_ends_and_its_time(tmp_path, free_body):
+    sample.save_poses(tmp_path / "motion.bvh", poses(3), free_body, fps=25)
+
+    names, parents, offsets, channels, motion, seconds = read_bvh(tmp_path / "motion.bvh")
+    turns = ["Zrotation", "Xrotation", "Yrotation"]
+    ends = {}
+    for name, parent, offset in zip(names, parents, offsets):
+        if name == "End Site":
+            ends[names[parent]] = offset - offsets[parent] / 2
+    assert channels[0] == ["Xposition", "Yposition", "Zposition", *turns]
+    assert all(kinds == turns for kinds in channels[1:] if kinds)
+    assert set(ends) == {"head", "left_foot", "right_foot", "left_wrist", "right_wrist"}
+    assert np.abs(list(ends.values())).max() < 2e-6     # half of the last bone again
+    assert motion.shape == (3, 69)
+    assert seconds == 0.04
+
+
+def test_the_angles_of_a_bvh_do_not_jump_where_a_turn_is_complete(tmp_path, free_body):
+    angles = torch.deg2rad(torch.arange(0, 720, 20.0))
+    turns = tokenizer.rotation_about(1, angles)
+    spin = tokenizer.turn_root(torch.eye(3).expand(36, 22, 3, 3), turns)
+
+    sample.save_poses(tmp_path / "spin.bvh", spin, free_body)
+
+    _, _, _, channels, motion, _ = read_bvh(tmp_path / "spin.bvh")
+    heading = motion[:, channels[0].index("Yrotation")]
+    assert np.abs(np.diff(heading) - 20).max() < 1e-3
+
+
+def test_a_saved_obj_is_the_posed_mesh(tmp_path, free_body):
+    rotmat = poses(1)[0]
+
+    sample.save_poses(tmp_path / "pose.obj", rotmat, free_body)
+
+    rows = [line.split() for line in (tmp_path / "pose.obj").read_text().splitlines()]
+    vertices = torch.tensor([[float(x) for x in row[1:]] for row in rows if row[0] == "v"])
+    faces = torch.tensor([[int(k) for k in row[1:]] for row in rows if row[0] == "f"])
+    close(vertices, free_body(rotmat[None])[1][0], atol=1e-6)
+    assert (faces - 1 == free_body.faces).all()
+
+
+def test_a_saved_json_holds_the_joints_of_every_frame_in_metres(tmp_path, free_body):
+    motion = some_motion()
+
+    sample.save_poses(tmp_path / "motion.json", motion, free_body, fps=12)
+
+    saved = json.loads((tmp_path / "motion.json").read_text())
+    close(torch.tensor(saved["joints"]).double(), exact_joints(motion, free_body), atol=2e-6)
+    assert saved["names"] == tokenizer.JOINTS
+    assert saved["parents"] == tokenizer.PARENTS
+    assert saved["frames_per_second"] == 12
+
+
+COCO_18 = (
+    "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
+    "right_hip right_knee right_ankle left_hip left_knee left_ankle "
+    "right_eye left_eye right_ear left_ear"
+).split()
+
+
+def saved_keypoints(folder, rotmat, body):
+    """The keypoints of a saved .openpose.json, {name: (x, y, confidence)}."""
+    sample.save_poses(folder / "pose.openpose.json", rotmat, body)
+    saved = json.loads((folder / "pose.openpose.json").read_text())
+    [person] = saved["people"]
+    numbers = person["pose_keypoints_2d"]
+    assert len(numbers) == 3 * 18
+    assert saved["canvas_width"] == saved["canvas_height"] == 512
+    return dict(zip(COCO_18, zip(*[iter(numbers)] * 3)))
+
+
+def turned(degrees):
+    """The T-pose, turned about the vertical."""
+    turn = tokenizer.rotation_about(1, torch.deg2rad(torch.tensor(degrees)))
+    return tokenizer.turn_root(torch.eye(3).expand(22, 3, 3), turn)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_openpose_keypoints_lie_on_the_person_in_our_picture(tmp_path, free_body, seed):
+    """The canvas shows what `render` shows of the same pose from the front."""
+    rotmat = data.World("test", 4).poses[seed]
+    _, vertices = free_body(rotmat[None])
+    picture = data.render(
+        vertices[0].numpy(), free_body.faces, np.zeros((len(vertices[0]), 3)), 512, floor=False)
+
+    points = saved_keypoints(tmp_path, rotmat, free_body)
+
+    seen = [(int(x), int(y)) for x, y, confidence in points.values() if confidence == 1]
+    assert len(seen) >= 15
+    assert all((picture[y, x] < 200).all() for x, y in seen)
+
+
+def test_openpose_keypoints_of_the_body_are_our_joints(tmp_path, free_body):
+    """A T-pose from the front: heights and sides tell them apart."""
+    points = saved_keypoints(tmp_path, turned(0.0), free_body)
+
+    for part in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle", "eye", "ear"):
+        assert points[f"left_{part}"][0] > 256 > points[f"right_{part}"][0], part
+    heights = ["ankle", "knee", "hip", "shoulder", "ear", "eye"]
+    below = [points[f"left_{part}"][1] for part in heights]
+    assert below == sorted(below, reverse=True)
+    assert points["left_shoulder"][0] < points["left_elbow"][0] < points["left_wrist"][0]
+    between = np.mean([points["left_shoulder"], points["right_shoulder"]], 0)
+    assert points["neck"] == pytest.approx(between, abs=0.5)
+    assert points["left_eye"][1] < points["nose"][1] < points["neck"][1]
+
+
+@pytest.mark.parametrize("degrees, hidden", [
+    (0.0, []),
+    (60.0, ["left_ear"]),
+    (-60.0, ["right_ear"]),
+    (95.0, ["left_ear", "left_eye"]),
+    (180.0, ["left_eye", "nose", "right_eye"]),
+])
+def test_openpose_keypoints_that_the_head_hides_have_no_confidence(
+        tmp_path, free_body, degrees, hidden):
+    """At 90 degrees the person looks to the right edge, and the camera sees the right side."""
+    points = saved_keypoints(tmp_path, turned(degrees), free_body)
+
+    missing = sorted(name for name, point in points.items() if point[2] != 1)
+    assert missing == sorted(hidden)
+    assert all(points[name] == (0, 0, 0) for name in missing)
+
+
+@pytest.mark.parametrize("suffix", sample.WRITERS)
+@pytest.mark.parametrize("name", ODD_POSES)
+def test_no_number_in_a_saved_file_is_nan(tmp_path, free_body, suffix, name):
+    rotmat = some_motion()[4 + list(ODD_POSES).index(name)]
+    path = tmp_path / f"odd{suffix}"
+
+    sample.save_poses(path, rotmat, free_body)
+
+    if suffix == ".npz":
+        assert np.isfinite(np.load(path)["poses"]).all()
+    elif suffix == ".glb":
+        assert all(np.isfinite(array).all() for array in read_glb(path)[1])
+    else:
+        assert not re.search("nan|inf", path.read_text(), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("suffix", sample.WRITERS)
+def test_the_case_of_a_suffix_does_not_matter(tmp_path, free_body, suffix):
+    sample.save_poses(tmp_path / f"lower{suffix}", poses(1)[0], free_body)
+    sample.save_poses(tmp_path / f"upper{suffix.upper()}", poses(1)[0], free_body)
+
+    lower = (tmp_path / f"lower{suffix}").read_bytes()
+    assert (tmp_path / f"upper{suffix.upper()}").read_bytes() == lower
+
+
+@pytest.mark.parametrize("name", ["pose", "pose.fbx", "pose.", ".glb", "glb", "pose.glb.zip"])
+def test_a_name_that_does_not_say_what_to_write_is_refused(tmp_path, free_body, name):
+    sentence = refused(name, sample.save_poses, tmp_path / name, poses(1)[0], free_body)
+
+    assert all(suffix in sentence for suffix in sample.WRITERS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_suffix_counts(tmp_path, free_body):
+    sample.save_poses(tmp_path / "pose.v2.bvh", poses(1)[0], free_body)
+
+    assert (tmp_path / "pose.v2.bvh").read_text().startswith("HIERARCHY")
+
+
+@pytest.mark.parametrize("suffix", sample.WRITERS)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(free_body, suffix):
+    refused("--save", sample.validate_save, f"/proc/below/pose{suffix}", free_body)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path, free_body):
+    (tmp_path / "pose.glb").mkdir()
+
+    refused("is a folder", sample.validate_save, tmp_path / "pose.glb", free_body)
+
+
+def test_folders_on_the_way_to_a_saved_file_are_made(tmp_path, free_body):
+    sample.validate_save(tmp_path / "new" / "pose.bvh", free_body)
+    sample.save_poses(tmp_path / "new" / "pose.bvh", poses(1)[0], free_body)
+
+    assert (tmp_path / "new" / "pose.bvh").is_file()
+
+
+def test_the_free_body_is_free_under_its_path_and_no_other(licensed_body):
+    """Its path, not the name of the file, which anybody may give to a licensed one."""
+    assert tokenizer.load_body(tokenizer.ASSETS / "body.npz").is_free
+    assert licensed_body.name == "body"
+    assert not licensed_body.is_free
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj"])
+def test_the_mesh_of_a_licensed_body_is_not_written_unasked(tmp_path, licensed_body, suffix):
+    path = tmp_path / f"pose{suffix}"
+
+    sentence = refused("--mesh", sample.validate_save, path, licensed_body)
+
+    refused("--mesh", sample.save_poses, path, poses(1)[0], licensed_body)
+    assert "save as .npz, .bvh" in sentence
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj"])
+def test_the_mesh_of_a_licensed_body_is_written_on_request(tmp_path, licensed_body, suffix):
+    sample.save_poses(tmp_path / f"pose{suffix}", poses(1)[0], licensed_body, mesh=True)
+
+    assert (tmp_path / f"pose{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".bvh", ".json", ".openpose.json"])
+def test_poses_of_a_licensed_body_are_written_without_its_mesh(tmp_path, licensed_body, suffix):
+    sample.save_poses(tmp_path / f"pose{suffix}", poses(1)[0], licensed_body)
+
+    assert (tmp_path / f"pose{suffix}").is_file()
+
+
+@pytest.mark.parametrize("suffix", [".obj", ".openpose.json"])
+def test_a_motion_is_refused_where_there_is_room_for_one_pose(tmp_path, free_body, suffix):
+    path = tmp_path / f"motion{suffix}"
+
+    sentence = refused("there are 3", sample.save_poses, path, poses(3), free_body)
+
+    assert "save one of them, or all as .npz, .glb, .bvh, .json" in sentence
+    assert not path.exists()
+
+
+# ---- sample.py: a page to look at ----------------------------------------------------------------
+T_POSE = torch.eye(3).expand(22, 3, 3)
+NASTY_TEXTS = [
+    "</script><script>alert(1)</script>",
+    "<!--<script>",
+    "\"double\" and 'single' quotes, a \\ and a & sign",
+    "{{content}}",
+    "two\nlines, \u2028, übel, 🙂",
+]
+
+
+class PageParser(html.parser.HTMLParser):
+    """Collects the tags of a page, [(name, {attribute: value}), ...], and what its scripts hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+        self.scripts = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        if self.cdata_elem == "script":
+            self.scripts.append(text)
+
+
+def parsed_page(path):
+    parser = PageParser()
+    parser.feed(path.read_text(encoding="utf-8"))
+    return parser
+
+
+def page_content(path):
+    """What the page shows, as JSON."""
+    content, _ = parsed_page(path).scripts
+    return json.loads(content)
+
+
+def from_base64(text, dtype):
+    """Base64 text -> its rows of three numbers."""
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(-1, 3)
+
+
+def page_of(folder, body, task="text2pose", inputs=("Stand.",), results=(("answer", T_POSE),)):
+    """Writes a page of one question -> its path."""
+    path = folder / "page.html"
+    sample.write_page(path, [(task, "a note", inputs, results)], body)
+    return path
+
+
+def test_a_page_holds_the_mesh_of_every_pose_within_a_tenth_of_a_millimetre(tmp_path, free_body):
+    a, b, answer = poses(3)
+    rows = [
+        ("posediff", "", [a, b], [("answer", "Bend.")]),
+        ("text2pose", "", ["Bend."], [("answer", answer)]),
+    ]
+
+    sample.write_page(tmp_path / "page.html", rows, free_body)
+
+    content = page_content(tmp_path / "page.html")
+    cells = [cell for row in content["rows"] for cell in row["cells"] if "vertices" in cell]
+    vertices = np.stack([from_base64(cell["vertices"], "<f4") for cell in cells])
+    _, expected = free_body(torch.stack([a, b, answer]))
+    close(torch.tensor(vertices), expected, atol=1e-4)
+    assert np.array_equal(from_base64(content["faces"], "<u4"), free_body.faces)
+
+
+def test_a_page_holds_the_colours_of_the_pictures(tmp_path, free_body):
+    content = page_content(page_of(tmp_path, free_body))
+
+    colors = data.body_colors(free_body)[free_body.faces].mean(1)
+    np.testing.assert_allclose(from_base64(content["colors"], "u1"), 255 * colors, atol=1)
+    assert content["sides"]["left"] == pytest.approx([255 * part for part in (0.93, 0.47, 0.24)])
+
+
+def test_a_page_shows_a_question_and_its_answers_in_order_under_their_names(tmp_path, free_body):
+    results = [("answer 1", T_POSE), ("answer 2", "")]
+
+    path = page_of(tmp_path, free_body, "edit", [T_POSE, "Bend the knee."], results)
+
+    [row] = page_content(path)["rows"]
+    kinds = [(cell["name"], *sorted(set(cell) - {"name"})) for cell in row["cells"]]
+    assert (row["title"], row["note"]) == ("edit", "a note")
+    assert kinds == [
+        ("pose", "vertices"), ("text", "text"), ("answer 1", "vertices"), ("answer 2", "text")]
+    assert [row["cells"][k]["text"] for k in (1, 3)] == ["Bend the knee.", "(no text)"]
+
+
+@pytest.mark.parametrize("as_array", [False, True], ids=["PIL", "array"])
+def test_a_page_shows_the_whole_of_a_picture_at_a_moderate_size(tmp_path, free_body, as_array):
+    picture = gradient(1600, 800)
+    value = np.asarray(picture) if as_array else picture
+
+    path = page_of(tmp_path, free_body, "image2pose", [value])
+
+    uri = page_content(path)["rows"][0]["cells"][0]["picture"]
+    jpeg = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(jpeg)).size == (640, 320)
+    assert picture.size == (1600, 800)
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_no_text_in_a_page_breaks_out_of_the_script_that_holds_it(tmp_path, free_body, text):
+    path = page_of(tmp_path, free_body, inputs=[text], results=[(text, text)])
+
+    assert len(parsed_page(path).scripts) == 2
+    question, answer = page_content(path)["rows"][0]["cells"]
+    assert question["text"] == answer["text"] == answer["name"] == text
+
+
+def test_a_page_loads_nothing_from_elsewhere(tmp_path, free_body):
+    path = page_of(tmp_path, free_body)
+
+    names = {name for _, attributes in parsed_page(path).tags for name in attributes}
+    policies = [attributes["content"] for _, attributes in parsed_page(path).tags
+                if "http-equiv" in attributes]
+    assert not re.search(r"https?:|//\w+\.|@import|url\(", path.read_text())
+    assert not names & {"src", "href", "data", "srcset"}
+    assert policies[0].startswith("default-src 'none'; img-src data:; ")
+
+
+@pytest.mark.parametrize("task", ["text2pose", "image2pose"])
+def test_a_page_of_one_answer_has_less_than_300_kilobytes(tmp_path, free_body, task):
+    photo = data.open_picture(HERE / "assets/photo_lunge.jpg")
+    inputs = [photo] if task == "image2pose" else ["Stand."]
+
+    path = page_of(tmp_path, free_body, task, inputs)
+
+    assert path.stat().st_size < 300_000
+
+
+def test_a_page_has_room_for_a_limited_number_of_answers(tmp_path, free_body):
+    path = tmp_path / "page.html"
+    most = sample.MAX_PAGE_ANSWERS
+    row = ("pose2text", "", [T_POSE], [("answer", "text")] * (most + 1))
+
+    sample.validate_page(path, most, free_body)
+    refused(f"at most {most}", sample.validate_page, path, most + 1, free_body)
+    refused(f"at most {most}", sample.write_page, path, [row], free_body)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name, fragment", [
+    ("page.png", "ends in .html"),
+    ("page", "ends in .html"),
+    ("folder.html", "is a folder"),
+    ("file.txt/page.html", "is a file"),
+])
+def test_a_page_that_nobody_could_open_is_refused(tmp_path, free_body, name, fragment):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file.txt").write_text("")
+
+    refused(fragment, sample.validate_page, tmp_path / name, 1, free_body)
+
+
+def test_a_page_shows_a_licensed_body_only_on_request(tmp_path, licensed_body):
+    path = tmp_path / "page.html"
+    rows = [("text2pose", "", ["Stand."], [("answer", T_POSE)])]
+
+    refused("--mesh", sample.validate_page, path, 1, licensed_body)
+    refused("--mesh", sample.write_page, path, rows, licensed_body)
+    assert not path.exists()
+
+    sample.write_page(path, rows, licensed_body, mesh=True)
+    faces = from_base64(page_content(path)["faces"], "<u4")
+    assert np.array_equal(faces, licensed_body.faces)
+
+
+def test_the_script_of_a_page_has_no_syntax_error(tmp_path, free_body):
+    if not shutil.which("node"):
+        pytest.skip("no node to read the script with")
+    _, script = parsed_page(page_of(tmp_path, free_body)).scripts
+    lay(tmp_path, {"page.js": script})
+
+    run = subprocess.run(["node", "--check", tmp_path / "page.js"], capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+
+
+def test_an_installed_copy_has_the_template_of_pages(installed):
+    template = (HERE / "assets/page.html").read_text()
+
+    assert (installed / "unipose_data/assets/page.html").read_text() == template
+
+
+# pages in a browser
+
+BROWSERS = [
+    "chromium", "chromium-browser", "chromium-headless-shell", "google-chrome",
+    "google-chrome-stable", "firefox", "firefox-esr",
+]
+START = "const canvas = document.querySelector('canvas');"
+DRAG = """
+    canvas.setPointerCapture = () => {};        // it wants a real pointer
+    canvas.dispatchEvent(new PointerEvent("pointerdown", { clientX: 0 }));
+    canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: 314 }));
+"""
+PRESS = "canvas.dispatchEvent(new KeyboardEvent('keydown', { key: 'Arrow%s' }));"
+SCROLL = """
+    canvas.focus();
+    canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: 200 }));
+"""
+DOUBLE_CLICK = "canvas.dispatchEvent(new MouseEvent('dblclick'));"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The first browser of this machine that runs. Skips where there is none."""
+    for name in BROWSERS:
+        path = shutil.which(name)
+        # a stub only says how to install the browser, and fails
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    pytest.skip(f"no browser to look at a page with: none of {', '.join(BROWSERS)}")
+
+
+@pytest.fixture(scope="session")
+def seen(browser, free_body, tmp_path_factory):
+    """script -> what a page with a T-pose looks like after the script, (H,W,3), 0 to 255."""
+    def look(script=""):
+        folder = tmp_path_factory.mktemp("seen")
+        path = page_of(folder, free_body)
+        page = path.read_text().replace("</html>", f"<script>{START}{script}</script></html>")
+        path.write_text(page)
+
+        flags = ["--no-sandbox", f"--user-data-dir={folder}/profile"]
+        if "firefox" in browser:
+            flags = ["--no-remote", "--profile", folder]
+        command = [browser, "--headless", *flags, "--window-size=800,600", "--screenshot",
+                   path.as_uri()]
+        subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=True)
+
+        picture = Image.open(folder / "screenshot.png").convert("RGB")
+        return np.asarray(picture, np.int64)
+    return look
+
+
+def side_pixels(picture):
+    """The columns of all pixels of the person's orange left and of its blue right, in order."""
+    picture = picture[150:]                             # below the legend, which has them too
+    warmth = picture[..., 0] - picture[..., 2]
+    return np.sort((warmth > 80).nonzero()[1]), np.sort((warmth < -80).nonzero()[1])
+
+
+def test_a_page_shows_a_person_in_the_colours_of_the_sides(seen):
+    left, right = side_pixels(seen())
+
+    assert len(left) > 500
+    assert len(right) > 500
+    assert np.median(left) > np.median(right)           # it faces us
+
+
+@pytest.mark.parametrize("act", [DRAG, 16 * (PRESS % "Right")], ids=["drag", "arrow key"])
+def test_a_person_in_a_page_is_turned_by_half_a_turn(seen, act):
+    left, right = side_pixels(seen(act))
+
+    assert len(left) > 500
+    assert len(right) > 500
+    assert np.median(left) < np.median(right)           # it shows its back
+
+
+def test_the_near_side_of_a_person_in_a_page_hides_the_far_side(seen):
+    left, right = side_pixels(seen(5 * (PRESS % "Left")))
+
+    assert len(left) > 500
+    assert len(right) < len(left) / 10
+
+
+def test_the_wheel_changes_the_size_of_a_selected_person_in_a_page(seen):
+    before, _ = side_pixels(seen())
+    after, _ = side_pixels(seen(SCROLL))
+
+    assert len(after) / len(before) == pytest.approx(math.exp(-200 / 500) ** 2, rel=0.05)
+
+
+def test_a_double_click_shows_a_person_in_a_page_as_at_first(seen):
+    after = seen(DRAG + SCROLL + DOUBLE_CLICK + "canvas.blur();")
+
+    assert np.array_equal(after, seen())
 
 
 # ---- eval.py -------------------------------------------------------------------------------------

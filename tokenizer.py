@@ -692,10 +692,11 @@ class Body(nn.Module):
     """A skinned human of mean shape, posed by 22 rotations.
 
     rest (22,3) and template (V,3): joints and vertices of the T-pose, relative to the pelvis; faces
-    (F,3); weights (V,24), which joints move which vertex; area (V,), see vertex_area.
+    (F,3); weights (V,24), which joints move which vertex; area (V,), see vertex_area. is_free: its
+    mesh may be given away.
     """
 
-    def __init__(self, arrays, name=""):
+    def __init__(self, arrays, name="", is_free=False):
         super().__init__()
         import smplx  # here, because it is slow to import and few commands need a body
 
@@ -711,6 +712,7 @@ class Body(nn.Module):
             )
         self.smpl.requires_grad_(False)
         self.name = name
+        self.is_free = is_free
 
         rest = arrays["J_regressor"] @ arrays["v_template"]                   # (24,3)
         constants = {
@@ -780,9 +782,10 @@ def load_body(path=""):
 
     path: an SMPL .pkl or .npz, or an SMPL-H or SMPL-X .npz; "": the free body in assets/.
     """
-    path = pathlib.Path(path or ASSETS / "body.npz")
+    free = ASSETS / "body.npz"
+    path = pathlib.Path(path or free)
     arrays, parents = read_body(path)
-    return Body(smpl_layout(arrays, parents), path.stem)
+    return Body(smpl_layout(arrays, parents), path.stem, path.samefile(free))
 
 
 # ---- 6. Shared by all scripts: user errors, flags, files -----------------------------------------
