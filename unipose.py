@@ -600,8 +600,9 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
-        self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        adapter = {"dtype": torch.float32, "device": base.weight.device}  # W may be bfloat16
+        self.A = nn.Parameter(torch.empty(r, base.in_features, **adapter))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **adapter))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -977,17 +978,18 @@ TRAINABLE = {
     "project": r"projector\.",
     "instruct": LORA_PARAMETERS + r"|projector\.",
 }
+EXACT = TRAINABLE["tokenizer"]  # weights that are float32 in any case: others would move its codes
 
 
 def cast_frozen(model, dtype=torch.bfloat16):
     """Casts parameters in place: those that learn to float32, frozen ones to `dtype`.
 
-    The pose tokenizer stays in float32, see there. So do the buffers, of which only the frequencies
-    of rotary embeddings are floating: in bfloat16 they would move the positions.
+    The pose tokenizer stays in float32. So do the buffers, of which only the frequencies of rotary
+    embeddings are floating: in bfloat16 they would move the positions.
     """
     for name, parameter in model.named_parameters():
-        learns = parameter.requires_grad or name.startswith("pose_tokenizer.")
-        parameter.data = parameter.data.to(torch.float32 if learns else dtype)
+        is_exact = parameter.requires_grad or re.match(EXACT, name)
+        parameter.data = parameter.data.to(torch.float32 if is_exact else dtype)
 
 
 # ---- 7. Checkpoints ------------------------------------------------------------------------------
@@ -1070,11 +1072,11 @@ def read_config(folder):
     return config
 
 
-def read_tensors(path, dtype=torch.float32):
+def read_tensors(path, dtype=torch.float32, exact=EXACT):
     """{name: tensor} of a safetensors file, floating numbers as `dtype`.
 
-    The pose tokenizer is float32 in any case. Raises UserError if the file is truncated or of
-    another kind, or holds NaN or infinity.
+    exact: regex of names that are float32 in any case. Raises UserError if the file is truncated or
+    of another kind, or holds NaN or infinity.
     """
     from safetensors import safe_open
     _, shapes = read_header(path)
@@ -1086,8 +1088,8 @@ def read_tensors(path, dtype=torch.float32):
                 raise UserError(f"{shorten(name)} in {path} holds NaN or infinite numbers; "
                                 "train it again with a lower --lr")
             if tensor.is_floating_point():
-                to = torch.float32 if name.startswith("pose_tokenizer.") else dtype
                 # a copy: the tensor itself is mapped from the file, which others may overwrite
+                to = torch.float32 if re.match(exact, name) else dtype
                 tensor = tensor.to(to, copy=True)
             state[name] = tensor
     return state
@@ -1103,16 +1105,16 @@ def default_dtype(size, device):
     return torch.bfloat16 if on_gpu and size == "paper" else torch.float32
 
 
-def load(folder, device="cpu", dtype=None):
+def load(folder, device="cpu", dtype=None, exact=EXACT):
     """A weights folder -> UniPose in eval mode.
 
-    dtype: of the weights, None for `default_dtype`; the pose tokenizer is float32 in any case.
-    Raises UserError if a file is missing or damaged, or if names or shapes differ from what the
-    config describes. Whether the model was trained for a question is up to `require_stages`. The
-    tensors of the retrieval model are left to eval.py.
+    dtype: of the weights, None for `default_dtype`; exact: regex of the names of those that are
+    float32 in any case. Raises UserError if a file is missing or damaged, or if names or shapes
+    differ from what the config describes. Whether the model was trained for a question is up to
+    `require_stages`. The tensors of the retrieval model are left to eval.py.
     """
     if is_official(folder):
-        return load_official(folder, device, dtype or default_dtype("paper", device))
+        return load_official(folder, device, dtype or default_dtype("paper", device), exact)
 
     config, text, shapes = read_checkpoint(folder)
     validate_config(config, f"the config of {folder}")
@@ -1131,8 +1133,8 @@ def load(folder, device="cpu", dtype=None):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
     compare(shapes_of(model), without_retrieval(shapes), path)
 
-    tensors = without_retrieval(read_tensors(path, dtype))
-    model = assign_weights(model, tensors, path, device, dtype)
+    tensors = without_retrieval(read_tensors(path, dtype, exact))
+    model = assign_weights(model, tensors, path, device, dtype, exact)
     model.stages = config.get("stages")
     return model
 
@@ -1612,7 +1614,7 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     return {prefix + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def load_llm(folder, config, dtype=torch.float32):
+def load_llm(folder, config, dtype):
     """The tensors of the LLM in a folder of Llama, Mistral or LLaVA, by our names."""
     from transformers import AutoModelForCausalLM
 
@@ -1622,7 +1624,7 @@ def load_llm(folder, config, dtype=torch.float32):
     return load_pretrained("llm.", AutoModelForCausalLM, folder, config, names, unused, dtype)
 
 
-def load_clip(folder, config, dtype=torch.float32):
+def load_clip(folder, config, dtype):
     """The tensors of the vision tower in a folder of CLIP or LLaVA, by our names."""
     from transformers import CLIPVisionModel
 
@@ -1633,7 +1635,7 @@ def load_clip(folder, config, dtype=torch.float32):
     return load_pretrained("vision.clip.", CLIPVisionModel, folder, config, names, unused, dtype)
 
 
-def load_vitpose(folder, config, dtype=torch.float32):
+def load_vitpose(folder, config, dtype):
     """The tensors of the backbone in a folder of VitPose, by our names."""
     from transformers import VitPoseBackbone
 
@@ -1642,11 +1644,11 @@ def load_vitpose(folder, config, dtype=torch.float32):
         "vision.pose_vit.", VitPoseBackbone, folder, config, names, r"head\.", dtype)
 
 
-def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
+def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32, exact=EXACT):
     """Give `model`, built on the meta device, its weights {name: tensor}; returns it in eval mode.
 
-    Tensors that are mapped from files are read here, one by one. The pose tokenizer stays in
-    float32. Raises UserError where names or shapes do not fit, or a tensor holds NaN.
+    Tensors that are mapped from files are read here, one by one. dtype, exact: see `load`. Raises
+    UserError where names or shapes do not fit, or a tensor holds NaN.
     """
     # between meta tensors this compares names and shapes and copies nothing
     load_strictly(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, where)
@@ -1656,8 +1658,8 @@ def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
         tensor = tensors.pop(name)  # a file that no tensor needs any more leaves memory
         if not tensor.isfinite().all():
             raise UserError(f"{name} in {where} holds NaN or infinite numbers; get the file again")
-        if tensor.is_floating_point() and not name.startswith("pose_tokenizer."):
-            tensor = tensor.to(dtype)
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if re.match(exact, name) else dtype)
         state[name] = tensor.to(device)
     model.load_state_dict(state, assign=True)
 
@@ -1795,12 +1797,12 @@ def added_token_names(vocab):
     return names
 
 
-def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
+def load_official(cache, device="cpu", dtype=torch.float32, exact=EXACT, merge=True, **vit):
     """The folder `cache` of the official release -> UniPose in eval mode. Raises UserError.
 
-    merge: fold LoRA into the weights, or keep it to train on. vit: see `official_config`. Official
-    codes stand for poses in AMASS's frame, z up; the pose tokenizer turns ours, y up, on their way
-    in and out.
+    dtype, exact: see `load`. merge: fold LoRA into the weights, or keep it to train on. vit: see
+    `official_config`. Official codes stand for poses in AMASS's frame, z up; the pose tokenizer
+    turns ours, y up, on their way in and out.
     """
     config = official_config(cache, **vit)
     text = load_text_tokenizer(official_path(cache, "unipose"))
@@ -1831,7 +1833,7 @@ def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
     for name in model.state_dict():  # a LoRALinear keeps W as `base`
         if ".base." in name:
             tensors[name] = tensors.pop(name.replace(".base.", "."))
-    assign_weights(model, tensors, cache, device, dtype)
+    assign_weights(model, tensors, cache, device, dtype, exact)
 
     if merge:
         merge_lora(model.llm.model.layers)
@@ -1846,12 +1848,12 @@ def extend_vocabulary(table, vocab):
     return torch.cat([text, mean.expand(vocab.size - len(text), -1)])
 
 
-def base_model(config, llm, clip, pose_vit):
-    """The model of `config` with downloaded backbones, in float32; the rest is untrained (§3.3).
+def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
+    """The model of `config` with downloaded backbones; the rest is untrained (paper §3.3).
 
     llm: a folder of Llama, Mistral or LLaVA; clip: a folder of CLIP, or "" for LLaVA's own;
     pose_vit: a checkpoint of HMR2 or TokenHMR, or a folder of VitPose. Their sizes replace those of
-    `config`. Raises UserError.
+    `config`. dtype: of the weights; the pose tokenizer is float32 in any case. Raises UserError.
     """
     from transformers import CLIPVisionConfig
 
@@ -1860,17 +1862,17 @@ def base_model(config, llm, clip, pose_vit):
     pose_vit = pathlib.Path(pose_vit)
 
     llm_config = read_llm_config(llm)
-    tensors = load_llm(llm, llm_config)
+    tensors = load_llm(llm, llm_config, dtype)
     if "mm_vision_tower" in read_json(clip / "config.json"):
         clip_config = CLIPVisionConfig(**config["clip"])  # LLaVA's authors save it undescribed
     else:
         clip_config = read_clip_config(clip)
-    tensors |= load_clip(clip, clip_config)
+    tensors |= load_clip(clip, clip_config, dtype)
 
     if pose_vit.is_dir():
         vit_config = read_backbone_config(pose_vit, "backbone_config", ["vitpose_backbone"])
         vit = pick_settings(vit_config)
-        tensors |= load_vitpose(pose_vit, vit_config)
+        tensors |= load_vitpose(pose_vit, vit_config, dtype)
     else:
         vit = infer_vit_settings(pose_vit)
         tensors |= rename_keys(pose_vit, VIT_NAMES)
@@ -1887,7 +1889,7 @@ def base_model(config, llm, clip, pose_vit):
         config["projector"], model.vision.width, model.llm.config.hidden_size)
     for prefix, untrained in {"pose_tokenizer.": pose_tokenizer, "projector.": projector}.items():
         tensors |= {prefix + name: value for name, value in untrained.state_dict().items()}
-    return assign_weights(model, tensors, where)
+    return assign_weights(model, tensors, where, dtype=dtype)
 
 
 def write_llm(model, folder):
