@@ -8254,7 +8254,7 @@ def test_an_ablation_that_was_cut_off_is_resumed_bit_by_bit(trained, tmp_path, m
 
 def test_frozen_bfloat16_makes_no_run_depend_on_where_it_was_cut_off(
         trained, tmp_path, monkeypatch):
-    """The projector is trained twice: a checkpoint between must not be read in less than float32."""
+    """The projector is trained twice: what is read between must not be rounded."""
     monkeypatch.setattr(train, "default_dtype", lambda size, device: torch.bfloat16)
     flags = "--steps 2 --batch 4".split()
     branch = ["--init", trained[0]]
