@@ -4798,6 +4798,19 @@ def test_lora_adapters_of_bfloat16_weights_are_float32():
     assert {adapter.dtype for adapter in adapters_of(model).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_keeps_no_other_copy_of_its_input(dtype):
+    """What is saved for the backward pass and as large as x has the type of x."""
+    adapted = unipose.LoRALinear(torch.nn.Linear(32, 48).to(dtype), r=4, alpha=8)
+    x = torch.randn(64, 32, dtype=dtype, requires_grad=True)
+    saved = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        adapted(x)
+
+    assert {tensor.dtype for tensor in saved if tensor.numel() == x.numel()} == {dtype}
+
+
 def test_lora_adapters_are_moved_by_adamw_alone():
     model = nano(lora=True)
 

@@ -606,9 +606,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = self.base(x)
-        update = self.scale * (x.to(self.A.dtype) @ self.A.T @ self.B.T)  # W may be bfloat16
-        return y + update.to(y.dtype)
+        # W and x may be bfloat16; a copy of A and B is smaller than one of x
+        A = self.A.to(x.dtype)
+        B = (self.scale * self.B).to(x.dtype)
+        return self.base(x) + F.linear(F.linear(x, A), B)
 
 
 def add_lora(model, r, alpha):
