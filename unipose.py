@@ -967,8 +967,8 @@ class UniPose(nn.Module):
         return loss, logs
 
 
-# Which parameters each stage trains, as patterns of their names (paper §3.3). train.py has the rest
-# of a stage; to train the whole LLM it puts LLM_PARAMETERS in the place of LORA_PARAMETERS.
+# Which parameters each stage trains, as patterns of their names (paper §3.3); train.py has the rest
+# of a stage. To train the whole LLM, LLM_PARAMETERS stand in the place of LORA_PARAMETERS.
 LLM_PARAMETERS = r"llm\."
 LORA_PARAMETERS = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # and embeddings, head
 TRAINABLE = {
@@ -979,6 +979,23 @@ TRAINABLE = {
     "project": r"projector\.",
     "instruct": LORA_PARAMETERS + r"|projector\.",
 }
+
+
+def adapts_llm(stage, size):
+    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
+    # a small LLM starts from random weights: it needs all of them to learn to speak
+    learns_to_speak = stage == "align" and size != "paper"
+    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
+
+
+def trainable(stage, size, lora_r=-1):
+    """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
+    pattern = TRAINABLE[stage]
+    if lora_r == 0 or not adapts_llm(stage, size):
+        pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
+    return pattern
+
+
 EXACT = TRAINABLE["tokenizer"]  # weights that are float32 in any case: others would move its codes
 
 
@@ -1942,39 +1959,52 @@ def parameter_table(model):
 
 
 def memory_table(model, tokens=1024):
-    """Memory in bfloat16: rows (stage, trained parameters, GB of the model, GB more per sequence).
+    """Memory on a GPU: rows (stage, trained parameters, GB of the model, GB more per sequence).
 
-    A frozen parameter takes 2 bytes, or 4 in the pose tokenizer, which stays in float32. A trained
-    one takes 16: itself, its gradient and the two moments of AdamW, all float32. A sequence of
-    `tokens` tokens takes its keys and values in an answer; in training with --checkpointing, the
-    input of every layer and the activations inside of one.
+    A frozen parameter takes the bytes of `default_dtype`, one of the pose tokenizer 4. A trained
+    one takes 16: itself, its gradient and the two moments of AdamW, all float32. Adapters count
+    from the first stage that trains them.
+
+    A sequence of `tokens` tokens takes its keys and values in an answer; in training with
+    --checkpointing its mask, the input of every layer, and what one layer holds at most while it
+    is computed again: by measurement about 11 numbers for each channel, 6 for each inside the MLP.
     """
+    config = model.config
+    dtype = default_dtype(config["size"], "cuda")
     llm = model.llm.config
-    head_dim = llm.hidden_size // llm.num_attention_heads
+    head_dim = config["llm"].get("head_dim", llm.hidden_size // llm.num_attention_heads)
     keys_and_values = 2 * llm.num_hidden_layers * llm.num_key_value_heads * head_dim
-    activations = (llm.num_hidden_layers + 8) * llm.hidden_size + 4 * llm.intermediate_size
-    numbers_per_token = {
-        "answer": keys_and_values,
+    activations = (llm.num_hidden_layers + 11) * llm.hidden_size + 6 * llm.intermediate_size
+    numbers = {
         "tokenizer": 0,  # it runs without the LLM
-        "align": activations,
-        "project": activations,
-        "instruct": activations,
+        "align": activations * tokens + tokens ** 2,
+        "project": activations * tokens + tokens ** 2,
+        "instruct": activations * tokens + tokens ** 2,
+        "answer": keys_and_values * tokens,
     }
 
     rows = []
-    for stage, numbers in numbers_per_token.items():
+    has_adapters = False
+    for stage, n_numbers in numbers.items():
+        pattern = r"$"  # an answer trains nothing
+        if stage in TRAINABLE:
+            pattern = trainable(stage, config["size"], config["lora_r"])
+            has_adapters = has_adapters or adapts_llm(stage, config["size"])
+
         trained = 0
         n_bytes = 0
         for name, parameter in model.named_parameters():
             n = parameter.numel()
-            if stage in TRAINABLE and re.match(TRAINABLE[stage], name):
+            if name.endswith((".A", ".B")) and not has_adapters:
+                continue
+            if re.match(pattern, name):
                 trained += n
                 n_bytes += 16 * n
-            elif name.startswith("pose_tokenizer."):
+            elif re.match(EXACT, name):
                 n_bytes += 4 * n
             else:
-                n_bytes += 2 * n
-        rows.append((stage, trained, n_bytes / 1e9, 2 * numbers * tokens / 1e9))
+                n_bytes += dtype.itemsize * n
+        rows.append((stage, trained, n_bytes / 1e9, dtype.itemsize * n_numbers / 1e9))
     return rows
 
 
@@ -2049,7 +2079,8 @@ def print_parameters(model):
 
 def print_memory(model):
     """Prints what an answer and each stage of training take in memory."""
-    print(f"\n{'bfloat16':<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
+    dtype = str(default_dtype(model.config["size"], "cuda")).removeprefix("torch.")
+    print(f"\n{dtype:<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
     for stage, trained, gigabytes, per_row in memory_table(model):
         print(f"{stage:<16}{trained:>16,}{gigabytes:>16.2f}{per_row:>16.2f}")
 
