@@ -828,7 +828,7 @@ class UniPose(nn.Module):
         return encode_segments(segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
                                self.vision.n_patches, self.config["attn"])
 
-    @property
+    @functools.cached_property
     def prompt_marks(self):
         """The ids of `[INST]` and the ids of `[/INST]`."""
         opening = self.text_tokenizer("[INST] ", add_special_tokens=False).input_ids
@@ -840,15 +840,21 @@ class UniPose(nn.Module):
         """The words of a word-level vocabulary, without its marks such as `[INST]`."""
         return {word for word in self.text_tokenizer.get_vocab() if word[0] not in "<["}
 
-    def text_ids(self, text):
-        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
+    @functools.cached_property
+    def reserved_ids(self):
+        """The ids that no text of a user may hold: begin, end and the marks of a prompt."""
         reserved = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id}
         for mark in self.prompt_marks:
             if len(mark) == 1:  # word pieces spell `[INST]` with several ordinary tokens
                 reserved.add(mark[0])
+        return reserved
+
+    def text_ids(self, text):
+        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
         if self.is_word_level:
             text = normalise_text(text, self.words)
         ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
+        reserved = self.reserved_ids
         return [self.text_tokenizer.unk_token_id if i in reserved else i for i in ids]
 
     def tokenize_official(self, segments):
