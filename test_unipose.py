@@ -4684,7 +4684,7 @@ def test_labels_are_the_answer_and_its_end(task, attn):
     """No token of the prompt, and no </p>."""
     model = nano(attn=attn)
     v = model.vocab
-    kind, value, _ = model.prepare(QUESTIONS[task])[-1]
+    kind, value, _ = model.prepare_all([QUESTIONS[task]])[0][-1]
     if kind == "text":
         answer = model.text_ids(value)
     else:
@@ -4724,7 +4724,7 @@ def test_only_a_target_pose_that_is_not_causal_has_queries(task, attn):
 def test_query_i_predicts_code_i_at_its_own_position(task):
     model = nano()
     v = model.vocab
-    _, codes, _ = model.prepare(QUESTIONS[task])[-1]
+    _, codes, _ = model.prepare_all([QUESTIONS[task]])[0][-1]
 
     row = model.encode(QUESTIONS[task])
 
@@ -4732,6 +4732,47 @@ def test_query_i_predicts_code_i_at_its_own_position(task):
     for i, code in enumerate(codes):
         assert row.ids[first + i] == v.query0 + i
         assert row.labels[first + i] == v.pose0 + code
+
+
+@each_attention
+def test_many_prompts_are_encoded_as_each_alone(attn):
+    model = nano(attn=attn)
+
+    rows = model.encode_all(list(QUESTIONS.values()))
+
+    assert len(rows) == len(QUESTIONS)
+    for row, segments in zip(rows, QUESTIONS.values()):
+        alone = model.encode(segments)
+        for name in ("ids", "labels", "block", "code_index"):
+            assert getattr(row, name) == getattr(alone, name), name
+        assert len(row.images) == len(alone.images)
+        for features, expected in zip(row.images, alone.images):
+            close(features, expected)
+
+
+def test_many_poses_and_pictures_go_through_the_model_together():
+    """All poses at once, and pictures by 32."""
+    model = nano()
+    seen = []
+    encoded = []
+    model.vision.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    poses_in = model.pose_tokenizer.encoder
+    poses_in.register_forward_hook(lambda module, given, out: encoded.append(len(out)))
+
+    model.encode_all([QUESTIONS["edit"], QUESTIONS["imagediff"]] * 20)
+
+    assert seen == [32, 8]
+    assert encoded == [40]
+
+
+def test_codes_do_not_depend_on_what_is_encoded_with_them(world):
+    pose_tokenizer = tokenizer.load_pose_tokenizer(tokenizer.TINY)
+    rotmat = world.poses[:64]
+
+    together = pose_tokenizer.encode(rotmat)
+
+    for pose, codes in zip(rotmat, together):
+        assert torch.equal(pose_tokenizer.encode(pose[None])[0], codes)
 
 
 def test_marks_that_a_user_types_are_mere_words():

@@ -412,8 +412,8 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
                 n_blocks += 1
 
             row.add(vocab.p_open, predicted=is_target)
-            for i, code in enumerate(value):
-                token = vocab.pose0 + int(code)
+            for i, code in enumerate(torch.as_tensor(value).tolist()):
+                token = vocab.pose0 + code
                 if is_query:
                     row.add(vocab.query0 + i, label=token, block=block)
                 else:
@@ -800,33 +800,58 @@ class UniPose(nn.Module):
     # -- from segments to a Row, and back to text --
 
     @torch.no_grad()
-    def prepare(self, segments):
-        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv).
+    def prepare_all(self, prompts):
+        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
-        Values that are prepared already (integer codes, features of rank 2) stay as they are.
+        prompts: lists of segments. Values that are prepared already (integer codes, features of
+        rank 2) stay as they are.
         """
-        prepared = []
-        for kind, value, is_target in segments:
-            is_tensor = torch.is_tensor(value)
-            if kind == "pose" and is_tensor and value.is_floating_point():
-                rotmat = value[None].to(self.device)                                 # (1,22,3,3)
-                value = self.pose_tokenizer.encode(rotmat)[0].tolist()               # N codes
-            elif kind == "image" and not (is_tensor and value.dim() == 2):
-                value = self.vision([value])[0]                                      # (P,Dv)
-            prepared.append((kind, value, is_target))
+        poses = {}  # (index of the prompt, index of the segment): value
+        pictures = {}
+        for i, segments in enumerate(prompts):
+            for k, (kind, value, _) in enumerate(segments):
+                is_tensor = torch.is_tensor(value)
+                if kind == "pose" and is_tensor and value.is_floating_point():
+                    poses[i, k] = value
+                elif kind == "image" and not (is_tensor and value.dim() == 2):
+                    pictures[i, k] = value
+
+        ready = dict(zip(pictures, self.see(list(pictures.values()))))               # (P,Dv) each
+        if poses:
+            rotmat = torch.stack(list(poses.values())).to(self.device)               # (n,22,3,3)
+            ready |= zip(poses, self.pose_tokenizer.encode(rotmat).tolist())         # N codes each
+
+        prepared = [list(segments) for segments in prompts]
+        for (i, k), value in ready.items():
+            kind, _, is_target = prepared[i][k]
+            prepared[i][k] = (kind, value, is_target)
         return prepared
+
+    def see(self, pictures):
+        """Pictures -> their features, (P,Dv) each; by 32, which bounds the memory it takes."""
+        features = []
+        for start in range(0, len(pictures), 32):
+            features += self.vision(pictures[start:start + 32])
+        return features
 
     def encode(self, segments):
         """Segments, prepared or not -> Row; see `encode_segments`."""
-        segments = self.prepare(segments)
-        prompt_marks = self.prompt_marks
-        if not self.is_word_level:
-            segments = self.tokenize_official(segments)
-            prompt_marks = ([], [])  # they are in the text now
+        return self.encode_all([segments])[0]
+
+    def encode_all(self, prompts):
+        """Lists of segments -> a list of Rows; poses and pictures go through the model together."""
         bos = self.text_tokenizer.bos_token_id
         eos = self.text_tokenizer.eos_token_id
-        return encode_segments(segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
-                               self.vision.n_patches, self.config["attn"])
+        rows = []
+        for segments in self.prepare_all(prompts):
+            prompt_marks = self.prompt_marks
+            if not self.is_word_level:
+                segments = self.tokenize_official(segments)
+                prompt_marks = ([], [])  # they are in the text now
+            rows.append(encode_segments(
+                segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
+                self.vision.n_patches, self.config["attn"]))
+        return rows
 
     @functools.cached_property
     def prompt_marks(self):
