@@ -4734,6 +4734,30 @@ def test_query_i_predicts_code_i_at_its_own_position(task):
         assert row.labels[first + i] == v.pose0 + code
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_knows_where_its_labels_and_its_patches_are(side):
+    model = nano()
+    batch = unipose.collate(model.encode_all(list(QUESTIONS.values())), side)
+
+    is_labelled = torch.zeros(batch["labels"].numel(), dtype=torch.bool)
+    is_patch = is_labelled.clone()
+    is_labelled[batch["labelled"]] = True
+    is_patch[batch["patches"]] = True
+
+    assert torch.equal(is_labelled.view_as(batch["labels"]), batch["labels"] != -100)
+    assert torch.equal(is_patch.view_as(batch["ids"]), batch["ids"] == unipose.IMAGE_PLACEHOLDER)
+
+
+def test_patches_are_found_where_nobody_says_where_they_are():
+    model = nano()
+    batch = batch_of(model, "edit", "imagediff", "image2pose")
+    told = model.embed(batch["ids"], batch["code_index"], batch["images"], batch["patches"])
+
+    found = model.embed(batch["ids"], batch["code_index"], batch["images"])
+
+    assert torch.equal(found, told)
+
+
 @each_attention
 def test_many_prompts_are_encoded_as_each_alone(attn):
     model = nano(attn=attn)

@@ -428,8 +428,10 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
 def collate(rows, side="right"):
     """Rows -> a batch: ids, labels, block, code_index and valid (B,T), images (n,P,Dv) or None.
 
-    valid is False where a row is padded; images are those of all rows, in order. side: where the
-    padding goes, "right" to train, "left" to answer, so that all answers start in one column.
+    valid is False where a row is padded; images are those of all rows, in order. labelled and
+    patches: where there is a label or an image patch, as indices into B*T; found here, because a
+    GPU that searches its own memory has to be waited for. side: where the padding goes, "right" to
+    train, "left" to answer, so that all answers start in one column.
     """
     length = max(len(row.ids) for row in rows)
 
@@ -442,9 +444,13 @@ def collate(rows, side="right"):
         for features in row.images:
             images.append(torch.as_tensor(features).float())
 
+    ids = torch.tensor([pad(row.ids, 0) for row in rows])
+    labels = torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows])
     return {
-        "ids": torch.tensor([pad(row.ids, 0) for row in rows]),
-        "labels": torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
+        "ids": ids,
+        "labels": labels,
+        "labelled": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+        "patches": (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1),
         "block": torch.tensor([pad(row.block, -1) for row in rows]),
         "code_index": torch.tensor([pad(row.code_index, -1) for row in rows]),
         "valid": torch.tensor([pad([True] * len(row.ids), False) for row in rows]),
@@ -932,10 +938,11 @@ class UniPose(nn.Module):
 
     # -- from a batch of rows to the loss --
 
-    def embed(self, ids, code_index, images=None):
+    def embed(self, ids, code_index, images=None, places=None):
         """ids, code_index (B,T), images (n,P,Dv) or None -> (B,T,D).
 
-        Projected image patches take the places of IMAGE_PLACEHOLDER, in order.
+        Projected image patches take the places of IMAGE_PLACEHOLDER, in order. places (n*P,): their
+        indices into B*T where they are known, see `collate`.
 
         The meaning of a code depends on its index in the pose. Rotary positions are relative, and
         an LLM of four layers cannot recover the index from them, so with config["code_positions"]
@@ -949,10 +956,11 @@ class UniPose(nn.Module):
             x = x + queries * (code_index >= 0)[..., None]
 
         if images is not None:
+            if places is None:
+                places = (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1)   # (n*P,)
             images = images.to(next(self.projector.parameters()))
-            patches = self.projector(images)                                         # (n,P,D)
-            is_patch = (ids == IMAGE_PLACEHOLDER)[..., None]                         # (B,T,1)
-            x = x.masked_scatter(is_patch, patches.to(x.dtype))
+            patches = self.projector(images).flatten(0, 1).to(x.dtype)               # (n*P,D)
+            x = x.flatten(0, 1).index_copy(0, places, patches).view_as(x)            # (B,T,D)
         return x
 
     def hidden(self, x, mask, positions, cache=None):
@@ -975,13 +983,13 @@ class UniPose(nn.Module):
         valid = batch["valid"]
         positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
         mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
-        x = self.embed(batch["ids"], batch["code_index"], batch.get("images"))       # (B,T,D)
+        x = self.embed(
+            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])
         h = self.hidden(x, mask, positions)                                          # (B,T,D)
 
         # logits are wide and most positions have no label: lm_head runs on the others only
-        is_labelled = batch["labels"] != IGNORE_INDEX                                # (B,T)
-        labels = batch["labels"][is_labelled]                                        # (n,)
-        h = h[is_labelled].to(self.llm.lm_head.weight.dtype)                         # (n,D)
+        labels = batch["labels"].flatten()[batch["labelled"]]                        # (n,)
+        h = h.flatten(0, 1)[batch["labelled"]].to(self.llm.lm_head.weight.dtype)     # (n,D)
         logits = self.llm.lm_head(h).float()                                         # (n,vocab)
 
         n_poses = (labels == self.vocab.p_open).sum()
@@ -992,8 +1000,8 @@ class UniPose(nn.Module):
         is_code = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)        # (n,)
         logs = {
             "terms": terms,
-            "pose_acc": (is_right[is_code].sum(), is_code.sum()),
-            "text_acc": (is_right[~is_code].sum(), (~is_code).sum()),
+            "pose_acc": ((is_right & is_code).sum(), is_code.sum()),
+            "text_acc": ((is_right & ~is_code).sum(), (~is_code).sum()),
         }
         return loss, logs
 
