@@ -39,6 +39,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import captions
 import data
@@ -7367,6 +7370,177 @@ def test_the_python_lines_of_the_lesson_give_a_pose(monkeypatch):
 
     assert result.attempted == 6
     assert result.failed == 0
+
+
+# ---- a GPU, simulated ----------------------------------------------------------------------------
+# Tensors on the device "sim" keep their numbers on the CPU. Like CUDA's they refuse to meet tensors
+# of the CPU, and they count what costs time there, by the rules of CUDA.
+EVENTS = collections.Counter()  # "launch" of an operation, "copy" to the device, "wait" for it
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default)
+INDEXED = (
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+    aten._index_put_impl_.default,
+)
+WAITS = (  # the CPU needs to know a number, or how many there are
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default,
+    aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+)
+
+
+class SimTensor(torch.Tensor):
+    """A tensor on the simulated device; `numbers` is what it holds."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, numbers.size(), numbers.stride(), numbers.storage_offset(), dtype=numbers.dtype,
+            device="sim:0")
+        tensor.numbers = numbers
+        return tensor
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return simulate(func, args, kwargs or {})
+
+
+class SimMode(TorchDispatchMode):
+    """`with SimMode():` the device takes part in all operations, in those that create, too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return simulate(func, args, kwargs or {})
+
+
+def on_cpu(value):
+    return value.numbers if isinstance(value, SimTensor) else value
+
+
+def on_sim(value):
+    return SimTensor(value) if isinstance(value, torch.Tensor) else value
+
+
+def simulate(func, args, kwargs):
+    """One operation, where its tensors are. Raises RuntimeError where they are on two devices."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    from_sim = any(isinstance(tensor, SimTensor) for tensor in given)
+    target = kwargs.get("device")
+    to_sim = torch.device(target).type == "sim" if target else from_sim
+    if func is aten.copy_.default:
+        to_sim = isinstance(args[0], SimTensor)
+        from_sim = isinstance(args[1], SimTensor)
+    if not from_sim and not to_sim:
+        return func(*args, **kwargs)
+    if func is aten._fused_sdp_choice.default:
+        return 0  # of the ways to compute attention the one that has no kernel of its own
+
+    indices = tree_leaves(args[1]) if func in INDEXED else []
+    if func not in COPIES:
+        count_events(func, given, indices)
+    elif from_sim != to_sim:
+        EVENTS["copy" if to_sim else "wait"] += 1
+
+    if target:
+        kwargs = kwargs | {"device": "cpu"}
+    out = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    if not to_sim:
+        return out
+    return return_and_correct_aliasing(func, args, kwargs, tree_map(on_sim, out))
+
+
+def count_events(func, given, indices):
+    """Counts an operation on the device. Raises RuntimeError if it is given tensors of the CPU."""
+    EVENTS["launch"] += 1
+    is_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+    EVENTS["wait"] += func in WAITS or is_mask
+    for tensor in given:
+        if isinstance(tensor, SimTensor) or tensor.dim() == 0:
+            continue
+        if not any(tensor is index for index in indices):
+            raise RuntimeError(f"{func} is given tensors on two devices")
+        EVENTS["copy"] += 1  # an index may come from the CPU
+
+
+@pytest.fixture(scope="session")
+def sim_device():
+    """Registers the device with PyTorch, once for the process."""
+    setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if not setup:
+        pytest.skip("this PyTorch cannot have a device that is written in Python")
+    module = backend_registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    setup("sim", module)
+
+    # torch.tensor(..., device="sim") works below the mode
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty_strided", lambda size, stride, dtype=None, **options: SimTensor(
+        torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")
+    library.impl("_copy_from", lambda source, target, non_blocking=False: SimTensor(
+        target.numbers.copy_(on_cpu(source))), "PrivateUse1")
+    yield library
+
+
+@pytest.fixture
+def sim(sim_device):
+    """The device for one test, with nothing counted yet."""
+    with SimMode():
+        EVENTS.clear()
+        yield "sim"
+
+
+def test_the_simulated_device_counts_what_makes_a_program_wait(sim):
+    x = torch.tensor([3.0, 0.0, 4.0]).to(sim)
+    assert EVENTS["copy"] == 1
+
+    assert float(x.sum()) == 7
+    assert x[x > 0].tolist() == [3, 4]
+    assert torch.equal(x, x)
+
+    assert EVENTS["wait"] == 4  # the sum, the mask, the list and the comparison
+
+
+def test_a_mask_that_was_left_on_the_cpu_is_found(sim, monkeypatch):
+    model = nano().to(sim)
+    batch = batch_of(model, "edit")
+    mixed_mask = unipose.mixed_mask
+    monkeypatch.setattr(
+        unipose, "mixed_mask", lambda block, valid: mixed_mask(block.cpu(), valid.cpu()))
+
+    with pytest.raises(RuntimeError, match="two devices"):
+        model(batch)
+
+
+@each_task
+def test_answers_on_another_device_are_those_of_the_cpu(sim, task):
+    want = QUESTIONS[task][-1][0]
+    expected = answer_to(nano(), task, want, max_new=24)
+
+    answer = answer_to(nano().to(sim), task, want, max_new=24)
+
+    assert answer.ids == expected.ids
+    if want == "pose":
+        close(answer.pose, expected.pose)
+
+
+def test_a_training_step_on_another_device_is_that_of_the_cpu(sim):
+    """And from the batch to the gradients, nothing waits for the device."""
+    here = nano(lora=True)
+    there = nano(lora=True).to(sim)
+    batch = batch_of(here)
+    expected, _ = here(batch)
+    expected.backward()
+    EVENTS.clear()
+
+    loss, _ = there(batch)
+    loss.backward()
+
+    assert EVENTS["wait"] == 0
+    close(loss.cpu(), expected)
+    for (name, parameter), other in zip(here.named_parameters(), there.parameters()):
+        if parameter.grad is not None:
+            close(other.grad.cpu(), parameter.grad)
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
