@@ -5627,11 +5627,39 @@ def test_a_text_tokenizer_that_is_damaged_is_refused(nano_checkpoint, tmp_path, 
     refused(message, unipose.load, folder)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number, dtype, place):
     path = tmp_path / "model.safetensors"
-    save_file({"fine": torch.ones(2), "broken": torch.tensor([1, math.nan])}, path)
+    broken = torch.ones(1000, dtype=dtype)
+    broken[place] = number
+    save_file({"fine": torch.ones(2), "broken": broken}, path)
 
     refused("broken in", unipose.read_tensors, path)
+
+
+def test_weights_without_numbers_and_the_largest_number_are_read(tmp_path):
+    largest = torch.tensor([torch.finfo(torch.float32).max])
+    state = {"none": torch.zeros(0, 3), "largest": largest, "yes": torch.tensor(True)}
+    save_file(state, tmp_path / "model.safetensors")
+
+    tensors = unipose.read_tensors(tmp_path / "model.safetensors")
+
+    for name, tensor in state.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_no_weight_of_a_loaded_model_lies_in_its_file(nano_checkpoint):
+    """Not even a truth value: the file may be replaced while the model is in use."""
+    state = unipose.load(nano_checkpoint).state_dict()
+
+    mapped = []
+    for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+        if str(nano_checkpoint) in line:
+            mapped.append(line)
+    assert state
+    assert not mapped
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.complex64, torch.float8_e4m3fn], ids=str)
