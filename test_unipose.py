@@ -7513,7 +7513,8 @@ def sim_device():
 @pytest.fixture
 def sim(sim_device):
     """The device for one test, with nothing counted yet."""
-    with SimMode():
+    # autograd has threads for those devices only that were there at the first backward pass
+    with torch.autograd.set_multithreading_enabled(False), SimMode():
         EVENTS.clear()
         yield "sim"
 
