@@ -984,7 +984,7 @@ class UniPose(nn.Module):
         positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
         mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
         x = self.embed(
-            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])
+            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])  # (B,T,D)
         h = self.hidden(x, mask, positions)                                          # (B,T,D)
 
         # logits are wide and most positions have no label: lm_head runs on the others only
@@ -1035,7 +1035,7 @@ def trainable(stage, size, lora_r=-1):
     return pattern
 
 
-EXACT = TRAINABLE["tokenizer"]  # weights that are float32 in any case: others would move its codes
+EXACT = TRAINABLE["tokenizer"]  # is float32 in any case: rounded weights would move its codes
 
 
 def cast_frozen(model, dtype=torch.bfloat16):
@@ -1195,7 +1195,7 @@ def load(folder, device="cpu", dtype=None, exact=EXACT):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
 
     tensors = without_retrieval(map_tensors(path))
-    model = assign_weights(model, tensors, path, device, dtype, exact)
+    model = assign_weights(model, tensors, path, device, dtype, exact, in_memory=True)
     model.stages = config.get("stages")
     return model
 
@@ -1705,12 +1705,13 @@ def load_vitpose(folder, config, dtype):
         "vision.pose_vit.", VitPoseBackbone, folder, config, names, r"head\.", dtype)
 
 
-def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32, exact=EXACT):
+def assign_weights(
+        model, tensors, where, device="cpu", dtype=torch.float32, exact=EXACT, in_memory=False):
     """Give `model`, built on the meta device, its weights {name: tensor}; returns it in eval mode.
 
-    Tensors that are mapped from files are copied here, one by one, since others may overwrite the
-    files. dtype, exact: see `load`. Raises UserError where names or shapes do not fit, or a tensor
-    holds NaN or infinity.
+    Tensors that are mapped from files are read here, one by one. dtype, exact: see `load`.
+    in_memory: none stays mapped, because others may overwrite the files while the model is in use.
+    Raises UserError where names or shapes do not fit, or a tensor holds NaN or infinity.
     """
     # between meta tensors this compares names and shapes and copies nothing
     load_strictly(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, where)
@@ -1722,7 +1723,7 @@ def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32, exa
         to = tensor.dtype
         if tensor.is_floating_point():
             to = torch.float32 if re.match(exact, name) else dtype
-        state[name] = tensor.to(device, to, copy=True)
+        state[name] = tensor.to(device, to, copy=in_memory)
     model.load_state_dict(state, assign=True)
 
     # constants that no file holds and that the meta device left empty
