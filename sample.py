@@ -57,8 +57,8 @@ from PIL import Image
 from captions import check_text
 from data import (
     HEAD, SIDE_TINTS, SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture,
-    project, read_pose, render, render_template, save_png, split_pose_path, square, templates, to_rgb,
-    upright_reading, vertex_normals, write_pose,
+    project, read_pose, render, render_template, save_png, split_pose_path, square, templates,
+    to_rgb, upright_reading, vertex_normals, write_pose,
 )
 from tokenizer import (
     ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, atomic_write, cli,

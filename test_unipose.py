@@ -42,6 +42,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import captions
 import data
@@ -4870,7 +4873,7 @@ def test_labels_are_the_answer_and_its_end(task, attn):
     """No token of the prompt, and no </p>."""
     model = nano(attn=attn)
     v = model.vocab
-    kind, value, _ = model.prepare(QUESTIONS[task])[-1]
+    kind, value, _ = model.prepare_all([QUESTIONS[task]])[0][-1]
     if kind == "text":
         answer = model.text_ids(value)
     else:
@@ -4910,7 +4913,7 @@ def test_only_a_target_pose_that_is_not_causal_has_queries(task, attn):
 def test_query_i_predicts_code_i_at_its_own_position(task):
     model = nano()
     v = model.vocab
-    _, codes, _ = model.prepare(QUESTIONS[task])[-1]
+    _, codes, _ = model.prepare_all([QUESTIONS[task]])[0][-1]
 
     row = model.encode(QUESTIONS[task])
 
@@ -4918,6 +4921,71 @@ def test_query_i_predicts_code_i_at_its_own_position(task):
     for i, code in enumerate(codes):
         assert row.ids[first + i] == v.query0 + i
         assert row.labels[first + i] == v.pose0 + code
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_knows_where_its_labels_and_its_patches_are(side):
+    model = nano()
+    batch = unipose.collate(model.encode_all(list(QUESTIONS.values())), side)
+
+    is_labelled = torch.zeros(batch["labels"].numel(), dtype=torch.bool)
+    is_patch = is_labelled.clone()
+    is_labelled[batch["labelled"]] = True
+    is_patch[batch["patches"]] = True
+
+    assert torch.equal(is_labelled.view_as(batch["labels"]), batch["labels"] != -100)
+    assert torch.equal(is_patch.view_as(batch["ids"]), batch["ids"] == unipose.IMAGE_PLACEHOLDER)
+
+
+def test_patches_are_found_where_nobody_says_where_they_are():
+    model = nano()
+    batch = batch_of(model, "edit", "imagediff", "image2pose")
+    told = model.embed(batch["ids"], batch["code_index"], batch["images"], batch["patches"])
+
+    found = model.embed(batch["ids"], batch["code_index"], batch["images"])
+
+    assert torch.equal(found, told)
+
+
+@each_attention
+def test_many_prompts_are_encoded_as_each_alone(attn):
+    model = nano(attn=attn)
+
+    rows = model.encode_all(list(QUESTIONS.values()))
+
+    assert len(rows) == len(QUESTIONS)
+    for row, segments in zip(rows, QUESTIONS.values()):
+        alone = model.encode(segments)
+        for name in ("ids", "labels", "block", "code_index"):
+            assert getattr(row, name) == getattr(alone, name), name
+        assert len(row.images) == len(alone.images)
+        for features, expected in zip(row.images, alone.images):
+            close(features, expected)
+
+
+def test_many_poses_and_pictures_go_through_the_model_together():
+    """All poses at once, and pictures by 32."""
+    model = nano()
+    seen = []
+    encoded = []
+    model.vision.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    poses_in = model.pose_tokenizer.encoder
+    poses_in.register_forward_hook(lambda module, given, out: encoded.append(len(out)))
+
+    model.encode_all([QUESTIONS["edit"], QUESTIONS["imagediff"]] * 20)
+
+    assert seen == [32, 8]
+    assert encoded == [40]
+
+
+def test_codes_do_not_depend_on_what_is_encoded_with_them(world):
+    pose_tokenizer = tokenizer.load_pose_tokenizer(tokenizer.TINY)
+    rotmat = world.poses[:64]
+
+    together = pose_tokenizer.encode(rotmat)
+
+    for pose, codes in zip(rotmat, together):
+        assert torch.equal(pose_tokenizer.encode(pose[None])[0], codes)
 
 
 def test_marks_that_a_user_types_are_mere_words():
@@ -4974,6 +5042,27 @@ def test_lora_freezes_the_seven_projections_of_every_layer():
     assert len(adapted) == 7 * model.llm.config.num_hidden_layers
     for module in adapted:
         assert not module.base.weight.requires_grad
+
+
+def test_lora_adapters_of_bfloat16_weights_are_float32():
+    model = nano().bfloat16()
+
+    model.grow_lora()
+
+    assert {adapter.dtype for adapter in adapters_of(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_keeps_no_other_copy_of_its_input(dtype):
+    """What is saved for the backward pass and as large as x has the type of x."""
+    adapted = unipose.LoRALinear(torch.nn.Linear(32, 48).to(dtype), r=4, alpha=8)
+    x = torch.randn(64, 32, dtype=dtype, requires_grad=True)
+    saved = []
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        adapted(x)
+
+    assert {tensor.dtype for tensor in saved if tensor.numel() == x.numel()} == {dtype}
 
 
 def test_lora_adapters_are_moved_by_adamw_alone():
@@ -5157,12 +5246,21 @@ def test_frozen_eyes_in_bfloat16_see_the_same_within_its_precision():
     close(model.vision(PICTURES).float(), expected, atol=0.1)
 
 
+def ready_to_train(size, stage, **changes):
+    """A model of nano's dimensions as a stage of a size trains it on a GPU, and what learns."""
+    model = nano(size=size, **changes).train()
+    config = train.Config(stage=stage, size=size, lora_r=4)
+    train.prepare_lora(config, model)
+    learning = train.freeze(config, {"model": model})
+    unipose.cast_frozen(model, unipose.default_dtype(size, "cuda"))
+    return model, learning
+
+
+@pytest.mark.parametrize("size", ["nano", "paper"])
 @pytest.mark.parametrize("stage", LANGUAGE_STAGES)
-def test_a_training_step_takes_the_memory_of_the_table(stage):
+def test_a_training_step_takes_the_memory_of_the_table(stage, size):
     """Parameters, gradients and the moments of AdamW, counted byte by byte."""
-    model = nano(lora=True)
-    learning = set_trainable(model, stage)
-    unipose.cast_frozen(model)
+    model, learning = ready_to_train(size, stage)
 
     _, optimiser = train_one_step(model, learning, stored_batch(model))
 
@@ -5176,6 +5274,60 @@ def test_a_training_step_takes_the_memory_of_the_table(stage):
                 n_bytes += value.nbytes
     table = {row[0]: row for row in unipose.memory_table(model)}
     assert n_bytes / 1e9 == pytest.approx(table[stage][2])
+
+
+def bytes_of_a_sequence(model):
+    """What a row of 500 tokens adds to the peak of a checkpointed step, and the length of the row.
+
+    By PyTorch's allocator, with the gradients in place, under autocast at the paper's size.
+    """
+    from torch.profiler import ProfilerActivity, profile
+    model.llm.gradient_checkpointing_enable()
+    row = model.encode([("ids", [6] * 500, False), ("text", TEXT, True)])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=model.config["size"] == "paper")
+
+    def step(n_rows):
+        with autocast:
+            loss, _ = model(unipose.collate([row] * n_rows))
+        loss.backward()
+
+    step(1)
+    peaks = []
+    for n_rows in (1, 3):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step(n_rows)
+        allocated = [0]
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                allocated.append(allocated[-1] + event.nbytes())
+        peaks.append(max(allocated))
+    return (peaks[1] - peaks[0]) / 2, len(row.ids)
+
+
+def narrow_llm(n_layers):
+    """The LLM of a config: few enough heads for the mask not to be the largest part."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": n_layers, "intermediate_size": 384}
+    return unipose.SIZES["nano"]["llm"] | sizes
+
+
+@pytest.mark.parametrize("size", ["nano", "paper"])
+@pytest.mark.parametrize("stage", LANGUAGE_STAGES)
+def test_a_sequence_takes_the_memory_of_the_table(stage, size):
+    """Within a tenth: what the recomputed layer holds at its peak is a round number."""
+    model, _ = ready_to_train(size, stage, llm=narrow_llm(3))
+
+    n_bytes, length = bytes_of_a_sequence(model)
+
+    table = {row[0]: row for row in unipose.memory_table(model, length)}
+    assert n_bytes / 1e9 == pytest.approx(table[stage][3], rel=0.1)
+
+
+@pytest.mark.parametrize("size, n_bytes", [("nano", 4), ("paper", 2)])
+def test_checkpointing_keeps_the_input_of_a_layer_in_its_own_type(size, n_bytes):
+    few, length = bytes_of_a_sequence(ready_to_train(size, "align", llm=narrow_llm(2))[0])
+    many, _ = bytes_of_a_sequence(ready_to_train(size, "align", llm=narrow_llm(4))[0])
+
+    assert (many - few) / 2 == pytest.approx(n_bytes * 128 * length, rel=0.01)
 
 
 def test_the_script_draws_the_mask_and_counts_a_size(monkeypatch, capsys):
@@ -5688,11 +5840,39 @@ def test_a_text_tokenizer_that_is_damaged_is_refused(nano_checkpoint, tmp_path, 
     refused(message, unipose.load, folder)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number, dtype, place):
     path = tmp_path / "model.safetensors"
-    save_file({"fine": torch.ones(2), "broken": torch.tensor([1, math.nan])}, path)
+    broken = torch.ones(1000, dtype=dtype)
+    broken[place] = number
+    save_file({"fine": torch.ones(2), "broken": broken}, path)
 
     refused("broken in", unipose.read_tensors, path)
+
+
+def test_weights_without_numbers_and_the_largest_number_are_read(tmp_path):
+    largest = torch.tensor([torch.finfo(torch.float32).max])
+    state = {"none": torch.zeros(0, 3), "largest": largest, "yes": torch.tensor(True)}
+    save_file(state, tmp_path / "model.safetensors")
+
+    tensors = unipose.read_tensors(tmp_path / "model.safetensors")
+
+    for name, tensor in state.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_no_weight_of_a_loaded_model_lies_in_its_file(nano_checkpoint):
+    """Not even a truth value: the file may be replaced while the model is in use."""
+    state = unipose.load(nano_checkpoint).state_dict()
+
+    mapped = []
+    for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+        if str(nano_checkpoint) in line:
+            mapped.append(line)
+    assert state
+    assert not mapped
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.complex64, torch.float8_e4m3fn], ids=str)
@@ -6430,37 +6610,78 @@ def test_a_damaged_download_is_refused_in_one_sentence(tmp_path, file, damage, m
     assert not (tmp_path / "ran").exists()
 
 
+def test_on_request_downloads_are_read_as_bfloat16(tmp_path):
+    """All but the pose tokenizer; the cast before a stage makes float32 of what it trains."""
+    downloads(tmp_path)
+    paths = [tmp_path / name for name in ("llm", "clip", "vit")]
+
+    model = unipose.base_model(unipose.model_config("nano"), *paths, torch.bfloat16)
+
+    for name, parameter in model.named_parameters():
+        is_exact = name.startswith("pose_tokenizer.")
+        assert parameter.dtype == (torch.float32 if is_exact else torch.bfloat16), name
+
+    model.grow_lora()
+    learning = set_trainable(model, "instruct")
+    unipose.cast_frozen(model)
+    assert {parameter.dtype for parameter in learning.values()} == {torch.float32}
+    assert model.llm.model.layers[0].mlp.up_proj.base.weight.dtype == torch.bfloat16
+
+
+def test_downloads_in_bfloat16_are_those_in_float32_rounded_once(tmp_path):
+    downloads(tmp_path)
+    paths = [tmp_path / name for name in ("llm", "clip", "vit")]
+    config = unipose.model_config("nano")
+    expected = unipose.base_model(config, *paths).state_dict()
+
+    state = unipose.base_model(config, *paths, torch.bfloat16).state_dict()
+
+    tables = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # new rows: a mean of rounded
+    for name, tensor in expected.items():
+        if name.startswith(("llm.", "vision.")) and name not in tables:
+            assert torch.equal(state[name], tensor.bfloat16()), name
+
+
 def test_a_plain_llm_needs_a_clip(tmp_path):
     downloads(tmp_path)
 
     refused("see --llm, --clip", base_of, tmp_path, "")
 
 
-def test_loading_shards_needs_one_copy_of_the_weights_and_one_shard(tmp_path):
-    """How far a process grows, at its largest, over what it was after a small load."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loading_shards_needs_one_copy_of_the_weights_and_one_shard(tmp_path, dtype):
+    """How far a process grows, at its largest, over what it was after a small load.
+
+    The files are of the type that is asked for, as a LLaVA in bfloat16 is.
+    """
     downloads(tmp_path / "small")
     downloads(tmp_path / "big", hidden_size=640, num_hidden_layers=4, intermediate_size=2560)
+    for path in tmp_path.glob("*/*/*.safetensors"):
+        state = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file(state, path, {"format": "pt"})
     files = (tmp_path / "big/llm").glob("*.safetensors")
     shards = [path.stat().st_size for path in files]
 
-    output = run_script("-c", MEASURE_MEMORY, tmp_path / "small", tmp_path / "big").stdout
+    folders = [tmp_path / "small", tmp_path / "big"]
+    output = run_script("-c", MEASURE_MEMORY, str(dtype)[6:], *folders).stdout
 
     weights, growth = map(int, output.split())
-    assert len(shards) > 3 and weights > 1e8
+    assert len(shards) > 3 and weights > 5e7
     assert growth < weights + max(shards) + 2e7
 
 
 # files made for these tests
 SPARE_ROWS = 9  # of the vocabulary of a downloaded LLM, after its text
 MEASURE_MEMORY = """
-import re, sys, unipose
+import re, sys, torch, unipose
 def memory(name):
     status = open("/proc/self/status").read()
     return 1024 * int(re.search(name + r":\\s+(\\d+)", status)[1])
-for folder in sys.argv[1:]:
+dtype = getattr(torch, sys.argv[1])
+for folder in sys.argv[2:]:
     before = memory("VmRSS")
     paths = [folder + "/llm", folder + "/clip", folder + "/vit"]
-    model = unipose.base_model(unipose.model_config("nano"), *paths)
+    model = unipose.base_model(unipose.model_config("nano"), *paths, dtype)
 print(sum(tensor.nbytes for tensor in model.state_dict().values()), memory("VmHWM") - before)
 """
 
@@ -8383,6 +8604,178 @@ def test_a_double_click_shows_a_person_in_a_page_as_at_first(seen):
     assert np.array_equal(after, seen())
 
 
+# ---- a GPU, simulated ----------------------------------------------------------------------------
+# Tensors on the device "sim" keep their numbers on the CPU. Like CUDA's they refuse to meet tensors
+# of the CPU, and they count what costs time there, by the rules of CUDA.
+EVENTS = collections.Counter()  # "launch" of an operation, "copy" to the device, "wait" for it
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default)
+INDEXED = (
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+    aten._index_put_impl_.default,
+)
+WAITS = (  # the CPU needs to know a number, or how many there are
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default,
+    aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+)
+
+
+class SimTensor(torch.Tensor):
+    """A tensor on the simulated device; `numbers` is what it holds."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, numbers.size(), numbers.stride(), numbers.storage_offset(), dtype=numbers.dtype,
+            device="sim:0")
+        tensor.numbers = numbers
+        return tensor
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return simulate(func, args, kwargs or {})
+
+
+class SimMode(TorchDispatchMode):
+    """`with SimMode():` the device takes part in all operations, in those that create, too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return simulate(func, args, kwargs or {})
+
+
+def on_cpu(value):
+    return value.numbers if isinstance(value, SimTensor) else value
+
+
+def on_sim(value):
+    return SimTensor(value) if isinstance(value, torch.Tensor) else value
+
+
+def simulate(func, args, kwargs):
+    """One operation, where its tensors are. Raises RuntimeError where they are on two devices."""
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    from_sim = any(isinstance(tensor, SimTensor) for tensor in given)
+    target = kwargs.get("device")
+    to_sim = torch.device(target).type == "sim" if target else from_sim
+    if func is aten.copy_.default:
+        to_sim = isinstance(args[0], SimTensor)
+        from_sim = isinstance(args[1], SimTensor)
+    if not from_sim and not to_sim:
+        return func(*args, **kwargs)
+    if func is aten._fused_sdp_choice.default:
+        return 0  # of the ways to compute attention the one that has no kernel of its own
+
+    indices = tree_leaves(args[1]) if func in INDEXED else []
+    if func not in COPIES:
+        count_events(func, given, indices)
+    elif from_sim != to_sim:
+        EVENTS["copy" if to_sim else "wait"] += 1
+
+    if target:
+        kwargs = kwargs | {"device": "cpu"}
+    out = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+    if not to_sim:
+        return out
+    return return_and_correct_aliasing(func, args, kwargs, tree_map(on_sim, out))
+
+
+def count_events(func, given, indices):
+    """Counts an operation on the device. Raises RuntimeError if it is given tensors of the CPU."""
+    EVENTS["launch"] += 1
+    is_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+    EVENTS["wait"] += func in WAITS or is_mask
+    for tensor in given:
+        if isinstance(tensor, SimTensor) or tensor.dim() == 0:
+            continue
+        if not any(tensor is index for index in indices):
+            raise RuntimeError(f"{func} is given tensors on two devices")
+        EVENTS["copy"] += 1  # an index may come from the CPU
+
+
+@pytest.fixture(scope="session")
+def sim_device():
+    """Registers the device with PyTorch, once for the process."""
+    setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if not setup:
+        pytest.skip("this PyTorch cannot have a device that is written in Python")
+    module = backend_registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    setup("sim", module)
+
+    # torch.tensor(..., device="sim") works below the mode
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty_strided", lambda size, stride, dtype=None, **options: SimTensor(
+        torch.empty_strided(size, stride, dtype=dtype)), "PrivateUse1")
+    library.impl("_copy_from", lambda source, target, non_blocking=False: SimTensor(
+        target.numbers.copy_(on_cpu(source))), "PrivateUse1")
+    yield library
+
+
+@pytest.fixture
+def sim(sim_device):
+    """The device for one test, with nothing counted yet."""
+    # autograd has threads for those devices only that were there at the first backward pass
+    with torch.autograd.set_multithreading_enabled(False), SimMode():
+        EVENTS.clear()
+        yield "sim"
+
+
+def test_the_simulated_device_counts_what_makes_a_program_wait(sim):
+    x = torch.tensor([3.0, 0.0, 4.0]).to(sim)
+    assert EVENTS["copy"] == 1
+
+    assert float(x.sum()) == 7
+    assert x[x > 0].tolist() == [3, 4]
+    assert torch.equal(x, x)
+
+    assert EVENTS["wait"] == 4  # the sum, the mask, the list and the comparison
+
+
+def test_a_mask_that_was_left_on_the_cpu_is_found(sim, monkeypatch):
+    model = nano().to(sim)
+    batch = batch_of(model, "edit")
+    mixed_mask = unipose.mixed_mask
+    monkeypatch.setattr(
+        unipose, "mixed_mask", lambda block, valid: mixed_mask(block.cpu(), valid.cpu()))
+
+    with pytest.raises(RuntimeError, match="two devices"):
+        model(batch)
+
+
+@each_task
+def test_answers_on_another_device_are_those_of_the_cpu(sim, task):
+    want = QUESTIONS[task][-1][0]
+    expected = answer_to(nano(), task, want, max_new=12)
+
+    answer = answer_to(nano().to(sim), task, want, max_new=12)
+
+    assert answer.ids == expected.ids
+    if want == "pose":
+        close(answer.pose, expected.pose)
+
+
+def test_a_training_step_on_another_device_is_that_of_the_cpu(sim):
+    """And from the batch to the gradients, nothing waits for the device."""
+    here = nano(lora=True)
+    there = nano(lora=True).to(sim)
+    batch = batch_of(here)
+    expected, _ = here(batch)
+    expected.backward()
+    EVENTS.clear()
+
+    loss, _ = there(batch)
+    loss.backward()
+
+    assert EVENTS["wait"] == 0
+    close(loss.cpu(), expected)
+    for (name, parameter), other in zip(here.named_parameters(), there.parameters()):
+        if parameter.grad is not None:
+            close(other.grad.cpu(), parameter.grad)
+
+
 # ---- eval.py -------------------------------------------------------------------------------------
 SENTENCE = (
     "the left arm is bent, at 1.5 metres; half-bent (almost) 3-4 L/R knee's up... Down! 10,000 a_b"
@@ -8934,17 +9327,18 @@ def test_which_parameters_learn_follows_from_stage_size_and_lora(
     assert bool(re.match(pattern, part)) == learns
 
 
-def learning_in_align(model):
-    """How many parameters learn in align at the paper's size."""
-    config = train.Config(stage="align", size="paper", lora_r=model.config["lora_r"])
+@pytest.mark.parametrize("size", unipose.SIZES)
+@pytest.mark.parametrize("stage", ["tokenizer", "align", "project", "instruct"])
+def test_a_stage_trains_what_the_memory_table_counts(size, stage):
+    with torch.device("meta"):
+        model = unipose.UniPose(unipose.model_config(size))
+        config = train.Config(stage=stage, size=size, lora_r=model.config["lora_r"])
+        train.prepare_lora(config, model)
+
     learning = train.freeze(config, {"model": model})
-    return sum(parameter.numel() for parameter in learning.values())
 
-
-def test_align_trains_what_the_table_of_the_papers_size_counts(paper_model):
-    trained = {stage: n for stage, n, _, _ in unipose.memory_table(paper_model)}
-
-    assert learning_in_align(paper_model) == trained["align"]
+    trained = {stage: n for stage, n, _, _ in unipose.memory_table(unipose.untrained(size))}
+    assert sum(parameter.numel() for parameter in learning.values()) == trained[stage]
 
 
 @pytest.fixture(scope="session")
@@ -9402,6 +9796,23 @@ def test_an_ablation_that_was_cut_off_is_resumed_bit_by_bit(trained, tmp_path, m
         assert torch.equal(resumed[name], tensor), name
 
 
+def test_frozen_bfloat16_makes_no_run_depend_on_where_it_was_cut_off(
+        trained, tmp_path, monkeypatch):
+    """The projector is trained twice: what is read between must not be rounded."""
+    monkeypatch.setattr(train, "default_dtype", lambda size, device: torch.bfloat16)
+    flags = "--steps 2 --batch 4".split()
+    branch = ["--init", trained[0]]
+    whole = run_train(tmp_path / "whole", *flags, "--stage", "project,instruct", *branch)
+
+    run_train(tmp_path / "parts", *flags, "--stage", "project", *branch)
+    parts = run_train(tmp_path / "parts", *flags, "--stage", "instruct")
+
+    header = (tmp_path / "whole/model.safetensors").read_bytes()
+    assert b'"BF16"' in header[:int.from_bytes(header[:8], "little")]
+    for name, tensor in whole.items():
+        assert torch.equal(parts[name], tensor), name
+
+
 def test_a_size_of_ones_own_trains_without_another_entry(tmp_path, monkeypatch):
     """It trains all stages, by tiny's schedule unless flags say otherwise."""
     monkeypatch.setitem(unipose.SIZES, "mini", unipose.SIZES["nano"])
@@ -9725,6 +10136,18 @@ def test_resume_skips_stages_that_are_finished(trained, tmp_path, capsys):
     expected = unipose.read_tensors(trained[0] / "model.safetensors")
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "instruct"])
+def test_a_stage_is_trained_on_another_device_as_on_the_cpu(trained, tmp_path, sim, stage):
+    flags = ["--stage", stage, "--steps", 2, "--batch", 4, "--init", trained[0]]
+    run_train(tmp_path / "cpu", *flags, "--device", "cpu")
+
+    run_train(tmp_path / "sim", *flags, "--device", sim)
+
+    [expected] = logged_losses(tmp_path / "cpu", stage)
+    [loss] = logged_losses(tmp_path / "sim", stage)
+    assert loss == pytest.approx(expected, abs=1e-4)
 
 
 # ---- the house -----------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ from tokenizer import (
     load_json, matrix_to_sixd, mirror, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHECKPOINT_FILES, CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
-    DualVision, UniPose, base_model, cast_frozen, collate, find_device, load, make_projector,
-    merge_lora, model_config, provenance, read_config, read_tensors, save, set_threads,
-    word_tokenizer,
+    CHECKPOINT_FILES, CHOICES, EXACT, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES,
+    TRAINABLE, DualVision, UniPose, base_model, cast_frozen, collate, default_dtype, find_device,
+    load, make_projector, merge_lora, model_config, provenance, read_config, read_tensors, save,
+    set_threads, word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -821,8 +821,8 @@ def fit(run, config, out):
     """The training loop -> seconds that the stage took, including those before a resume."""
     steps, batch, peak = schedule_of(config)
     learning = freeze(config, run.modules)
-    if config.size == "paper" and config.device.startswith("cuda") and "model" in run.modules:
-        cast_frozen(run.modules["model"])  # half of the memory; what learns is float32
+    if "model" in run.modules:  # half of the memory where it counts; what learns is float32
+        cast_frozen(run.modules["model"], default_dtype(config.size, config.device))
     optimisers = make_optimisers(config, learning, peak)
     start = 0
     seconds_before = 0.0
@@ -1330,7 +1330,9 @@ def prepare_model(config, out, real_data):
         validate_checkpoint(config, notes, folder)
         if is_own:
             validate_later_stages(config, notes, out)
-        model = load(folder)
+        # what a later stage trains further is not rounded before it
+        exact = f"{EXACT}|{TRAINABLE['instruct']}"
+        model = load(folder, dtype=default_dtype(config.size, config.device), exact=exact)
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
             change_projector(config, model)
@@ -1414,7 +1416,8 @@ def new_model(config, real_data):
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
     sizes = model_config(config.size, **chosen)
     if config.llm:
-        return base_model(sizes, config.llm, config.clip, config.pose_vit)
+        dtype = default_dtype(config.size, config.device)
+        return base_model(sizes, config.llm, config.clip, config.pose_vit, dtype)
     texts = []  # the vocabulary of an embedded size must contain all words of the data
     for real in real_data.values():
         texts += real.texts()

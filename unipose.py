@@ -414,8 +414,8 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
                 n_blocks += 1
 
             row.add(vocab.p_open, predicted=is_target)
-            for i, code in enumerate(value):
-                token = vocab.pose0 + int(code)
+            for i, code in enumerate(torch.as_tensor(value).tolist()):
+                token = vocab.pose0 + code
                 if is_query:
                     row.add(vocab.query0 + i, label=token, block=block)
                 else:
@@ -430,8 +430,10 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
 def collate(rows, side="right"):
     """Rows -> a batch: ids, labels, block, code_index and valid (B,T), images (n,P,Dv) or None.
 
-    valid is False where a row is padded; images are those of all rows, in order. side: where the
-    padding goes, "right" to train, "left" to answer, so that all answers start in one column.
+    valid is False where a row is padded; images are those of all rows, in order. labelled and
+    patches: where there is a label or an image patch, as indices into B*T; found here, because a
+    GPU that searches its own memory has to be waited for. side: where the padding goes, "right" to
+    train, "left" to answer, so that all answers start in one column.
     """
     length = max(len(row.ids) for row in rows)
 
@@ -444,9 +446,13 @@ def collate(rows, side="right"):
         for features in row.images:
             images.append(torch.as_tensor(features).float())
 
+    ids = torch.tensor([pad(row.ids, 0) for row in rows])
+    labels = torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows])
     return {
-        "ids": torch.tensor([pad(row.ids, 0) for row in rows]),
-        "labels": torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
+        "ids": ids,
+        "labels": labels,
+        "labelled": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+        "patches": (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1),
         "block": torch.tensor([pad(row.block, -1) for row in rows]),
         "code_index": torch.tensor([pad(row.code_index, -1) for row in rows]),
         "valid": torch.tensor([pad([True] * len(row.ids), False) for row in rows]),
@@ -602,14 +608,16 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
-        self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        adapter = {"dtype": torch.float32, "device": base.weight.device}  # W may be bfloat16
+        self.A = nn.Parameter(torch.empty(r, base.in_features, **adapter))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **adapter))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = self.base(x)
-        update = self.scale * (x.to(self.A.dtype) @ self.A.T @ self.B.T)  # W may be bfloat16
-        return y + update.to(y.dtype)
+        # W and x may be bfloat16; a copy of A and B is smaller than one of x
+        A = self.A.to(x.dtype)
+        B = (self.scale * self.B).to(x.dtype)
+        return self.base(x) + F.linear(F.linear(x, A), B)
 
 
 def add_lora(model, r, alpha):
@@ -800,35 +808,60 @@ class UniPose(nn.Module):
     # -- from segments to a Row, and back to text --
 
     @torch.no_grad()
-    def prepare(self, segments):
-        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv).
+    def prepare_all(self, prompts):
+        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
-        Values that are prepared already (integer codes, features of rank 2) stay as they are.
+        prompts: lists of segments. Values that are prepared already (integer codes, features of
+        rank 2) stay as they are.
         """
-        prepared = []
-        for kind, value, is_target in segments:
-            is_tensor = torch.is_tensor(value)
-            if kind == "pose" and is_tensor and value.is_floating_point():
-                rotmat = value[None].to(self.device)                                 # (1,22,3,3)
-                value = self.pose_tokenizer.encode(rotmat)[0].tolist()               # N codes
-            elif kind == "image" and not (is_tensor and value.dim() == 2):
-                value = self.vision([value])[0]                                      # (P,Dv)
-            prepared.append((kind, value, is_target))
+        poses = {}  # (index of the prompt, index of the segment): value
+        pictures = {}
+        for i, segments in enumerate(prompts):
+            for k, (kind, value, _) in enumerate(segments):
+                is_tensor = torch.is_tensor(value)
+                if kind == "pose" and is_tensor and value.is_floating_point():
+                    poses[i, k] = value
+                elif kind == "image" and not (is_tensor and value.dim() == 2):
+                    pictures[i, k] = value
+
+        ready = dict(zip(pictures, self.see(list(pictures.values()))))               # (P,Dv) each
+        if poses:
+            rotmat = torch.stack(list(poses.values())).to(self.device)               # (n,22,3,3)
+            ready |= zip(poses, self.pose_tokenizer.encode(rotmat).tolist())         # N codes each
+
+        prepared = [list(segments) for segments in prompts]
+        for (i, k), value in ready.items():
+            kind, _, is_target = prepared[i][k]
+            prepared[i][k] = (kind, value, is_target)
         return prepared
+
+    def see(self, pictures):
+        """Pictures -> their features, (P,Dv) each; by 32, which bounds the memory it takes."""
+        features = []
+        for start in range(0, len(pictures), 32):
+            features += self.vision(pictures[start:start + 32])
+        return features
 
     def encode(self, segments):
         """Segments, prepared or not -> Row; see `encode_segments`."""
-        segments = self.prepare(segments)
-        prompt_marks = self.prompt_marks
-        if not self.is_word_level:
-            segments = self.tokenize_official(segments)
-            prompt_marks = ([], [])  # they are in the text now
+        return self.encode_all([segments])[0]
+
+    def encode_all(self, prompts):
+        """Lists of segments -> a list of Rows; poses and pictures go through the model together."""
         bos = self.text_tokenizer.bos_token_id
         eos = self.text_tokenizer.eos_token_id
-        return encode_segments(segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
-                               self.vision.n_patches, self.config["attn"])
+        rows = []
+        for segments in self.prepare_all(prompts):
+            prompt_marks = self.prompt_marks
+            if not self.is_word_level:
+                segments = self.tokenize_official(segments)
+                prompt_marks = ([], [])  # they are in the text now
+            rows.append(encode_segments(
+                segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
+                self.vision.n_patches, self.config["attn"]))
+        return rows
 
-    @property
+    @functools.cached_property
     def prompt_marks(self):
         """The ids of `[INST]` and the ids of `[/INST]`."""
         opening = self.text_tokenizer("[INST] ", add_special_tokens=False).input_ids
@@ -840,15 +873,21 @@ class UniPose(nn.Module):
         """The words of a word-level vocabulary, without its marks such as `[INST]`."""
         return {word for word in self.text_tokenizer.get_vocab() if word[0] not in "<["}
 
-    def text_ids(self, text):
-        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
+    @functools.cached_property
+    def reserved_ids(self):
+        """The ids that no text of a user may hold: begin, end and the marks of a prompt."""
         reserved = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id}
         for mark in self.prompt_marks:
             if len(mark) == 1:  # word pieces spell `[INST]` with several ordinary tokens
                 reserved.add(mark[0])
+        return reserved
+
+    def text_ids(self, text):
+        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
         if self.is_word_level:
             text = normalise_text(text, self.words)
         ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
+        reserved = self.reserved_ids
         return [self.text_tokenizer.unk_token_id if i in reserved else i for i in ids]
 
     def tokenize_official(self, segments):
@@ -901,10 +940,11 @@ class UniPose(nn.Module):
 
     # -- from a batch of rows to the loss --
 
-    def embed(self, ids, code_index, images=None):
+    def embed(self, ids, code_index, images=None, places=None):
         """ids, code_index (B,T), images (n,P,Dv) or None -> (B,T,D).
 
-        Projected image patches take the places of IMAGE_PLACEHOLDER, in order.
+        Projected image patches take the places of IMAGE_PLACEHOLDER, in order. places (n*P,): their
+        indices into B*T where they are known, see `collate`.
 
         The meaning of a code depends on its index in the pose. Rotary positions are relative, and
         an LLM of four layers cannot recover the index from them, so with config["code_positions"]
@@ -918,10 +958,11 @@ class UniPose(nn.Module):
             x = x + queries * (code_index >= 0)[..., None]
 
         if images is not None:
+            if places is None:
+                places = (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1)   # (n*P,)
             images = images.to(next(self.projector.parameters()))
-            patches = self.projector(images)                                         # (n,P,D)
-            is_patch = (ids == IMAGE_PLACEHOLDER)[..., None]                         # (B,T,1)
-            x = x.masked_scatter(is_patch, patches.to(x.dtype))
+            patches = self.projector(images).flatten(0, 1).to(x.dtype)               # (n*P,D)
+            x = x.flatten(0, 1).index_copy(0, places, patches).view_as(x)            # (B,T,D)
         return x
 
     def hidden(self, x, mask, positions, cache=None):
@@ -944,13 +985,13 @@ class UniPose(nn.Module):
         valid = batch["valid"]
         positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
         mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
-        x = self.embed(batch["ids"], batch["code_index"], batch.get("images"))       # (B,T,D)
+        x = self.embed(
+            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])  # (B,T,D)
         h = self.hidden(x, mask, positions)                                          # (B,T,D)
 
         # logits are wide and most positions have no label: lm_head runs on the others only
-        is_labelled = batch["labels"] != IGNORE_INDEX                                # (B,T)
-        labels = batch["labels"][is_labelled]                                        # (n,)
-        h = h[is_labelled].to(self.llm.lm_head.weight.dtype)                         # (n,D)
+        labels = batch["labels"].flatten()[batch["labelled"]]                        # (n,)
+        h = h.flatten(0, 1)[batch["labelled"]].to(self.llm.lm_head.weight.dtype)     # (n,D)
         logits = self.llm.lm_head(h).float()                                         # (n,vocab)
 
         n_poses = (labels == self.vocab.p_open).sum()
@@ -961,14 +1002,14 @@ class UniPose(nn.Module):
         is_code = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)        # (n,)
         logs = {
             "terms": terms,
-            "pose_acc": (is_right[is_code].sum(), is_code.sum()),
-            "text_acc": (is_right[~is_code].sum(), (~is_code).sum()),
+            "pose_acc": ((is_right & is_code).sum(), is_code.sum()),
+            "text_acc": ((is_right & ~is_code).sum(), (~is_code).sum()),
         }
         return loss, logs
 
 
-# Which parameters each stage trains, as patterns of their names (paper §3.3). train.py has the rest
-# of a stage; to train the whole LLM it puts LLM_PARAMETERS in the place of LORA_PARAMETERS.
+# Which parameters each stage trains, as patterns of their names (paper §3.3); train.py has the rest
+# of a stage. To train the whole LLM, LLM_PARAMETERS stand in the place of LORA_PARAMETERS.
 LLM_PARAMETERS = r"llm\."
 LORA_PARAMETERS = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # and embeddings, head
 TRAINABLE = {
@@ -981,15 +1022,33 @@ TRAINABLE = {
 }
 
 
+def adapts_llm(stage, size):
+    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
+    # a small LLM starts from random weights: it needs all of them to learn to speak
+    learns_to_speak = stage == "align" and size != "paper"
+    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
+
+
+def trainable(stage, size, lora_r=-1):
+    """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
+    pattern = TRAINABLE[stage]
+    if lora_r == 0 or not adapts_llm(stage, size):
+        pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
+    return pattern
+
+
+EXACT = TRAINABLE["tokenizer"]  # is float32 in any case: rounded weights would move its codes
+
+
 def cast_frozen(model, dtype=torch.bfloat16):
     """Casts parameters in place: those that learn to float32, frozen ones to `dtype`.
 
-    The pose tokenizer stays in float32, see there. So do the buffers, of which only the frequencies
-    of rotary embeddings are floating: in bfloat16 they would move the positions.
+    The pose tokenizer stays in float32. So do the buffers, of which only the frequencies of rotary
+    embeddings are floating: in bfloat16 they would move the positions.
     """
     for name, parameter in model.named_parameters():
-        learns = parameter.requires_grad or name.startswith("pose_tokenizer.")
-        parameter.data = parameter.data.to(torch.float32 if learns else dtype)
+        is_exact = parameter.requires_grad or re.match(EXACT, name)
+        parameter.data = parameter.data.to(torch.float32 if is_exact else dtype)
 
 
 # ---- 7. Checkpoints ------------------------------------------------------------------------------
@@ -1072,11 +1131,10 @@ def read_config(folder):
     return config
 
 
-def read_tensors(path, dtype=torch.float32):
-    """{name: tensor} of a safetensors file, floating numbers as `dtype`.
+def read_tensors(path):
+    """{name: tensor} of a safetensors file, floating numbers as float32.
 
-    The pose tokenizer is float32 in any case. Raises UserError if the file is truncated or of
-    another kind, or holds NaN or infinity.
+    Raises UserError if the file is truncated or of another kind, or holds NaN or infinity.
     """
     from safetensors import safe_open
     _, shapes = read_header(path)
@@ -1084,15 +1142,21 @@ def read_tensors(path, dtype=torch.float32):
     with safe_open(str(path), "pt") as file:
         for name in shapes:
             tensor = file.get_tensor(name)
-            if not tensor.isfinite().all():
-                raise UserError(f"{shorten(name)} in {path} holds NaN or infinite numbers; "
-                                "train it again with a lower --lr")
-            if tensor.is_floating_point():
-                to = torch.float32 if name.startswith("pose_tokenizer.") else dtype
-                # a copy: the tensor itself is mapped from the file, which others may overwrite
-                tensor = tensor.to(to, copy=True)
-            state[name] = tensor
+            require_finite(name, tensor, path)
+            # a copy: the tensor itself is mapped from the file, which others may overwrite
+            to = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to(to, copy=True)
     return state
+
+
+def require_finite(name, tensor, where):
+    """Raises UserError if a tensor of the file `where` holds NaN or infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = tensor.aminmax()  # NaN spreads to both; `isfinite` takes nine times as long
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError(f"{shorten(name)} in {where} holds NaN or infinite numbers; get the file "
+                        "again, or train it again with a lower --lr")
 
 
 def default_dtype(size, device):
@@ -1105,16 +1169,16 @@ def default_dtype(size, device):
     return torch.bfloat16 if on_gpu and size == "paper" else torch.float32
 
 
-def load(folder, device="cpu", dtype=None):
+def load(folder, device="cpu", dtype=None, exact=EXACT):
     """A weights folder -> UniPose in eval mode.
 
-    dtype: of the weights, None for `default_dtype`; the pose tokenizer is float32 in any case.
-    Raises UserError if a file is missing or damaged, or if names or shapes differ from what the
-    config describes. Whether the model was trained for a question is up to `require_stages`. The
-    tensors of the retrieval model are left to eval.py.
+    dtype: of the weights, None for `default_dtype`; exact: regex of the names of those that are
+    float32 in any case. Raises UserError if a file is missing or damaged, or if names or shapes
+    differ from what the config describes. Whether the model was trained for a question is up to
+    `require_stages`. The tensors of the retrieval model are left to eval.py.
     """
     if is_official(folder):
-        return load_official(folder, device, dtype or default_dtype("paper", device))
+        return load_official(folder, device, dtype or default_dtype("paper", device), exact)
 
     config, text, shapes = read_checkpoint(folder)
     validate_config(config, f"the config of {folder}")
@@ -1131,10 +1195,9 @@ def load(folder, device="cpu", dtype=None):
     where = f"the config of {folder} does not describe a model ("
     with as_user_error(where, "); copy or train it again"), torch.device("meta"):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    compare(shapes_of(model), without_retrieval(shapes), path)
 
-    tensors = without_retrieval(read_tensors(path, dtype))
-    model = assign_weights(model, tensors, path, device, dtype)
+    tensors = without_retrieval(map_tensors(path))
+    model = assign_weights(model, tensors, path, device, dtype, exact, in_memory=True)
     model.stages = config.get("stages")
     return model
 
@@ -1489,7 +1552,7 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     return {prefix + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def load_llm(folder, config, dtype=torch.float32):
+def load_llm(folder, config, dtype):
     """The tensors of the LLM in a folder of Llama, Mistral or LLaVA, by our names."""
     from transformers import LlamaForCausalLM, MistralForCausalLM
 
@@ -1501,7 +1564,7 @@ def load_llm(folder, config, dtype=torch.float32):
     return load_pretrained("llm.", model_class, folder, config, names, unused, dtype)
 
 
-def load_clip(folder, config, dtype=torch.float32):
+def load_clip(folder, config, dtype):
     """The tensors of the vision tower in a folder of CLIP or LLaVA, by our names."""
     from transformers import CLIPVisionModel
 
@@ -1512,7 +1575,7 @@ def load_clip(folder, config, dtype=torch.float32):
     return load_pretrained("vision.clip.", CLIPVisionModel, folder, config, names, unused, dtype)
 
 
-def load_vitpose(folder, config, dtype=torch.float32):
+def load_vitpose(folder, config, dtype):
     """The tensors of the backbone in a folder of VitPose, by our names."""
     from transformers import VitPoseBackbone
 
@@ -1521,11 +1584,13 @@ def load_vitpose(folder, config, dtype=torch.float32):
         "vision.pose_vit.", VitPoseBackbone, folder, config, names, r"head\.", dtype)
 
 
-def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
+def assign_weights(
+        model, tensors, where, device="cpu", dtype=torch.float32, exact=EXACT, in_memory=False):
     """Give `model`, built on the meta device, its weights {name: tensor}; returns it in eval mode.
 
-    Tensors that are mapped from files are read here, one by one. The pose tokenizer stays in
-    float32. Raises UserError where names or shapes do not fit, or a tensor holds NaN.
+    Tensors that are mapped from files are read here, one by one. dtype, exact: see `load`.
+    in_memory: none stays mapped, because others may overwrite the files while the model is in use.
+    Raises UserError where names or shapes do not fit, or a tensor holds NaN or infinity.
     """
     # between meta tensors this compares names and shapes and copies nothing
     load_strictly(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, where)
@@ -1533,11 +1598,11 @@ def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
     state = {}
     for name in tqdm(list(tensors), desc="weights", leave=False, delay=2):
         tensor = tensors.pop(name)  # a file that no tensor needs any more leaves memory
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} in {where} holds NaN or infinite numbers; get the file again")
-        if tensor.is_floating_point() and not name.startswith("pose_tokenizer."):
-            tensor = tensor.to(dtype)
-        state[name] = tensor.to(device)
+        require_finite(name, tensor, where)
+        to = tensor.dtype
+        if tensor.is_floating_point():
+            to = torch.float32 if re.match(exact, name) else dtype
+        state[name] = tensor.to(device, to, copy=in_memory)
     model.load_state_dict(state, assign=True)
 
     # constants that no file holds and that the meta device left empty
@@ -1674,12 +1739,12 @@ def added_token_names(vocab):
     return names
 
 
-def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
+def load_official(cache, device="cpu", dtype=torch.float32, exact=EXACT, merge=True, **vit):
     """The folder `cache` of the official release -> UniPose in eval mode. Raises UserError.
 
-    merge: fold LoRA into the weights, or keep it to train on. vit: see `official_config`. Official
-    codes stand for poses in AMASS's frame, z up; the pose tokenizer turns ours, y up, on their way
-    in and out.
+    dtype, exact: see `load`. merge: fold LoRA into the weights, or keep it to train on. vit: see
+    `official_config`. Official codes stand for poses in AMASS's frame, z up; the pose tokenizer
+    turns ours, y up, on their way in and out.
     """
     config = official_config(cache, **vit)
     text = load_text_tokenizer(official_path(cache, "unipose"))
@@ -1710,7 +1775,7 @@ def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
     for name in model.state_dict():  # a LoRALinear keeps W as `base`
         if ".base." in name:
             tensors[name] = tensors.pop(name.replace(".base.", "."))
-    assign_weights(model, tensors, cache, device, dtype)
+    assign_weights(model, tensors, cache, device, dtype, exact)
 
     if merge:
         merge_lora(model.llm.model.layers)
@@ -1725,12 +1790,12 @@ def extend_vocabulary(table, vocab):
     return torch.cat([text, mean.expand(vocab.size - len(text), -1)])
 
 
-def base_model(config, llm, clip, pose_vit):
-    """The model of `config` with downloaded backbones, in float32; the rest is untrained (§3.3).
+def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
+    """The model of `config` with downloaded backbones; the rest is untrained (paper §3.3).
 
     llm: a folder of Llama, Mistral or LLaVA; clip: a folder of CLIP, or "" for LLaVA's own;
     pose_vit: a checkpoint of HMR2 or TokenHMR, or a folder of VitPose. Their sizes replace those of
-    `config`. Raises UserError.
+    `config`. dtype: of the weights; the pose tokenizer is float32 in any case. Raises UserError.
     """
     from transformers import CLIPVisionConfig
 
@@ -1739,17 +1804,17 @@ def base_model(config, llm, clip, pose_vit):
     pose_vit = pathlib.Path(pose_vit)
 
     llm_config = read_llm_config(llm)
-    tensors = load_llm(llm, llm_config)
+    tensors = load_llm(llm, llm_config, dtype)
     if "mm_vision_tower" in read_json(clip / "config.json"):
         clip_config = CLIPVisionConfig(**config["clip"])  # LLaVA's authors save it undescribed
     else:
         clip_config = read_clip_config(clip)
-    tensors |= load_clip(clip, clip_config)
+    tensors |= load_clip(clip, clip_config, dtype)
 
     if pose_vit.is_dir():
         vit_config = read_backbone_config(pose_vit, "backbone_config", ["vitpose_backbone"])
         vit = pick_settings(vit_config)
-        tensors |= load_vitpose(pose_vit, vit_config)
+        tensors |= load_vitpose(pose_vit, vit_config, dtype)
     else:
         vit = infer_vit_settings(pose_vit)
         tensors |= rename_keys(pose_vit, VIT_NAMES)
@@ -1766,7 +1831,7 @@ def base_model(config, llm, clip, pose_vit):
         config["projector"], model.vision.width, model.llm.config.hidden_size)
     for prefix, untrained in {"pose_tokenizer.": pose_tokenizer, "projector.": projector}.items():
         tensors |= {prefix + name: value for name, value in untrained.state_dict().items()}
-    return assign_weights(model, tensors, where)
+    return assign_weights(model, tensors, where, dtype=dtype)
 
 
 def write_llm(model, folder):
@@ -1818,39 +1883,52 @@ def parameter_table(model):
 
 
 def memory_table(model, tokens=1024):
-    """Memory in bfloat16: rows (stage, trained parameters, GB of the model, GB more per sequence).
+    """Memory on a GPU: rows (stage, trained parameters, GB of the model, GB more per sequence).
 
-    A frozen parameter takes 2 bytes, or 4 in the pose tokenizer, which stays in float32. A trained
-    one takes 16: itself, its gradient and the two moments of AdamW, all float32. A sequence of
-    `tokens` tokens takes its keys and values in an answer; in training with --checkpointing, the
-    input of every layer and the activations inside of one.
+    A frozen parameter takes the bytes of `default_dtype`, one of the pose tokenizer 4. A trained
+    one takes 16: itself, its gradient and the two moments of AdamW, all float32. Adapters count
+    from the first stage that trains them.
+
+    A sequence of `tokens` tokens takes its keys and values in an answer; in training with
+    --checkpointing its mask, the input of every layer, and what one layer holds at most while it
+    is computed again: by measurement about 11 numbers for each channel, 6 for each inside the MLP.
     """
+    config = model.config
+    dtype = default_dtype(config["size"], "cuda")
     llm = model.llm.config
-    head_dim = llm.hidden_size // llm.num_attention_heads
+    head_dim = config["llm"].get("head_dim", llm.hidden_size // llm.num_attention_heads)
     keys_and_values = 2 * llm.num_hidden_layers * llm.num_key_value_heads * head_dim
-    activations = (llm.num_hidden_layers + 8) * llm.hidden_size + 4 * llm.intermediate_size
-    numbers_per_token = {
-        "answer": keys_and_values,
+    activations = (llm.num_hidden_layers + 11) * llm.hidden_size + 6 * llm.intermediate_size
+    numbers = {
         "tokenizer": 0,  # it runs without the LLM
-        "align": activations,
-        "project": activations,
-        "instruct": activations,
+        "align": activations * tokens + tokens ** 2,
+        "project": activations * tokens + tokens ** 2,
+        "instruct": activations * tokens + tokens ** 2,
+        "answer": keys_and_values * tokens,
     }
 
     rows = []
-    for stage, numbers in numbers_per_token.items():
+    has_adapters = False
+    for stage, n_numbers in numbers.items():
+        pattern = r"$"  # an answer trains nothing
+        if stage in TRAINABLE:
+            pattern = trainable(stage, config["size"], config["lora_r"])
+            has_adapters = has_adapters or adapts_llm(stage, config["size"])
+
         trained = 0
         n_bytes = 0
         for name, parameter in model.named_parameters():
             n = parameter.numel()
-            if stage in TRAINABLE and re.match(TRAINABLE[stage], name):
+            if name.endswith((".A", ".B")) and not has_adapters:
+                continue
+            if re.match(pattern, name):
                 trained += n
                 n_bytes += 16 * n
-            elif name.startswith("pose_tokenizer."):
+            elif re.match(EXACT, name):
                 n_bytes += 4 * n
             else:
-                n_bytes += 2 * n
-        rows.append((stage, trained, n_bytes / 1e9, 2 * numbers * tokens / 1e9))
+                n_bytes += dtype.itemsize * n
+        rows.append((stage, trained, n_bytes / 1e9, dtype.itemsize * n_numbers / 1e9))
     return rows
 
 
@@ -1925,7 +2003,8 @@ def print_parameters(model):
 
 def print_memory(model):
     """Prints what an answer and each stage of training take in memory."""
-    print(f"\n{'bfloat16':<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
+    dtype = str(default_dtype(model.config["size"], "cuda")).removeprefix("torch.")
+    print(f"\n{dtype:<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
     for stage, trained, gigabytes, per_row in memory_table(model):
         print(f"{stage:<16}{trained:>16,}{gigabytes:>16.2f}{per_row:>16.2f}")
 
