@@ -1,21 +1,21 @@
 """Ask UniPose: texts, pictures or poses in, a text or a pose out.
 
-A text is decoded token by token. A pose takes ONE step: as soon as a row says <p>, that mark, the
-N queries and </p> go through the model together, and query i names code i (paper, section 3.3):
+A text is decoded token by token. A pose takes ONE step: <p>, N queries and </p> go through the
+model together, and query i names code i (paper, section 3.3). Where a pose is wanted they follow
+the prompt at once; a model that decides for itself reads them as soon as it says <p>:
 
-    a pose    step 1   prompt ....................  -> "<p>"
-              step 2   <p> q q q q ... q </p>       -> N codes at once, then "</s>"
+    a pose    step 1   prompt .....  <p> q q q q ... q </p>   -> N codes at once, then "</s>"
 
-    a text    step 1   prompt ....................  -> "the"
-              step 2   the                          -> "left"
-              step 3   left                         -> "knee"   ...
+    a text    step 1   prompt .....                           -> "the"
+              step 2   the                                    -> "left"
+              step 3   left                                   -> "knee"   ...
 
 The rows of a batch may differ in task, in length and in what they answer. Prompts are padded on the
 left, and a row that reads fewer tokens in a step than others gets masked columns: batching never
 changes an answer.
 
 Letters: B rows, T tokens of the longest prompt, q columns read in one step, N pose tokens, K codes,
-P image patches, D LLM width.
+D LLM width.
 
     python sample.py                          # the tour: seven tasks on test examples, one picture
     python sample.py --text "The left knee is bent. Both hands are above the head."
@@ -30,8 +30,7 @@ P image patches, D LLM width.
     >>> answer.pose.shape                     # rotations; answer.codes: its N code words
     torch.Size([22, 3, 3])
 
-Left out: conversations of several turns, streaming, top-k and beam search, and one prefill for
-several answers to the same prompt.
+Left out: conversations of several turns, streaming, top-k and beam search.
 """
 import base64
 import difflib
@@ -66,8 +65,8 @@ from tokenizer import (
     validate_folder, validate_writable,
 )
 from unipose import (
-    collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config, require_stages,
-    set_threads,
+    Row, collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config,
+    require_stages, set_threads,
 )
 
 
@@ -88,13 +87,14 @@ class Answer:
         return self.text if self.pose is None else self.pose
 
 
-class State(enum.Enum):
-    """What comes next in a row."""
+class State(enum.IntEnum):
+    """What comes next in a row; the number is a row of `Engine.allowed_tokens`."""
 
-    OPEN = "text, or the <p> of a pose"
-    IN_POSE = "the codes of a pose, then its </p>"
-    TEXT_ONLY = "text: the row holds its pose already, or no pose is wanted"
-    DONE = "nothing: the row said </s> or reached the length limit"
+    OPEN = 0        # text, or the <p> of a pose
+    IN_POSE = 1     # the codes of a pose
+    POSE_FULL = 2   # its </p>
+    TEXT_ONLY = 3   # text: the row holds its pose already, or no pose is wanted
+    DONE = 4        # nothing: the row said </s> or reached the length limit
 
 
 @dataclass
@@ -102,46 +102,114 @@ class RowState:
     """One row of a batch while it is answered."""
 
     state: State
-    forced: list                    # ids that the answer has to start with
     ids: list = field(default_factory=list)
     codes: list = field(default_factory=list)
-    pose: torch.Tensor | None = None
+    probs: torch.Tensor | None = None   # (N,K) under the queries, for soft decoding
 
 
 # ---- 2. Decoding ---------------------------------------------------------------------------------
-class CachedModel:
-    """The model with the KV cache of all rows.
+class KVCache:
+    """Keys and values of all layers, as the attention of transformers asks for them.
 
-    valid (B,past): which columns of the cache hold a token of the row.
+    Their buffers grow by half when they are full; torch.cat would copy all of them at every step.
     """
 
-    def __init__(self, model, n_rows):
-        from transformers import DynamicCache
+    def __init__(self, n_layers):
+        self.keys = [None] * n_layers
+        self.values = [None] * n_layers
+        self.length = 0         # filled columns of the buffers
 
+    def get_seq_length(self):
+        return self.length
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """New keys and values (P,heads,q,d) of a layer -> all of them so far (P,heads,past+q,d)."""
+        self.keys[layer] = self.append(self.keys[layer], keys)
+        self.values[layer] = self.append(self.values[layer], values)
+
+        end = self.length + keys.size(2)
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def append(self, buffer, new):
+        """Writes new columns behind the filled ones -> the buffer, or a larger one."""
+        if buffer is None:
+            return new
+
+        n_rows, n_heads, n_new, width = new.shape
+        end = self.length + n_new
+        if end > buffer.size(2):
+            larger = new.new_empty(n_rows, n_heads, end + end // 2, width)
+            larger[:, :, :self.length] = buffer[:, :, :self.length]
+            buffer = larger
+        buffer[:, :, self.length:end] = new
+        return buffer
+
+
+class CachedModel:
+    """The model with the KV cache of P prompts, each of which has n answers: B = P n.
+
+    The answers to one prompt are branches of one row of the cache. So the prompt is read and kept
+    once, and the mask hides the branches from each other.
+
+    valid (P,past): which columns of the cache hold a token.
+    branch (past,): the branch that a column belongs to, -1 where all of them see it.
+    branches (n,): those that are read now.
+    n_read (B,1): how many tokens a branch has read, the prompt among them.
+    """
+
+    def __init__(self, model, n_prompts):
+        device = model.device
         self.model = model
-        self.cache = DynamicCache(config=model.llm.config)
-        self.valid = torch.zeros(n_rows, 0, dtype=torch.bool, device=model.device)
+        self.cache = KVCache(len(model.llm.model.layers))
+        self.valid = torch.zeros(n_prompts, 0, dtype=torch.bool, device=device)
+        self.branch = torch.zeros(0, dtype=torch.long, device=device)
+        self.branches = torch.tensor([-1], device=device)
+        self.n_read = torch.zeros(n_prompts, 1, dtype=torch.long, device=device)
 
-    def read_ids(self, ids, block, code_index, valid, images=None):
-        """Reads the next q columns: ids, block, code_index, valid (B,q) -> hidden states (B,q,D).
+    def fork(self, n):
+        """Lets every prompt go on in n branches."""
+        self.branches = torch.arange(n, device=self.model.device)
+        self.n_read = self.n_read.repeat_interleave(n, 0)
 
-        images: features (n,P,Dv) of the pictures among the ids. A column that is not valid in a row
-        stays in the cache, but the row never looks at it and its positions do not count it.
+    def read(self, batch):
+        """Reads the next q columns of every branch, a batch of `collate` -> hidden states (B,q,D).
+
+        A column that is not valid in a branch stays in the cache, but the branch never looks at it
+        and its positions do not count it.
         """
         device = self.model.device
-        valid = valid.to(device)
+        ids = batch["ids"].to(device)                                           # (B,q)
+        code_index = batch["code_index"].to(device)                             # (B,q)
+        valid = batch["valid"].to(device)                                       # (B,q)
+        x = self.model.embed(ids, code_index, batch["images"])                  # (B,q,D)
+        positions = (self.n_read + valid.cumsum(1) - 1).clamp(min=0)            # (B,q)
+        self.n_read = positions[:, -1:] + 1
 
-        x = self.model.embed(ids.to(device), code_index.to(device), images)     # (B,q,D)
-        n_read = self.valid.sum(1, keepdim=True)                                # (B,1)
-        positions = (n_read + valid.cumsum(1) - 1).clamp(min=0)                 # (B,q)
+        # the branches of a prompt stand side by side in one row
+        n_prompts, past = self.valid.shape
+        n_rows, q, width = x.shape
+        x = x.view(n_prompts, -1, width)                                        # (P,nq,D)
+        positions = positions.view(n_prompts, -1)                               # (P,nq)
+        block = batch["block"].to(device).view(n_prompts, -1)                   # (P,nq)
+        valid = valid.view(n_prompts, -1)                                       # (P,nq)
+        branch = self.branches.repeat_interleave(q)                             # (nq,)
+        self.valid = torch.cat([self.valid, valid], 1)                          # (P,past+nq)
+        self.branch = torch.cat([self.branch, branch])                          # (past+nq,)
 
-        past = float_mask(self.valid)[:, None, None]                            # (B,1,1,past)
-        past = past.expand(-1, 1, x.size(1), -1)                                # (B,1,q,past)
-        new = mixed_mask(block.to(device), valid)                               # (B,1,q,q)
-        mask = torch.cat([past, new], -1)                                       # (B,1,q,past+q)
+        visible = (self.branch == branch[:, None]) | (self.branch < 0)          # (nq,past+nq)
+        mask = float_mask(self.valid[:, None, None] & visible)                  # (P,1,nq,past+nq)
+        if q > 1:
+            new = mixed_mask(block, valid)                                      # (P,1,nq,nq)
+            mask[..., past:] = new.masked_fill(~visible[:, past:], torch.finfo(new.dtype).min)
 
-        self.valid = torch.cat([self.valid, valid], 1)                          # (B,past+q)
-        return self.model.hidden(x, mask, positions, self.cache)                # (B,q,D)
+        states = self.model.hidden(x, mask, positions, self.cache)              # (P,nq,D)
+        self.cache.length += len(branch)
+        return states.view(n_rows, q, -1)                                       # (B,q,D)
+
+    def unread(self, row, n):
+        """Hides the last n columns from a row, right after they have been read."""
+        self.valid[row // len(self.branches), -n:] = False
+        self.n_read[row] -= n
 
 
 GREEDY_BELOW = 1e-4     # a draw at a lower temperature is the largest, or overflows
@@ -159,7 +227,9 @@ def sample_token(logits, temperature=0.0, generator=None):
         return logits.argmax(-1)
 
     probs = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    cdf = probs.cumsum(-1)
+    u = torch.rand(cdf[..., :1].shape, generator=generator, device=cdf.device)
+    return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).squeeze(-1)
 
 
 DECODINGS = ("argmax", "soft", "ar")
@@ -196,42 +266,50 @@ class Engine:
         self.n_tokens = model.pose_tokenizer.n_tokens
         self.code_by_code = decode == "ar" or model.config["attn"] == "causal"
         assert not (self.code_by_code and decode == "soft"), "soft decoding needs queries"
+        self.allowed = self.allowed_tokens()
 
-    @torch.no_grad()
-    def generate(self, prompts, wants):
+        # what nearly every answer says behind its pose, see `accept_suffix`
+        is_greedy = temperature < GREEDY_BELOW
+        self.suffix = model.answer_suffix if is_greedy and not self.code_by_code else []
+
+    def generate(self, prompts, wants, n):
         """Prompts, and what each wants -> list of Answer; see the function `generate`."""
-        rows = [self.new_row(want) for want in wants]
-        cached = CachedModel(self.model, len(rows))
+        return self.finish(self.answer(prompts, wants, n))
 
-        # 1) prefill: all prompts in one step; padded on the left, their last tokens share a column
-        sequences = [self.model.encode(self.square_pictures(prompt)) for prompt in prompts]
-        batch = collate(sequences, side="left")
-        states = cached.read_ids(batch["ids"], batch["block"], batch["code_index"],
-                                 batch["valid"], batch["images"])               # (B,T,D)
-        hidden = states[:, -1]                                                  # (B,D)
+    @torch.inference_mode()
+    def answer(self, prompts, wants, n):
+        """Prompts, and what each wants -> list of RowState, n for each prompt."""
+        # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,
+        #    their last tokens share a column
+        prompts = [self.square_pictures(prompt) for prompt in prompts]
+        sequences = [self.model.encode(prompt) for prompt in prompts]   # TODO: encode_all(prompts)
+        for sequence, want in zip(sequences, wants):
+            if want == "pose":
+                self.open_answer(sequence)
+        cached = CachedModel(self.model, len(prompts))
+        states = cached.read(collate(sequences, side="left"))                   # (P,T,D)
 
-        for _ in range(self.max_tokens):
-            # 2) every unfinished row samples its next token
-            logits = self.model.llm.lm_head(hidden)                             # (B,vocabulary)
-            for row, row_logits in zip(rows, logits):
-                if row.state is not State.DONE:
-                    self.sample_next(row, row_logits)
+        # 2) from here on a prompt has n answers, each a row
+        rows = [self.new_row(want) for want in wants for _ in range(n)]
+        if n > 1:
+            cached.fork(n)
+            states = states.repeat_interleave(n, 0)                             # (B,T,D)
+
+        # 3) query i names code i
+        end = states.size(1) - len(self.suffix)
+        self.decode_queries(rows, states[:, :end])
+        hidden = self.accept_suffix(rows, states, cached)                       # (B,D)
+
+        while True:
+            # 4) every unfinished row samples its next token
+            tokens = self.sample_next(rows, hidden)                             # (B,)
             if all(row.state is State.DONE for row in rows):
-                break
+                return rows
 
-            # 3) rows that said <p> read it with N queries and </p>, the others read one token
-            ids, block, code_index, valid = self.next_columns(rows)             # (B,q) each
-            states = cached.read_ids(ids, block, code_index, valid)             # (B,q,D)
-
-            # 4) query i names code i
-            for row, row_states in zip(rows, states):
-                if self.reads_queries(row):
-                    self.decode_queries(row, row_states[1:-1])                  # (N,D)
-
-            last = (valid.sum(1) - 1).clamp(min=0)                              # (B,)
-            hidden = states[torch.arange(len(rows)), last]                      # (B,D)
-
-        return [self.finish_row(row) for row in rows]
+            # 5) rows that said <p> read it with N queries and </p>, the others read one token
+            states = cached.read(self.next_batch(rows, tokens))                 # (B,q,D)
+            self.decode_queries(rows, states)
+            hidden = states[:, -1]                                              # (B,D)
 
     def square_pictures(self, prompt):
         """The segments of a prompt, its pictures padded to squares: the model sees squares only.
@@ -250,35 +328,82 @@ class Engine:
             segments.append((kind, value, is_target))
         return segments
 
+    def allowed_tokens(self):
+        """Which tokens may come next in a row -> bool (states,vocabulary)."""
+        vocab = self.vocab
+        allowed = torch.zeros(len(State), vocab.size, dtype=torch.bool)
+        for state in (State.OPEN, State.TEXT_ONLY, State.DONE):
+            allowed[state, :vocab.n_text] = True        # of a row that is done, it is not heard
+        allowed[State.OPEN, vocab.p_open] = True
+        allowed[State.IN_POSE, vocab.pose0:vocab.p_open] = True
+        allowed[State.POSE_FULL, vocab.p_close] = True
+        return allowed.to(self.model.device)
+
     def new_row(self, want):
         """A row before its first token. want: "pose", "text", or None for either."""
         if want == "text":
-            return RowState(State.TEXT_ONLY, forced=[])
+            return RowState(State.TEXT_ONLY)
         if want == "pose":
-            return RowState(State.OPEN, forced=[*self.model.answer_prefix, self.vocab.p_open])
-        return RowState(State.OPEN, forced=[])
+            return RowState(State.IN_POSE, [*self.model.answer_prefix, self.vocab.p_open])
+        return RowState(State.OPEN)
 
-    def sample_next(self, row, logits):
-        """Samples the next token of a row among those allowed. logits (vocabulary,)."""
-        logits = logits.masked_fill(~self.allowed_tokens(row), -torch.inf)
-        token = sample_token(logits, self.temperature, self.generator)
-        self.append_token(row, int(token))
+    def open_answer(self, sequence):
+        """Adds a pose to a prompt that wants one, with all that stands around it in an answer."""
+        for token in self.model.answer_prefix:
+            sequence.add(token)
+        self.open_pose(sequence)
+        for token in self.suffix:
+            sequence.add(token)
 
-    def allowed_tokens(self, row):
-        """Which tokens may come next in a row -> bool (vocabulary,)."""
+    def open_pose(self, sequence):
+        """Adds <p> to a sequence and, if the model has queries, N of them and </p>."""
         vocab = self.vocab
-        allowed = torch.zeros(vocab.size, dtype=torch.bool, device=self.model.device)
+        sequence.add(vocab.p_open)
+        if self.code_by_code:
+            return
 
-        if row.state is State.IN_POSE and len(row.codes) < self.n_tokens:
-            allowed[vocab.pose0:vocab.p_open] = True
-        elif row.state is State.IN_POSE:
-            allowed[vocab.p_close] = True
-        elif len(row.ids) < len(row.forced):
-            allowed[row.forced[len(row.ids)]] = True
+        block = 1 + max(sequence.block)         # the queries see each other in both directions
+        for query in range(vocab.query0, vocab.query0 + self.n_tokens):
+            sequence.add(query, block=block)
+        sequence.add(vocab.p_close)
+
+    def next_batch(self, rows, tokens):
+        """What the rows read next, as `collate` gives it. tokens (B,): what they have just said."""
+        if any(row.state is State.IN_POSE for row in rows) and not self.code_by_code:
+            return collate([self.next_sequence(row) for row in rows], side="left")
+
+        vocab = self.vocab
+        n_codes = torch.tensor([len(row.codes) for row in rows], device=tokens.device)
+        is_code = (tokens >= vocab.pose0) & (tokens < vocab.p_open)             # (B,)
+        code_index = torch.where(is_code, n_codes - 1, -1)
+        return {
+            "ids": tokens[:, None],                                             # (B,1)
+            "block": torch.full_like(tokens, -1)[:, None],
+            "code_index": code_index[:, None],
+            "valid": torch.ones_like(is_code)[:, None],
+            "images": None,
+        }
+
+    def next_sequence(self, row):
+        """What a row reads next: its last token, and behind a <p> the queries of the pose."""
+        sequence = Row()
+        if row.state is State.IN_POSE:
+            self.open_pose(sequence)
         else:
-            allowed[:vocab.n_text] = True
-            allowed[vocab.p_open] = row.state is State.OPEN
-        return allowed
+            sequence.add(row.ids[-1])
+        return sequence
+
+    def sample_next(self, rows, hidden):
+        """Samples the next token of every row among those allowed: hidden (B,D) -> tokens (B,)."""
+        logits = self.model.llm.lm_head(hidden)                                 # (B,vocabulary)
+        allowed = self.allowed[[row.state for row in rows]]                     # (B,vocabulary)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        tokens = sample_token(logits, self.temperature, self.generator)         # (B,)
+
+        for row, token in zip(rows, tokens.tolist()):
+            if row.state is not State.DONE:
+                self.append_token(row, token)
+        return tokens
 
     def append_token(self, row, token):
         """Adds a token to a row and moves its state on."""
@@ -291,85 +416,102 @@ class Engine:
             row.state = State.TEXT_ONLY
         elif vocab.pose0 <= token < vocab.p_open:
             row.codes.append(token - vocab.pose0)
+            if len(row.codes) == self.n_tokens:
+                row.state = State.POSE_FULL
 
         if token == self.eos or len(row.ids) >= self.max_tokens:
             row.state = State.DONE
 
-    def reads_queries(self, row):
-        """Whether a row has just said <p> and now gets all codes of its pose in one step."""
-        return row.state is State.IN_POSE and not self.code_by_code
+    def decode_queries(self, rows, states):
+        """Samples all codes of every pose whose queries and </p> were read last. states (B,q,D)."""
+        opened = [i for i, row in enumerate(rows) if row.state is State.IN_POSE]
+        if self.code_by_code or not opened:
+            return
 
-    def next_columns(self, rows):
-        """What the rows read next -> ids, block, code_index, valid, (B,q) each, on the CPU.
-
-        q is 1, or N+2 if any row reads queries. Whatever a row does not fill stays masked.
-        """
         vocab = self.vocab
-        any_queries = any(self.reads_queries(row) for row in rows)
-        shape = (len(rows), self.n_tokens + 2 if any_queries else 1)
-        ids = torch.zeros(shape, dtype=torch.long)
-        block = torch.full(shape, -1)
-        code_index = torch.full(shape, -1)
-        valid = torch.zeros(shape, dtype=torch.bool)
+        queries = states[opened, -1 - self.n_tokens:-1]                         # (R,N,D)
+        code_head = self.model.llm.lm_head.weight[vocab.pose0:vocab.p_open]     # (K,D)
+        logits = queries @ code_head.T                                          # (R,N,K)
+        codes = sample_token(logits, self.temperature, self.generator)          # (R,N)
+
+        for k, row_codes in enumerate(codes.tolist()):
+            row = rows[opened[k]]
+            if self.decode == "soft":
+                row.probs = logits[k].softmax(-1)                               # (N,K)
+            for code in row_codes:
+                self.append_token(row, vocab.pose0 + code)
+            self.append_token(row, vocab.p_close)
+
+    def accept_suffix(self, rows, states, cached):
+        """Rows say the suffix that they have read behind their pose, if it is what they would say.
+
+        This saves a step for each of its tokens; where the guess was wrong, it counts as not read.
+        states (B,T,D) -> hidden (B,D), with which the rows go on.
+        """
+        hidden = states[:, -1].clone()                                          # (B,D)
+        n = len(self.suffix)
+        said = self.model.llm.lm_head(states[:, -1 - n:-1])                     # (B,n,vocabulary)
+        said = said[..., :self.vocab.n_text].argmax(-1).tolist()
 
         for i, row in enumerate(rows):
-            if row.state is State.DONE:
+            if row.state is not State.TEXT_ONLY or not row.codes:
                 continue
-            ids[i, 0] = row.ids[-1]
-            valid[i, 0] = True
+            if said[i] == self.suffix:
+                room = self.max_tokens - len(row.ids)
+                for token in self.suffix[:room]:
+                    self.append_token(row, token)
+            else:
+                cached.unread(i, n)
+                hidden[i] = states[i, -1 - n]
+        return hidden
 
-            if self.reads_queries(row):
-                ids[i, 1:-1] = torch.arange(vocab.query0, vocab.query0 + self.n_tokens)
-                ids[i, -1] = vocab.p_close
-                block[i, 1:-1] = 0          # the queries see each other in both directions
-                valid[i] = True
-            elif row.state is State.IN_POSE:
-                code_index[i, 0] = len(row.codes) - 1   # of the last code; -1 is right for <p>
-        return ids, block, code_index, valid
+    def finish(self, rows):
+        """Rows -> their Answers: codes become rotations, ids become text."""
+        poses = self.decode_poses([row for row in rows if len(row.codes) == self.n_tokens])
+        answers = []
+        for row in rows:
+            text_ids = [i for i in row.ids if i < self.vocab.n_text and i != self.eos]
+            answers.append(Answer(
+                text=self.model.decode_text(text_ids),
+                pose=poses.pop(0) if len(row.codes) == self.n_tokens else None,
+                codes=row.codes,
+                ids=row.ids,
+                finished=row.ids[-1] == self.eos,
+            ))
+        return answers
 
-    def decode_queries(self, row, states):
-        """Samples all codes of a pose at once, from the hidden states (N,D) of its queries."""
-        vocab = self.vocab
-        code_head = self.model.llm.lm_head.weight[vocab.pose0:vocab.p_open]     # (K,D)
-        logits = states @ code_head.T                                           # (N,K)
-
-        for code in sample_token(logits, self.temperature, self.generator).tolist():
-            self.append_token(row, vocab.pose0 + code)
-        self.append_token(row, vocab.p_close)
-
+    def decode_poses(self, rows):
+        """Rows with all their codes -> list of poses (22,3,3)."""
+        if not rows:
+            return []
         if self.decode == "soft":
-            probs = logits.softmax(-1)                                          # (N,K)
-            pose = self.model.pose_tokenizer.decode_soft(probs[None])[0]        # (22,3,3)
-            row.pose = pose.cpu()
-
-    def finish_row(self, row):
-        """A row -> its Answer: codes become rotations, ids become text."""
-        if row.pose is None and len(row.codes) == self.n_tokens:
-            codes = torch.tensor([row.codes], device=self.model.device)         # (1,N)
-            row.pose = self.model.pose_tokenizer.decode(codes)[0].cpu()         # (22,3,3)
-
-        text_ids = [i for i in row.ids if i < self.vocab.n_text and i != self.eos]
-        return Answer(
-            text=self.model.decode_text(text_ids),
-            pose=row.pose,
-            codes=row.codes,
-            ids=row.ids,
-            finished=row.ids[-1] == self.eos,
-        )
+            probs = torch.stack([row.probs for row in rows])                    # (R,N,K)
+            poses = self.model.pose_tokenizer.decode_soft(probs)                # (R,22,3,3)
+        else:
+            codes = torch.tensor([row.codes for row in rows], device=self.model.device)  # (R,N)
+            poses = self.model.pose_tokenizer.decode(codes)                     # (R,22,3,3)
+        return list(poses.cpu())
 
 
 def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None,
-             max_new=0):
-    """Answers a batch of prompts -> list of Answer, each the same as if its prompt came alone.
+             max_new=0, n=1):
+    """Answers a batch of prompts -> list of Answer.
 
     prompts: segments without a target, see `question`. wants: for each prompt "pose", "text", or
-    None if the model may decide. decode, temperature, generator: see `Engine`. max_new: a row stops
-    after so many tokens at the latest; 0: 160, or 512 for a model of word pieces, as released.
+    None if the model may decide. decode, temperature: see `Engine`. max_new: a row stops after so
+    many tokens at the latest; 0: 160, or 512 for a model of word pieces, as released. n: how many
+    answers each prompt gets; they stand one behind the other in the list.
+
+    A greedy answer is the same as if its prompt came alone. Answers at a temperature depend on the
+    state of the generator, on all prompts of the batch and on n. Raises UserError if the model has
+    not been trained for such prompts.
     """
+    kinds = {kind for prompt in prompts for kind, _, _ in prompt}
+    require_stages(model.stages, with_images="image" in kinds)
     if not max_new:
         max_new = 160 if model.is_word_level else 512
     engine = Engine(model, decode, temperature, generator, max_new)
-    return engine.generate(prompts, wants or [None] * len(prompts))
+    return engine.generate(prompts, wants or [None] * len(prompts), n)
 
 
 # ---- 3. Questions --------------------------------------------------------------------------------

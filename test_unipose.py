@@ -6239,6 +6239,19 @@ def test_golden_official_answers_are_the_same_when_their_kind_is_known(official_
     assert [answer.ids for answer in answers] == [answer.ids for answer in golden_run.answers]
 
 
+@pytest.mark.parametrize("golden_run", golden_groups(["pose"]), indirect=True)
+def test_golden_official_poses_that_are_wanted_take_one_pass(
+        official_model, golden_run, monkeypatch):
+    """Prompt, pose and the full stop behind it are read at once, in a batch, too."""
+    widths = step_widths(official_model, monkeypatch)
+
+    answers = sample.generate(official_model, golden_run.prompts, golden_run.wants)
+
+    assert len(widths) == 1
+    assert [answer.ids for answer in answers] == [answer.ids for answer in golden_run.answers]
+    assert all(answer.finished for answer in answers)
+
+
 def test_golden_official_prompts_are_read_the_same(official_model, golden_run):
     """Ids, positions, embeddings and the logits of the first token."""
     gold = golden_run.batch
@@ -6251,7 +6264,8 @@ def test_golden_official_prompts_are_read_the_same(official_model, golden_run):
         assert official_ids(official_model, row) == ids[mask].tolist()
     assert torch.equal(positions[valid], gold["prefill_positions"][valid])
     close(x.sum(-1)[valid], gold["prefill_embeds_rowsum"][valid], 1e-4)
-    close(official_model.llm.lm_head(states[:, -1]), gold["prefill_logits_last"], 1e-4)
+    with torch.no_grad():
+        close(official_model.llm.lm_head(states[:, -1]), gold["prefill_logits_last"], 1e-4)
 
 
 @pytest.mark.parametrize("golden_run", golden_groups(["pose"]), indirect=True)
@@ -6266,7 +6280,8 @@ def test_golden_official_poses_are_answered_in_the_same_step(official_model, gol
     mask = mask[:, :, :allowed.size(2), :allowed.size(3)]
     assert torch.equal(mask == 0, allowed)
     assert torch.equal(positions[:, :-1], gold["pose_step_positions"])
-    close(official_model.llm.lm_head(states[:, 1:-1]), gold["pose_step_logits"], 1e-4)
+    with torch.no_grad():
+        close(official_model.llm.lm_head(states[:, 1:-1]), gold["pose_step_logits"], 1e-4)
 
 
 def golden_training_rows(model, tasks, gold):
@@ -7042,7 +7057,7 @@ def allowed_after(engine, want, tokens=()):
     row = engine.new_row(want)
     for token in tokens:
         engine.append_token(row, token)
-    return engine.allowed_tokens(row).nonzero().flatten().tolist()
+    return engine.allowed[row.state].nonzero().flatten().tolist()
 
 
 def step_widths(model, monkeypatch):
@@ -7130,14 +7145,60 @@ def test_every_row_gets_the_answer_it_gets_alone(decode, order):
             close(answer.pose, alone.pose, atol=1e-4)
 
 
-def test_a_pose_takes_one_step(monkeypatch):
-    """After the prompt, <p>, N queries and </p> go through the model together."""
-    model = nano()
-    widths = step_widths(model, monkeypatch)
+@pytest.fixture(scope="module")
+def tiny():
+    """The model that ships."""
+    return unipose.load(tokenizer.TINY)
 
-    answer_to(model, "text2pose", "pose", max_new=3)
 
-    assert widths[1:] == [model.pose_tokenizer.n_tokens + 2]
+@pytest.fixture(scope="module")
+def tiny_prompts(tiny):
+    """Two questions of each task to the model that ships: the prompts, and what they want."""
+    people = data.World("test", 4, tiny.vision.clip_size)
+    prompts = []
+    wants = []
+    for i in (0, 2):
+        for task, row in data.TASKS.items():
+            *inputs, _ = people.example(task, i, np.random.default_rng(i))
+            prompts.append(sample.question(task, inputs, tiny))
+            wants.append(row.target)
+    return prompts, wants
+
+
+def test_a_wanted_pose_is_the_one_that_the_model_gives_of_its_own_accord(tiny, tiny_prompts):
+    """In a batch of all tasks; there the wanted ones are read with their prompts."""
+    prompts, wants = tiny_prompts
+
+    wanted = sample.generate(tiny, prompts, wants)
+    free = sample.generate(tiny, prompts)
+
+    for want, one, other in zip(wants, wanted, free):
+        assert one.ids == other.ids
+        assert one.text == other.text
+        assert (one.pose is not None) == (want == "pose")
+
+
+def test_wanted_poses_take_one_pass_with_their_prompts(tiny, tiny_prompts, monkeypatch):
+    """The state of </p> tells what comes behind it, so that </s> needs no further pass."""
+    widths = step_widths(tiny, monkeypatch)
+    prompts = [prompt for prompt, want in zip(*tiny_prompts) if want == "pose"]
+
+    answers = sample.generate(tiny, prompts, ["pose"] * len(prompts))
+
+    assert len(widths) == 1
+    for answer in answers:
+        assert answer.finished
+        assert len(answer.ids) == tiny.pose_tokenizer.n_tokens + 3
+
+
+def test_a_model_that_opens_a_pose_itself_reads_it_in_one_step(tiny, tiny_prompts, monkeypatch):
+    """After the prompt <p>, N queries and </p> go through the model together."""
+    widths = step_widths(tiny, monkeypatch)
+    prompts, wants = tiny_prompts
+
+    sample.generate(tiny, [prompts[wants.index("pose")]])
+
+    assert widths[1:] == [tiny.pose_tokenizer.n_tokens + 2]
 
 
 def test_a_causal_model_takes_a_step_for_each_code(monkeypatch):
@@ -7147,7 +7208,50 @@ def test_a_causal_model_takes_a_step_for_each_code(monkeypatch):
 
     answer_to(model, "text2pose", "pose", max_new=n + 2)
 
-    assert widths[1:] == [1] * (n + 1)                  # <p> and the codes; </p> is the last token
+    assert widths[1:] == [1] * n                        # <p> is in the first, </p> ends it
+
+
+@pytest.mark.parametrize("guess", ["right", "half right", "wrong"])
+def test_a_guess_at_what_follows_a_pose_changes_no_answer(guess, monkeypatch):
+    """Neither of the row itself nor of its neighbours."""
+    tasks = ["edit", "pose2text", "text2pose"]
+    prompts = [PROMPTS[task] for task in tasks]
+    wants = [data.TASKS[task].target for task in tasks]
+    engine = nano_engine()
+    expected = engine.generate(prompts, wants, n=1)
+    behind = expected[0].ids[engine.n_tokens + 2:]
+    assert len(set(behind[:2])) == 2
+
+    engine.suffix = {
+        "right": behind[:2], "half right": [behind[0], behind[0]], "wrong": [behind[1], behind[0]],
+    }[guess]
+    answers = engine.generate(prompts, wants, n=1)
+
+    assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
+
+
+def test_a_right_guess_at_what_follows_a_pose_saves_its_steps(monkeypatch):
+    engine = nano_engine()
+    [expected] = engine.generate([PROMPTS["edit"]], ["pose"], n=1)
+    widths = step_widths(engine.model, monkeypatch)
+    engine.generate([PROMPTS["edit"]], ["pose"], n=1)
+    without = len(widths)
+
+    engine.suffix = expected.ids[engine.n_tokens + 2:][:5]
+    engine.generate([PROMPTS["edit"]], ["pose"], n=1)
+
+    assert len(widths) - without == without - 5
+
+
+def test_a_guess_does_not_lead_beyond_the_length_limit():
+    engine = nano_engine()
+    engine.max_tokens = engine.n_tokens + 4
+    [expected] = engine.generate([PROMPTS["edit"]], ["pose"], n=1)
+
+    engine.suffix = expected.ids[-2:] + [engine.eos]
+    [answer] = engine.generate([PROMPTS["edit"]], ["pose"], n=1)
+
+    assert answer.ids == expected.ids
 
 
 @pytest.mark.parametrize("attn", unipose.CHOICES["attn"])
@@ -7197,7 +7301,10 @@ def test_a_row_that_wants_a_text_never_opens_a_pose():
 def test_a_row_that_wants_a_pose_opens_it_at_once():
     engine = nano_engine()
 
-    assert allowed_after(engine, "pose") == [engine.vocab.p_open]
+    row = engine.new_row("pose")
+
+    assert row.ids == [engine.vocab.p_open]
+    assert row.state is sample.State.IN_POSE
 
 
 def test_a_free_row_may_open_one_pose_and_no_second():
@@ -7230,7 +7337,7 @@ def test_a_row_is_done_and_finished_at_the_end_mark():
     engine.append_token(row, engine.eos)
 
     assert row.state is sample.State.DONE
-    assert engine.finish_row(row).finished
+    assert engine.finish([row])[0].finished
 
 
 def test_a_row_is_done_and_unfinished_at_the_length_limit():
@@ -7242,18 +7349,131 @@ def test_a_row_is_done_and_unfinished_at_the_length_limit():
     assert answer.value == answer.text
 
 
-def test_sampling_repeats_with_its_seed_and_differs_between_rows():
+@pytest.mark.parametrize("want, max_new", [("pose", 2), ("text", 12), (None, 12)])
+def test_sampling_repeats_with_its_seed_and_differs_between_answers(want, max_new):
     model = nano(8)
 
-    def codes_of(seed):
+    def ids_of(seed):
         generator = torch.Generator().manual_seed(seed)
-        prompts = [PROMPTS["text2pose"]] * 3
-        answers = sample.generate(model, prompts, ["pose"] * 3, "argmax", 1.0, generator, max_new=2)
-        return [tuple(answer.codes) for answer in answers]
+        prompts = [PROMPTS["text2pose"], PROMPTS["edit"]]
+        answers = sample.generate(
+            model, prompts, [want] * 2, "argmax", 1.0, generator, max_new=max_new, n=3)
+        return [tuple(answer.ids) for answer in answers]
 
-    assert codes_of(seed=1) == codes_of(seed=1)
-    assert codes_of(seed=1) != codes_of(seed=2)
-    assert len(set(codes_of(seed=1))) == 3
+    assert ids_of(seed=1) == ids_of(seed=1)
+    assert ids_of(seed=1) != ids_of(seed=2)
+    assert len(set(ids_of(seed=1))) == 6
+
+
+@pytest.mark.parametrize("attn", ["mixed", "causal"])
+def test_each_of_n_answers_is_the_one_that_its_prompt_gets_once(attn):
+    """They stand together, prompt by prompt."""
+    model = nano(5, attn=attn)
+    prompts = [PROMPTS[task] for task in QUESTIONS]
+    wants = [data.TASKS[task].target for task in QUESTIONS]
+    wants[0] = None
+
+    once = sample.generate(model, prompts, wants, max_new=30)
+    thrice = sample.generate(model, prompts, wants, max_new=30, n=3)
+
+    assert [answer.ids for answer in thrice[::3]] == [answer.ids for answer in once]
+    assert [answer.ids for answer in thrice[1::3]] == [answer.ids for answer in once]
+    assert [answer.ids for answer in thrice[2::3]] == [answer.ids for answer in once]
+
+
+def test_a_prompt_with_several_answers_is_read_once(monkeypatch):
+    """After it a step reads one column for each of them."""
+    model = nano(4)
+    widths = step_widths(model, monkeypatch)
+
+    sample.generate(model, [PROMPTS["pose2text"]], ["text"], max_new=4, n=5)
+
+    assert widths == [len(model.encode(PROMPTS["pose2text"]).ids), 5, 5, 5]
+
+
+def columns(model, *tokens):
+    """A batch of one row for each list of tokens; "<p>" stands for a pose with its queries."""
+    engine = sample.Engine(model, "argmax", temperature=0, generator=None, max_tokens=60)
+    rows = []
+    for words in tokens:
+        row = unipose.Row()
+        for word in words:
+            if word == "<p>":
+                engine.open_pose(row)
+            else:
+                row.add(word)
+        rows.append(row)
+    return unipose.collate(rows, side="left")
+
+
+@torch.no_grad()
+def test_branches_of_a_prompt_do_not_see_each_other():
+    """Each reads on as if it had the prompt to itself, a pose or a word at a time."""
+    model = nano(4)
+    prompt = unipose.collate([model.encode(PROMPTS["edit"])])
+    steps = [([7], [8], [9]), ([5], ["<p>"], [6]), ([10], [11], ["<p>"]), ([3], [4], [5])]
+    together = sample.CachedModel(model, 1)
+    together.read(prompt)
+    together.fork(3)
+    alone = [sample.CachedModel(model, 1) for _ in range(3)]
+    for cached in alone:
+        cached.read(prompt)
+
+    for step in steps:
+        states = together.read(columns(model, *step))
+        for branch, tokens in enumerate(step):
+            expected = alone[branch].read(columns(model, tokens))
+            q = expected.size(1)
+            close(states[branch:branch + 1, -q:], expected)
+
+
+def test_a_cache_holds_all_columns_however_often_it_grows():
+    cache = sample.KVCache(2)
+    steps = [torch.randn(3, 2, width, 4) for width in (5, 1, 1, 1, 7, 1, 20, 1)]
+
+    for end, step in enumerate(steps, 1):
+        for layer in range(2):
+            keys, values = cache.update(step + layer, -step, layer)
+            assert torch.equal(keys, torch.cat(steps[:end], 2) + layer)
+            assert torch.equal(values, -torch.cat(steps[:end], 2))
+        cache.length += step.size(2)
+
+
+@pytest.mark.parametrize("decode", sample.DECODINGS)
+def test_the_pose_of_an_answer_can_be_used_in_training(decode):
+    pose = answer_to(nano(), "text2pose", "pose", decode).pose
+    scale = torch.ones(1, requires_grad=True)
+
+    (scale * pose).sum().backward()
+
+    assert scale.grad.isfinite()
+
+
+@pytest.mark.parametrize("stages, task", [
+    (["tokenizer"], "text2pose"),
+    (["tokenizer", "align"], "image2pose"),
+])
+def test_a_model_is_asked_in_python_only_what_it_was_trained_for(stages, task):
+    model = nano()
+    model.stages = stages
+
+    refused("the model cannot answer", sample.generate, model, [PROMPTS[task]], ["pose"])
+
+
+def test_decoding_needs_no_deprecated_name_of_transformers(recwarn):
+    answer_to(nano(), "pose2text", "text", max_new=3)
+
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+
+
+def test_a_token_that_is_not_allowed_is_never_drawn():
+    logits = torch.full((10_000, 5), -torch.inf)
+    logits[:, 1] = 0.0
+    logits[:, 3] = 2.0
+
+    draws = sample.sample_token(logits, 1.0, torch.Generator().manual_seed(0))
+
+    assert set(draws.tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize("temperature, odds", [

@@ -933,6 +933,11 @@ class UniPose(nn.Module):
         n_closing = len(self.text_ids(" [/INST]"))
         return self.text_ids(" [/INST] ")[n_closing:]
 
+    @property
+    def answer_suffix(self):
+        """The ids between a pose and `</s>` in the training of a model of word pieces: ` . `."""
+        return [] if self.is_word_level else self.text_ids(". ")
+
     def decode_text(self, ids):
         """Text ids -> text."""
         text = self.text_tokenizer.decode(ids)
@@ -970,8 +975,8 @@ class UniPose(nn.Module):
         x = x.to(self.llm.model.norm.weight.dtype)  # the layers may be bfloat16, see `cast_frozen`
         lowest = torch.finfo(x.dtype).min  # in half precision the lowest float32 would be -inf
         mask = mask.to(x.dtype).clamp(min=lowest)
-        output = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
-                                past_key_values=cache, use_cache=cache is not None)
+        # the cache goes by its place: its name depends on the version of transformers
+        output = self.llm.model(None, mask, positions, cache, x, use_cache=cache is not None)
         return output.last_hidden_state
 
     def forward(self, batch):
