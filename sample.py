@@ -276,13 +276,13 @@ class Engine:
         """Prompts, and what each wants -> list of Answer; see the function `generate`."""
         return self.finish(self.answer(prompts, wants, n))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(self, prompts, wants, n):
         """Prompts, and what each wants -> list of RowState, n for each prompt."""
         # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,
         #    their last tokens share a column
         prompts = [self.square_pictures(prompt) for prompt in prompts]
-        sequences = [self.model.encode(prompt) for prompt in prompts]   # TODO: encode_all(prompts)
+        sequences = self.model.encode_all(prompts)
         for sequence, want in zip(sequences, wants):
             if want == "pose":
                 self.open_answer(sequence)
