@@ -63,10 +63,10 @@ from tokenizer import (
     load_json, matrix_to_sixd, mirror, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHECKPOINT_FILES, CHOICES, EXACT, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES,
-    TRAINABLE, DualVision, UniPose, base_model, cast_frozen, collate, default_dtype, find_device,
-    load, make_projector, merge_lora, model_config, provenance, read_config, read_tensors, save,
-    set_threads, word_tokenizer,
+    CHECKPOINT_FILES, CHOICES, EXACT, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision, UniPose,
+    adapts_llm, base_model, cast_frozen, collate, default_dtype, find_device, load, make_projector,
+    merge_lora, model_config, provenance, read_config, read_tensors, save, set_threads, trainable,
+    word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -666,21 +666,6 @@ def lr_at(step, steps, peak):
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def adapts_llm(stage, size):
-    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
-    # a small LLM starts from random weights: it needs all of them to learn to speak
-    learns_to_speak = stage == "align" and size != "paper"
-    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
-
-
-def trainable(stage, size, lora_r=-1):
-    """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
-    pattern = TRAINABLE[stage]
-    if lora_r == 0 or not adapts_llm(stage, size):
-        pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
-    return pattern
 
 
 def prepare_lora(config, model):
