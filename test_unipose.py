@@ -7857,7 +7857,7 @@ def test_muon_moves_the_matrices_inside_the_layers_at_embedded_sizes():
 
     _, muon = train.make_optimisers(train.Config(size="nano"), parameters, 1e-3)
 
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, train.Muon)
     [matrix] = muon.param_groups[0]["params"]
     assert matrix is parameters["llm.model.layers.0.mlp.up_proj.weight"]
 
@@ -7867,6 +7867,28 @@ def test_the_papers_size_is_trained_by_adamw_alone():
 
     assert isinstance(adamw, torch.optim.AdamW)
     assert len(adamw.param_groups[0]["params"]) == 4
+
+
+def test_muon_moves_matrices_as_the_one_of_torch_does():
+    """Square, wide and tall ones, two of each, and one that has no gradient."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in 2 * [(8, 8), (8, 24), (24, 8)]]
+    start.append(torch.randn(8, 24))
+    ours = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    theirs = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    settings = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    optimisers = [train.Muon(ours, lr=0.1), torch.optim.Muon(theirs, **settings)]
+
+    for _ in range(3):
+        for one, other in zip(ours[:-1], theirs):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    for one, other, before in zip(ours, theirs, start):
+        moved = (other - before).norm()
+        assert (one - other).norm() <= 0.02 * moved  # both round to bfloat16
 
 
 # how a stage starts, and what it sees
@@ -8025,6 +8047,49 @@ def test_every_epoch_visits_every_person_once_in_a_new_order():
     assert sorted(first) == list(range(50))
     assert sorted(second) == list(range(50))
     assert first != second
+
+
+class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the floating numbers that are read from tensors one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_read = function is torch.ops.aten._local_scalar_dense.default
+        self.n += is_read and args[0].is_floating_point()
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_the_numbers_of_a_step_are_read_at_once(stage):
+    """On a GPU each reading waits: the gradient reads none, and the logs come in one copy."""
+    config = nano_config(stage=stage, people=32, photos=8, steps=1)
+    model = nano()
+    retrieval_model = evaluation.Retrieval(len(model.text_tokenizer), d=8)
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+    run = train.STAGE_RUNS[stage](model, retrieval_model, cache, config)
+    learning = train.freeze(config, run.modules)
+
+    with CountReads() as reads:
+        sums = train.compute_gradient(run, learning, 0, 4, config)
+
+    assert reads.n == 0
+    assert all(pair.shape == (2,) for pair in sums.values())
+
+
+def test_the_logs_of_a_step_are_means_and_the_norm_of_the_gradient():
+    sums = {
+        "loss": torch.tensor([6.0, 4]),
+        "pose_acc": torch.tensor([0, 0]),
+        "text_acc": torch.tensor([3, 4]),
+    }
+
+    logs = train.read_logs(sums, torch.tensor(0.5))
+
+    assert logs == {"loss": 1.5, "terms": 4, "text_acc": 0.75, "grad": 0.5}
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

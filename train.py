@@ -737,13 +737,16 @@ def split_batch(step, batch, config):
 
 
 def compute_gradient(run, learning, step, batch, config):
-    """Fills .grad with the gradient of the whole batch -> (logs averaged over it, its terms).
+    """Fills .grad with the gradient of the whole batch -> sums of the logs over it.
 
     Each part counts by its number of terms (labels, or samples) and the sum is divided once at the
     end, so that splitting a batch changes nothing. A log is a mean over the terms of a part, or a
     pair (sum, count).
+
+    sums: name -> tensor (2,), sum and count, on the device, because each number that is read from
+    a GPU waits until the GPU has caught up.
     """
-    sums = {}  # name -> array [sum, count]
+    sums = {}
     for rows in split_batch(step, batch, config):
         with bfloat16(config):
             loss, logs = run.loss(rows, step)
@@ -751,24 +754,26 @@ def compute_gradient(run, learning, step, batch, config):
         (loss * terms).backward()
 
         for name, value in {"loss": loss.detach(), **logs}.items():
-            pair = value if isinstance(value, tuple) else (value * terms, terms)
-            sums[name] = sums.get(name, 0) + np.array([float(number) for number in pair])
+            if isinstance(value, tuple):
+                pair = torch.stack(value)
+            else:
+                pair = terms * torch.stack([value, torch.ones_like(value)])
+            sums[name] = sums.get(name, 0) + pair
 
     if process_count() > 1 and not STAGES[config.stage].needs_full_batch:
-        all_reduce(sums, learning, config)
+        all_reduce(sums, learning)
     terms = sums["loss"][1]  # of the whole batch
     for parameter in learning.values():
         if parameter.grad is not None:
             parameter.grad /= terms
-    means = {name: float(total / count) for name, (total, count) in sums.items() if count}
-    return means, terms
+    return sums
 
 
-def all_reduce(sums, learning, config):
+def all_reduce(sums, learning):
     """Adds up the sums of the logs and the gradients of all processes, in place."""
-    numbers = torch.tensor(np.stack(list(sums.values())), device=config.device)
-    torch.distributed.all_reduce(numbers)
-    sums.update(zip(sums, numbers.cpu().numpy()))
+    pairs = torch.stack(list(sums.values()))
+    torch.distributed.all_reduce(pairs)
+    sums.update(zip(sums, pairs))
     for parameter in learning.values():
         if parameter.grad is None:  # a part without images gives the projector no gradient
             parameter.grad = torch.zeros_like(parameter)
@@ -804,11 +809,62 @@ def make_optimisers(config, learning, peak):
         else:
             others.append(parameter)
 
-    optimisers = [torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)]
-    if matrices:
-        optimisers.append(torch.optim.Muon(
-            matrices, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    return optimisers
+    adamw = torch.optim.AdamW(others, peak, betas=(0.9, 0.99), weight_decay=0.0)
+    return [adamw, Muon(matrices, peak)] if matrices else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024).
+
+    The numbers of torch.optim.Muon (no weight decay, steps scaled to those of AdamW) in half of the
+    time, because matrices of equal shape are one batch.
+    """
+
+    def __init__(self, matrices, lr):
+        groups = {}
+        for matrix in matrices:
+            group = groups.setdefault(matrix.shape, {"params": []})
+            group["params"].append(matrix)
+        super().__init__(groups.values(), {"lr": lr, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            if not matrices:  # nothing reads the last layer of CLIP
+                continue
+
+            updates = []
+            for matrix in matrices:
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"]
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                updates.append(matrix.grad.lerp(average, group["momentum"]))
+
+            # as large as a step of AdamW (Liu et al. 2025)
+            scale = 0.2 * max(matrix.shape) ** 0.5
+            updates = orthogonalise(torch.stack(updates))                    # (n,h,w)
+            for matrix, update in zip(matrices, updates):
+                matrix.add_(update, alpha=-scale * group["lr"])
+
+
+def orthogonalise(matrices):
+    """(n,h,w) -> (n,h,w) bfloat16: the same singular vectors, all singular values about 1.
+
+    Five steps of a Newton-Schulz iteration, with the coefficients of Jordan et al. 2024.
+    """
+    x = matrices.bfloat16()
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                      # (n,h,h)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)                     # (n,h,w)
+    return x.mT if is_tall else x
 
 
 def fit(run, config, out):
@@ -835,9 +891,10 @@ def fit(run, config, out):
 
         # 2) the gradient, clipped as in the official scripts. Only the backbones are not clipped:
         #    a common norm would make each of the two depend on the other's loss
-        logs, terms = compute_gradient(run, learning, step, batch, config)
+        sums = compute_gradient(run, learning, step, batch, config)
         max_norm = math.inf if config.stage == "backbones" else 1.0
         norm = torch.nn.utils.clip_grad_norm_(learning.values(), max_norm)
+        logs = read_logs(sums, norm)
         if not math.isfinite(logs["loss"]):
             raise UserError(
                 f"the loss of {config.stage} became {logs['loss']} at step {step}; "
@@ -849,7 +906,7 @@ def fit(run, config, out):
             optimiser.zero_grad(set_to_none=True)
 
         # 4) a line of the log, about a hundred in a stage
-        recent.append({**logs, "grad": float(norm), "terms": terms})
+        recent.append(logs)
         seconds = time.perf_counter() - began
         is_last = step + 1 == steps
         if (step + 1) % max(10, steps // 100) == 0 or is_last:
@@ -870,6 +927,23 @@ def fit(run, config, out):
 
 
 # ---- 6. The log ----------------------------------------------------------------------------------
+def read_logs(sums, norm):
+    """Sums of `compute_gradient`, norm of the gradient -> {name: number}, the logs of a step.
+
+    The only copy of a step from the device.
+    """
+    norm_pair = torch.stack([norm, torch.ones_like(norm)])
+    pairs = torch.stack([*sums.values(), norm_pair]).tolist()
+
+    logs = {}
+    for name, (total, count) in zip([*sums, "grad"], pairs):
+        if count:  # a batch without poses has no pose_acc
+            logs[name] = total / count
+        if name == "loss":
+            logs["terms"] = count
+    return logs
+
+
 def print_learning(run, learning, config):
     """Prints how many parameters of each part learn: a wrong freeze shows here."""
     if not is_first():
@@ -892,7 +966,7 @@ def mean_of_rows(rows):
     """Dicts of numbers -> {key: mean over the rows that have it}."""
     values = {}
     for row in rows:
-        for key, value in row.items():  # a batch without poses has no pose_acc
+        for key, value in row.items():
             values.setdefault(key, []).append(value)
     return {key: float(np.mean(numbers)) for key, numbers in values.items()}
 
