@@ -7870,17 +7870,16 @@ def test_the_papers_size_is_trained_by_adamw_alone():
 
 
 def test_muon_moves_matrices_as_the_one_of_torch_does():
-    """Square, wide and tall ones, two of each, and one that has no gradient."""
+    """Square, wide and tall ones, two of each."""
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in 2 * [(8, 8), (8, 24), (24, 8)]]
-    start.append(torch.randn(8, 24))
     ours = [torch.nn.Parameter(matrix.clone()) for matrix in start]
     theirs = [torch.nn.Parameter(matrix.clone()) for matrix in start]
     settings = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
     optimisers = [train.Muon(ours, lr=0.1), torch.optim.Muon(theirs, **settings)]
 
     for _ in range(3):
-        for one, other in zip(ours[:-1], theirs):
+        for one, other in zip(ours, theirs):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
         for optimiser in optimisers:
@@ -8029,6 +8028,107 @@ def test_what_a_record_holds_decides_its_tasks(keys, tasks):
     assert train.tasks_offered(record) == tasks
 
 
+# how rows are put into batches
+
+@pytest.fixture(scope="module")
+def instruct():
+    """The stage of instruct on 32 synthetic people: model, mixture of its examples, StageRun."""
+    model = nano(words=data.vocabulary())
+    config = nano_config(stage="instruct", people=32, photos=8, batch=8)
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+    run = train.language(model, None, cache, config)
+    mixture = data.Mixture(train.STAGES["instruct"].tasks, 0, world, cache, photos=8)
+    return model, mixture, run
+
+
+def batches_of(run, steps):
+    """The rows of some steps of 8 samples."""
+    return [run.rows(range(8 * step, 8 * step + 8)) for step in steps]
+
+
+def count_padding(batches):
+    """Which share of the columns is padding."""
+    n_columns = 0
+    n_tokens = 0
+    for rows in batches:
+        lengths = [len(row.ids) for row in rows]
+        n_columns += len(rows) * max(lengths)
+        n_tokens += sum(lengths)
+    return 1 - n_tokens / n_columns
+
+
+def test_a_megabatch_holds_the_samples_of_its_steps(instruct):
+    """Batches may swap samples within eight steps, but none is lost, or seen twice."""
+    model, mixture, run = instruct
+
+    batches = batches_of(run, range(8, 16))
+
+    expected = [model.encode(mixture[k][1]).ids for k in range(64, 128)]
+    assert sorted(row.ids for rows in batches for row in rows) == sorted(expected)
+
+
+def test_rows_of_a_batch_are_of_similar_length(instruct):
+    model, mixture, run = instruct
+    undealt = []
+    for step in range(16):
+        undealt.append([model.encode(mixture[8 * step + k][1]) for k in range(8)])
+
+    assert count_padding(batches_of(run, range(16))) < 0.3 * count_padding(undealt)
+
+
+def test_batches_of_short_and_long_rows_come_in_random_order(instruct):
+    _, _, run = instruct
+
+    orders = set()
+    for first in range(0, 64, 8):
+        batches = batches_of(run, range(first, first + 8))
+        lengths = [len(rows[-1].ids) for rows in batches]
+        orders.add(tuple(np.argsort(lengths)))
+
+    assert len(orders) == 8
+
+
+def test_the_rows_of_a_step_do_not_depend_on_the_steps_before(instruct):
+    _, _, run = instruct
+    [expected] = batches_of(run, [3])
+
+    [*_, rows] = batches_of(run, [20, 2, 3])
+
+    assert [row.ids for row in rows] == [row.ids for row in expected]
+
+
+def test_parts_of_a_batch_are_cut_by_length(instruct):
+    _, _, run = instruct
+    config = train.Config(stage="instruct", accumulate=4)
+
+    parts = train.split_batch(run, 0, 8, config)
+
+    lengths = [len(row.ids) for rows in parts for row in rows]
+    assert [len(rows) for rows in parts] == [2, 2, 2, 2]
+    assert lengths == sorted(lengths)
+
+
+def test_of_real_data_a_process_opens_its_own_share_only(instruct):
+    """Shortest first, so that it can be cut by length; a megabatch would open that of others."""
+    model, mixture, _ = instruct
+    opened = []
+
+    class Pictures:
+        def __getitem__(self, k):
+            opened.append(k)
+            return mixture[k]
+
+    cache = train.FeatureCache(model, None, 8, {"instruct": Pictures()})
+    run = train.language(model, None, cache, nano_config(stage="instruct"))
+
+    rows = run.rows(range(17, 24, 2))
+
+    lengths = [len(row.ids) for row in rows]
+    assert opened == [17, 19, 21, 23]
+    assert lengths == sorted(lengths)
+
+
 # the loop
 
 def test_the_learning_rate_warms_up_for_three_percent_and_ends_near_zero():
@@ -8047,6 +8147,20 @@ def test_every_epoch_visits_every_person_once_in_a_new_order():
     assert sorted(first) == list(range(50))
     assert sorted(second) == list(range(50))
     assert first != second
+
+
+def test_what_a_batch_does_not_use_gets_a_gradient_of_zero():
+    """As on several processes, one of which has images: the optimiser must not skip it in one."""
+    model = nano()
+    config = nano_config(stage="instruct")
+    learning = train.freeze(config, {"model": model})
+    batch = batch_of(model, "text2pose")
+    run = train.StageRun({"model": model}, lambda rows, step: model(batch))
+
+    train.compute_gradient(run, learning, 0, 1, config)
+
+    assert not model.projector[0].weight.grad.any()
+    assert model.llm.lm_head.weight.grad.any()
 
 
 class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -8092,6 +8206,9 @@ def test_the_logs_of_a_step_are_means_and_the_norm_of_the_gradient():
     assert logs == {"loss": 1.5, "terms": 4, "text_acc": 0.75, "grad": 0.5}
 
 
+NUMBERS = train.StageRun({}, loss=None)  # a stage whose rows are the numbers of the samples
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("n_processes", [1, 2, 4])
 def test_processes_and_parts_share_the_samples_of_a_step(monkeypatch, n_processes, accumulate):
@@ -8100,7 +8217,7 @@ def test_processes_and_parts_share_the_samples_of_a_step(monkeypatch, n_processe
     for rank in range(n_processes):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(n_processes))
-        parts = train.split_batch(3, 16, config)
+        parts = train.split_batch(NUMBERS, 3, 16, config)
         assert len(parts) == accumulate
         for part in parts:
             assert len(part) == 16 / n_processes / accumulate
@@ -8115,9 +8232,9 @@ def test_a_contrastive_batch_is_not_split_over_processes(monkeypatch):
 
     config = train.Config(stage="retrieval")
 
-    [samples] = train.split_batch(3, 16, config)
+    [samples] = train.split_batch(NUMBERS, 3, 16, config)
 
-    assert list(samples) == list(range(48, 64))
+    assert samples == list(range(48, 64))
 
 
 SPLIT = {  # flags that split or recompute a batch, but must not change what is learnt

@@ -371,8 +371,9 @@ def progress_bar(rows, name):
 class StageRun(NamedTuple):
     """What the loop needs to know about a stage."""
 
-    modules: dict   # name -> module of which at least a part is trained
-    loss: object    # (sample numbers, step) -> (loss, logs); the loss is a mean over logs["terms"]
+    modules: dict  # name -> module of which at least a part is trained
+    loss: object  # (rows, step) -> (loss, logs); the loss is a mean over logs["terms"]
+    rows: object = list  # sample numbers -> rows, similar ones side by side; list: the numbers
 
 
 def sample_index(n, k, seed):
@@ -621,23 +622,50 @@ def init_projector_scale(model, features):
         first.bias -= first.weight @ rows.mean(0)
 
 
+MEGABATCH = 8  # batches of `language` whose rows are sorted by length together
+
+
 def language(model, retrieval_model, cache, config):
-    """align, project and instruct: cross-entropy of words and codes, over a mixture of tasks."""
+    """align, project and instruct: cross-entropy of words and codes, over a mixture of tasks.
+
+    The rows of a batch are padded to the longest. So that there is little to pad, the rows of
+    MEGABATCH steps are sorted by length and cut into batches, which come in random order.
+    """
     stage = STAGES[config.stage]
-    mixture = cache.real_data.get(config.stage)
-    if not mixture:
-        mixture = Mixture(
-            stage.tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+    real = cache.real_data.get(config.stage)
+    mixture = real or Mixture(
+        stage.tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+    if not real:
         cache.compute(stage.tasks)  # now: later the model is in training mode
+    _, batch, _ = schedule_of(config)
+    size = MEGABATCH * batch
+
+    def encode(samples):
+        """The rows of some samples, the shortest first."""
+        rows = []
+        for k in samples:
+            _, segments = mixture[k]
+            rows.append(model.encode(segments))
+        return sorted(rows, key=lambda row: len(row.ids))
+
+    @lru_cache(1)
+    def megabatch(i):
+        """The rows of samples i * size to (i + 1) * size, batch by batch."""
+        by_length = encode(range(i * size, (i + 1) * size))
+        rows = []
+        for k in np.random.default_rng((config.seed, i)).permutation(MEGABATCH):
+            rows += by_length[k * batch:(k + 1) * batch]
+        return rows
+
+    def rows_of(samples):
+        if real:  # a megabatch would have every process open the pictures of all others
+            return encode(samples)
+        return [megabatch(k // size)[k % size] for k in samples]
 
     def batch_loss(rows, step):
-        sequences = []
-        for k in rows:
-            _, segments = mixture[k]
-            sequences.append(model.encode(segments))
-        return model(collate(sequences))
+        return model(collate(rows))
 
-    return StageRun({"model": model}, batch_loss)
+    return StageRun({"model": model}, batch_loss, rows_of)
 
 
 # stage -> function of (model, retrieval model, cache, config) that returns its StageRun
@@ -725,15 +753,16 @@ def is_first():
     return process_rank() == 0
 
 
-def split_batch(step, batch, config):
-    """The sample numbers of a step that are this process's share, in --accumulate parts."""
+def split_batch(run, step, batch, config):
+    """This process's share of the rows of a step, in --accumulate parts of similar rows."""
     rank = process_rank()
     count = process_count()
     if STAGES[config.stage].needs_full_batch:  # the first process trains it alone
         rank = 0
         count = 1
-    share = range(step * batch + rank, (step + 1) * batch, count)
-    return [share[part::config.accumulate] for part in range(config.accumulate)]
+    rows = run.rows(range(step * batch + rank, (step + 1) * batch, count))
+    size = len(rows) // config.accumulate
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
 
 
 def compute_gradient(run, learning, step, batch, config):
@@ -747,7 +776,7 @@ def compute_gradient(run, learning, step, batch, config):
     a GPU waits until the GPU has caught up.
     """
     sums = {}
-    for rows in split_batch(step, batch, config):
+    for rows in split_batch(run, step, batch, config):
         with bfloat16(config):
             loss, logs = run.loss(rows, step)
         terms = logs.pop("terms")
@@ -760,12 +789,14 @@ def compute_gradient(run, learning, step, batch, config):
                 pair = terms * torch.stack([value, torch.ones_like(value)])
             sums[name] = sums.get(name, 0) + pair
 
+    for parameter in learning.values():
+        if parameter.grad is None:  # a part without images gives the projector no gradient
+            parameter.grad = torch.zeros_like(parameter)
     if process_count() > 1 and not STAGES[config.stage].needs_full_batch:
         all_reduce(sums, learning)
     terms = sums["loss"][1]  # of the whole batch
     for parameter in learning.values():
-        if parameter.grad is not None:
-            parameter.grad /= terms
+        parameter.grad /= terms
     return sums
 
 
@@ -775,8 +806,6 @@ def all_reduce(sums, learning):
     torch.distributed.all_reduce(pairs)
     sums.update(zip(sums, pairs))
     for parameter in learning.values():
-        if parameter.grad is None:  # a part without images gives the projector no gradient
-            parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
 
 
@@ -830,12 +859,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
-            if not matrices:  # nothing reads the last layer of CLIP
-                continue
-
             updates = []
-            for matrix in matrices:
+            for matrix in group["params"]:
                 state = self.state[matrix]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -846,7 +871,7 @@ class Muon(torch.optim.Optimizer):
             # as large as a step of AdamW (Liu et al. 2025)
             scale = 0.2 * max(matrix.shape) ** 0.5
             updates = orthogonalise(torch.stack(updates))                    # (n,h,w)
-            for matrix, update in zip(matrices, updates):
+            for matrix, update in zip(group["params"], updates):
                 matrix.add_(update, alpha=-scale * group["lr"])
 
 
