@@ -8149,6 +8149,38 @@ def test_every_epoch_visits_every_person_once_in_a_new_order():
     assert first != second
 
 
+def test_compiled_layers_have_the_same_loss_gradient_and_names():
+    """Traced forwards and backwards, but run without the C++ that takes half a minute to build."""
+    one_layer = {**unipose.SIZES["nano"]["llm"], "num_hidden_layers": 1}
+    model = nano(words=data.vocabulary(), llm=one_layer)
+    names = list(model.state_dict())
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+
+    def loss_and_gradient(compiled):
+        config = nano_config(stage="align", people=32, photos=8, compile=compiled)
+        run = train.language(model, None, cache, config)
+        loss, _ = run.loss(run.rows(range(4)), 0)
+        [gradient] = torch.autograd.grad(loss, [model.llm.model.embed_tokens.weight])
+        return loss, gradient
+
+    expected, expected_gradient = loss_and_gradient(False)
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance("aot_eager_then_compile"):
+        loss, gradient = loss_and_gradient(True)
+
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    close(loss, expected, atol=2e-6)
+    close(gradient, expected_gradient, atol=1e-5)
+    assert list(model.state_dict()) == names
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    refused("there is no no-such-compiler", run_train, tmp_path / "w", "--compile")
+
+
 def test_what_a_batch_does_not_use_gets_a_gradient_of_zero():
     """As on several processes, one of which has images: the optimiser must not skip it in one."""
     model = nano()
