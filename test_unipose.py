@@ -9670,7 +9670,7 @@ def test_muon_moves_the_matrices_inside_the_layers_at_embedded_sizes():
 
     _, muon = train.make_optimisers(train.Config(size="nano"), parameters, 1e-3)
 
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, train.Muon)
     [matrix] = muon.param_groups[0]["params"]
     assert matrix is parameters["llm.model.layers.0.mlp.up_proj.weight"]
 
@@ -9680,6 +9680,27 @@ def test_the_papers_size_is_trained_by_adamw_alone():
 
     assert isinstance(adamw, torch.optim.AdamW)
     assert len(adamw.param_groups[0]["params"]) == 4
+
+
+def test_muon_moves_matrices_as_the_one_of_torch_does():
+    """Square, wide and tall ones, two of each."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in 2 * [(8, 8), (8, 24), (24, 8)]]
+    ours = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    theirs = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    settings = {"lr": 0.1, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    optimisers = [train.Muon(ours, lr=0.1), torch.optim.Muon(theirs, **settings)]
+
+    for _ in range(3):
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    for one, other, before in zip(ours, theirs, start):
+        moved = (other - before).norm()
+        assert (one - other).norm() <= 0.02 * moved  # both round to bfloat16
 
 
 # how a stage starts, and what it sees
@@ -9820,6 +9841,107 @@ def test_what_a_record_holds_decides_its_tasks(keys, tasks):
     assert train.tasks_offered(record) == tasks
 
 
+# how rows are put into batches
+
+@pytest.fixture(scope="module")
+def instruct():
+    """The stage of instruct on 32 synthetic people: model, mixture of its examples, StageRun."""
+    model = nano(words=data.vocabulary())
+    config = nano_config(stage="instruct", people=32, photos=8, batch=8)
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+    run = train.language(model, None, cache, config)
+    mixture = data.Mixture(train.STAGES["instruct"].tasks, 0, world, cache, photos=8)
+    return model, mixture, run
+
+
+def batches_of(run, steps):
+    """The rows of some steps of 8 samples."""
+    return [run.rows(range(8 * step, 8 * step + 8)) for step in steps]
+
+
+def count_padding(batches):
+    """Which share of the columns is padding."""
+    n_columns = 0
+    n_tokens = 0
+    for rows in batches:
+        lengths = [len(row.ids) for row in rows]
+        n_columns += len(rows) * max(lengths)
+        n_tokens += sum(lengths)
+    return 1 - n_tokens / n_columns
+
+
+def test_a_megabatch_holds_the_samples_of_its_steps(instruct):
+    """Batches may swap samples within eight steps, but none is lost, or seen twice."""
+    model, mixture, run = instruct
+
+    batches = batches_of(run, range(8, 16))
+
+    expected = [model.encode(mixture[k][1]).ids for k in range(64, 128)]
+    assert sorted(row.ids for rows in batches for row in rows) == sorted(expected)
+
+
+def test_rows_of_a_batch_are_of_similar_length(instruct):
+    model, mixture, run = instruct
+    undealt = []
+    for step in range(16):
+        undealt.append([model.encode(mixture[8 * step + k][1]) for k in range(8)])
+
+    assert count_padding(batches_of(run, range(16))) < 0.3 * count_padding(undealt)
+
+
+def test_batches_of_short_and_long_rows_come_in_random_order(instruct):
+    _, _, run = instruct
+
+    orders = set()
+    for first in range(0, 64, 8):
+        batches = batches_of(run, range(first, first + 8))
+        lengths = [len(rows[-1].ids) for rows in batches]
+        orders.add(tuple(np.argsort(lengths)))
+
+    assert len(orders) == 8
+
+
+def test_the_rows_of_a_step_do_not_depend_on_the_steps_before(instruct):
+    _, _, run = instruct
+    [expected] = batches_of(run, [3])
+
+    [*_, rows] = batches_of(run, [20, 2, 3])
+
+    assert [row.ids for row in rows] == [row.ids for row in expected]
+
+
+def test_parts_of_a_batch_are_cut_by_length(instruct):
+    _, _, run = instruct
+    config = train.Config(stage="instruct", accumulate=4)
+
+    parts = train.split_batch(run, 0, 8, config)
+
+    lengths = [len(row.ids) for rows in parts for row in rows]
+    assert [len(rows) for rows in parts] == [2, 2, 2, 2]
+    assert lengths == sorted(lengths)
+
+
+def test_of_real_data_a_process_opens_its_own_share_only(instruct):
+    """Shortest first, so that it can be cut by length; a megabatch would open that of others."""
+    model, mixture, _ = instruct
+    opened = []
+
+    class Pictures:
+        def __getitem__(self, k):
+            opened.append(k)
+            return mixture[k]
+
+    cache = train.FeatureCache(model, None, 8, {"instruct": Pictures()})
+    run = train.language(model, None, cache, nano_config(stage="instruct"))
+
+    rows = run.rows(range(17, 24, 2))
+
+    lengths = [len(row.ids) for row in rows]
+    assert opened == [17, 19, 21, 23]
+    assert lengths == sorted(lengths)
+
+
 # the loop
 
 def test_the_learning_rate_warms_up_for_three_percent_and_ends_near_zero():
@@ -9840,6 +9962,98 @@ def test_every_epoch_visits_every_person_once_in_a_new_order():
     assert first != second
 
 
+def test_compiled_layers_have_the_same_loss_gradient_and_names():
+    """Traced forwards and backwards, but run without the C++ that takes half a minute to build."""
+    one_layer = {**unipose.SIZES["nano"]["llm"], "num_hidden_layers": 1}
+    model = nano(words=data.vocabulary(), llm=one_layer)
+    names = list(model.state_dict())
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+
+    def loss_and_gradient(compiled):
+        config = nano_config(stage="align", people=32, photos=8, compile=compiled)
+        run = train.language(model, None, cache, config)
+        loss, _ = run.loss(run.rows(range(4)), 0)
+        [gradient] = torch.autograd.grad(loss, [model.llm.model.embed_tokens.weight])
+        return loss, gradient
+
+    expected, expected_gradient = loss_and_gradient(False)
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.set_stance("aot_eager_then_compile"):
+        loss, gradient = loss_and_gradient(True)
+
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    close(loss, expected, atol=2e-6)
+    close(gradient, expected_gradient, atol=1e-5)
+    assert list(model.state_dict()) == names
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    refused("there is no no-such-compiler", run_train, tmp_path / "w", "--compile")
+
+
+def test_what_a_batch_does_not_use_gets_a_gradient_of_zero():
+    """As on several processes, one of which has images: the optimiser must not skip it in one."""
+    model = nano()
+    config = nano_config(stage="instruct")
+    learning = train.freeze(config, {"model": model})
+    batch = batch_of(model, "text2pose")
+    run = train.StageRun({"model": model}, lambda rows, step: model(batch))
+
+    train.compute_gradient(run, learning, 0, 1, config)
+
+    assert not model.projector[0].weight.grad.any()
+    assert model.llm.lm_head.weight.grad.any()
+
+
+class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the floating numbers that are read from tensors one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_read = function is torch.ops.aten._local_scalar_dense.default
+        self.n += is_read and args[0].is_floating_point()
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_the_numbers_of_a_step_are_read_at_once(stage):
+    """On a GPU each reading waits: the gradient reads none, and the logs come in one copy."""
+    config = nano_config(stage=stage, people=32, photos=8, steps=1)
+    model = nano()
+    retrieval_model = evaluation.Retrieval(len(model.text_tokenizer), d=8)
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+    run = train.STAGE_RUNS[stage](model, retrieval_model, cache, config)
+    learning = train.freeze(config, run.modules)
+
+    with CountReads() as reads:
+        sums = train.compute_gradient(run, learning, 0, 4, config)
+
+    assert reads.n == 0
+    assert all(pair.shape == (2,) for pair in sums.values())
+
+
+def test_the_logs_of_a_step_are_means_and_the_norm_of_the_gradient():
+    sums = {
+        "loss": torch.tensor([6.0, 4]),
+        "pose_acc": torch.tensor([0, 0]),
+        "text_acc": torch.tensor([3, 4]),
+    }
+
+    logs = train.read_logs(sums, torch.tensor(0.5))
+
+    assert logs == {"loss": 1.5, "terms": 4, "text_acc": 0.75, "grad": 0.5}
+
+
+NUMBERS = train.StageRun({}, loss=None)  # a stage whose rows are the numbers of the samples
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("n_processes", [1, 2, 4])
 def test_processes_and_parts_share_the_samples_of_a_step(monkeypatch, n_processes, accumulate):
@@ -9848,7 +10062,7 @@ def test_processes_and_parts_share_the_samples_of_a_step(monkeypatch, n_processe
     for rank in range(n_processes):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(n_processes))
-        parts = train.split_batch(3, 16, config)
+        parts = train.split_batch(NUMBERS, 3, 16, config)
         assert len(parts) == accumulate
         for part in parts:
             assert len(part) == 16 / n_processes / accumulate
@@ -9863,9 +10077,9 @@ def test_a_contrastive_batch_is_not_split_over_processes(monkeypatch):
 
     config = train.Config(stage="retrieval")
 
-    [samples] = train.split_batch(3, 16, config)
+    [samples] = train.split_batch(NUMBERS, 3, 16, config)
 
-    assert list(samples) == list(range(48, 64))
+    assert samples == list(range(48, 64))
 
 
 SPLIT = {  # flags that split or recompute a batch, but must not change what is learnt
