@@ -762,6 +762,13 @@ def contact_sheet(rows):
     return sheet
 
 
+def draw_pose(rotmat, body, heading=0.0):
+    """Draws a pose (22,3,3) -> picture (CELL,CELL,3) uint8. heading: see `render`."""
+    with torch.no_grad():
+        _, vertices = body(torch.as_tensor(rotmat)[None])                     # (1,V,3)
+    return render(vertices[0].numpy(), body.faces, body_colors(body), CELL, heading)
+
+
 def save_png(picture, path):
     """Writes a PIL picture as PNG, whole or not at all. Raises UserError."""
     with atomic_write(path) as new:
@@ -1107,14 +1114,46 @@ def read_pose(path, up=""):
     names a key. A level that has one entry only needs no name.
     up: which way is up in the file, a key of UP_TURNS; "": as the kind of file says.
     """
+    array, where, usual_up = find_pose_array(path)
+    return turn_root(as_rotations(array, where), UP_TURNS[up or usual_up])
+
+
+def read_frames(path, every=1, up=""):
+    """Reads a motion -> frames 0, every, 2 * every ... (T,22,3,3), and frames per second.
+
+    path, up: as for `read_pose`, but no frame is chosen; a single pose is a motion of one frame.
+    Frames per second are 0 if the file does not say. Raises UserError.
+    """
+    array, where, usual_up = find_pose_array(path, is_motion=True)
+    if not array.size:
+        raise UserError(f"{where} holds no frames")
+    n_axes = count_pose_axes(array.shape) or array.ndim     # of another shape: refused below
+    motion = array.reshape(-1, *array.shape[array.ndim - n_axes:])
+
+    frames = []
+    for k in range(0, len(motion), every):
+        frames.append(as_rotations(motion[k], f"frame {k} of {where}"))
+    rate = 0.0
+    if where.lower().endswith(".npz"):
+        rate = frame_rate(read_arrays(pathlib.Path(where), RATE_KEYS))
+    return turn_root(torch.stack(frames), UP_TURNS[up or usual_up]), rate
+
+
+def find_pose_array(path, is_motion=False):
+    """Finds the pose that a path names -> an array, where it stood, and which way is up there.
+
+    path: see `read_pose`. is_motion: its frames are all wanted. Raises UserError.
+    """
     path, names = split_pose_path(path)
-    entry = PoseEntry(path, names)
+    entry = PoseEntry(path, names, is_motion)
     with as_user_error(f"cannot read {path}: ", "; save its arrays again with numpy.savez"):
         array, usual_up = entry.find(read_pose_file(pathlib.Path(path)))
     if entry.names_left and not set(entry.names_left) <= set(entry.passed):
-        name = entry.names_left[0]
-        raise UserError(f"{path} has no frame {shorten(name)}: it holds 1, which needs no number")
-    return turn_root(as_rotations(array, entry.where), UP_TURNS[up or usual_up])
+        name = shorten(entry.names_left[0])
+        if is_motion:
+            raise UserError(f"all frames of {path} are read: leave out :{name}")
+        raise UserError(f"{path} has no frame {name}: it holds 1, which needs no number")
+    return array, entry.where, usual_up
 
 
 def read_pose_file(path):
@@ -1194,13 +1233,15 @@ class PoseEntry:
     """One pose of a file, chosen by names: at each level with several entries, the next name.
 
     where: the path of the file and the names that were used. names_left: those that were not.
-    passed: the names of entries that are alone at their level.
+    passed: the names of entries that are alone at their level. is_motion: the frames are not chosen
+    from, but taken together.
     """
 
-    def __init__(self, path, names):
+    def __init__(self, path, names, is_motion=False):
         self.where = path
         self.names_left = list(names)
         self.passed = []
+        self.n_frame_axes = int(is_motion)
         self.depth = 0
 
     def find(self, node, up=""):
@@ -1223,7 +1264,7 @@ class PoseEntry:
 
         array = to_numbers(node)
         n_axes = count_pose_axes(array.shape) or array.ndim  # of another shape: refused later
-        while array.ndim > n_axes:
+        while array.ndim > n_axes + self.n_frame_axes:
             n_entries = len(array) if array.size else 0
             keys = [str(k) for k in range(n_entries)]
             array = array[self.choose(keys)]
@@ -2014,12 +2055,6 @@ def print_range(name, values):
     if values:
         spread = f"{min(values):.0f} to {max(values):.0f}, mean {np.mean(values):.0f}"
         print(f"{name:<30}{len(values):>11}   {spread}")
-
-
-def draw_pose(pose, body):
-    """Draws a pose (22,3,3), a numpy array -> picture (CELL,CELL,3) uint8."""
-    _, vertices = body(torch.tensor(pose)[None])
-    return render(vertices[0], body.faces, body_colors(body), CELL)
 
 
 def save_cells(cells, path, n_columns=8):

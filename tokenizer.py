@@ -992,6 +992,17 @@ def validate_folder(flag, folder):
         tempfile.TemporaryFile(dir=parent).close()
 
 
+def progress_bar(rows, name, is_off=False):
+    """Iterates over rows with a progress bar on standard error.
+
+    There is none if standard error is no terminal, if TQDM_DISABLE is set, or if is_off.
+    """
+    from tqdm import tqdm
+    is_off = is_off or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    disable = True if is_off else None  # None: unless standard error is a terminal
+    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=disable)
+
+
 def list_files(path, *suffixes):
     """The file itself, or all files below a folder that end in one of the suffixes, in order."""
     path = pathlib.Path(path)

@@ -61,7 +61,7 @@ from data import (
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
     MIRROR, UserError, atomic_write, augment, cli, delete_leftovers, face_front, load_body,
-    load_json, matrix_to_sixd, mirror, run_main, sample_vertices, tokenizer_loss,
+    load_json, matrix_to_sixd, mirror, progress_bar, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
     CHECKPOINT_FILES, CHOICES, EXACT, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision, UniPose,
@@ -342,7 +342,7 @@ class FeatureCache:
         """The photographs (n_photos,S,S,3) uint8, and their joints (n_photos,22,2) in pixels."""
         pictures = []
         keypoints = []
-        for i in progress_bar(range(self.n_photos), "photographs"):
+        for i in progress_bar(range(self.n_photos), "photographs", not is_first()):
             picture, joints = self.world.photo(i)
             pictures.append(picture)
             keypoints.append(joints)
@@ -359,20 +359,9 @@ class FeatureCache:
         """function(rows), in batches and with the model in evaluation mode -> tensor on the CPU."""
         self.model.eval()
         parts = []
-        for start in progress_bar(range(0, len(rows), batch), name):
+        for start in progress_bar(range(0, len(rows), batch), name, not is_first()):
             parts.append(function(rows[start:start + batch]).cpu())
         return torch.cat(parts)
-
-
-def progress_bar(rows, name):
-    """Iterates over rows with a progress bar on standard error, in the first process only.
-
-    There is none if standard error is no terminal, or if TQDM_DISABLE is set.
-    """
-    from tqdm import tqdm
-    is_off = not is_first() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    disable = True if is_off else None  # None: unless standard error is a terminal
-    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=disable)
 
 
 # ---- 4. One function a stage: its modules and its loss -------------------------------------------
