@@ -19,25 +19,41 @@ D LLM width.
 
     python sample.py                          # the tour: seven tasks on test examples, one picture
     python sample.py --text "The left knee is bent. Both hands are above the head."
-    python sample.py --image photo.jpg --task image2pose --out out/
+    python sample.py --image photo.jpg --task image2pose --save person.glb --show person.html
     python sample.py --image crowd.jpg --task image2pose --box 40,10,120,300
+    python sample.py --pose a.npz --ask "Let the person in <pose> kneel." --task edit
+    python sample.py --pose walk.npz --every 30     # a caption of every 30th frame
+    python sample.py --jsonl questions.jsonl --out answers.jsonl
 
     >>> from unipose import load
-    >>> from sample import generate, question
     >>> model = load("weights/tiny")
-    >>> prompt = question("text2pose", ["The left hand is above the head."])
-    >>> [answer] = generate(model, [prompt], wants=["pose"])
+    >>> answer = model.answer("The left hand is above the head.")
     >>> answer.pose.shape                     # rotations; answer.codes: its N code words
     torch.Size([22, 3, 3])
 
-Left out: conversations of several turns, streaming, top-k and beam search.
+Several questions at once, in a batch:
+
+    >>> from sample import generate, question
+    >>> prompts = [question("text2pose", ["Kneeling."]), question("pose2text", [answer.pose])]
+    >>> kneeling, caption = generate(model, prompts, wants=["pose", "text"])
+
+A line of a file of questions holds what the flags would say: {"text": "Kneeling."}, or {"task":
+"image2text", "image": "photo.jpg"}; paths begin at the folder of the file, "id" may be anything. Of
+each there is a row of answers: its "line" and "question", then "text", or "pose": axis-angles
+(22,3) in radians, y up, +z front, or "error". A run that was cut goes on behind the last whole row.
+
+Left out: conversations of several turns, streaming, top-k and beam search, and captions of a motion
+as a whole: --every describes single frames.
 """
 import base64
+import contextlib
 import difflib
 import enum
+import hashlib
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import struct
@@ -55,13 +71,15 @@ from PIL import Image
 
 from captions import check_text
 from data import (
-    HEAD, SIDE_TINTS, SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture,
-    project, read_pose, render, render_template, save_png, split_pose_path, square, templates,
-    to_rgb, upright_reading, vertex_normals, write_pose,
+    HEAD, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, as_rotations, body_colors,
+    contact_sheet, default_body, draw_pose, open_picture, project, read_frames, read_pose,
+    render_template, save_png, split_pose_path, square, templates, to_rgb, upright_reading,
+    uprightness, vertex_normals, write_pose,
 )
 from tokenizer import (
-    ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, atomic_write, cli,
-    face_front, global_transforms, load_asset, load_body, matrix_to_quaternion, run_main,
+    ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, as_user_error, atomic_write,
+    check_entries, cli, explain_write_error, face_front, global_transforms, load_asset, load_body,
+    matrix_to_aa, matrix_to_quaternion, progress_bar, require_file, run_main, shorten,
     validate_folder, validate_writable,
 )
 from unipose import (
@@ -85,6 +103,26 @@ class Answer:
     def value(self):
         """The pose, or the text of an answer without a pose."""
         return self.text if self.pose is None else self.pose
+
+    def joints(self, body=None):
+        """The joints (22,3) of the pose in metres, pelvis at 0; body: None for the free one.
+
+        Raises UserError if the answer has no pose.
+        """
+        self.require_pose()
+        body = body or default_body()
+        return body.joints(self.pose)
+
+    def save(self, path, body=None, mesh=False):
+        """Writes the pose to a file, as its suffix says; see `save_poses`. Raises UserError."""
+        self.require_pose()
+        save_poses(path, self.pose, body or default_body(), mesh)
+
+    def require_pose(self):
+        """Raises UserError if the answer has no pose."""
+        if self.pose is None:
+            raise UserError("the answer has no pose, only a text; ask for a pose, for example with "
+                            "task='text2pose' or task='image2pose'")
 
 
 class State(enum.IntEnum):
@@ -529,6 +567,59 @@ def question(task, inputs, model=None):
     return segments[:-1]            # without the target
 
 
+ASK_SLOTS = {"<image>": "image", "<pose>": "pose", "<caption>": "text"}
+
+
+def own_question(words, inputs):
+    """One's own words, with slots for the inputs, and these in order -> the prompt."""
+    inputs = list(inputs)
+    segments = []
+    for piece in SLOT.split(words):
+        if piece in ASK_SLOTS:
+            segments.append((ASK_SLOTS[piece], inputs.pop(0), False))
+        elif piece:
+            segments.append(("text", piece, False))
+    return segments
+
+
+class Question(NamedTuple):
+    """What is asked, about what."""
+
+    name: str           # its task, or "ask" for one's own words
+    inputs: list        # texts, pictures and poses (22,3,3), in the order of the prompt
+    want: str | None    # "pose" or "text"; None: the model decides
+    words: str = ""     # one's own, see `own_question`; "": those of the task
+    label: str = ""     # which of several it is
+
+    @property
+    def shown(self):
+        """What a picture shows of it: its inputs, behind one's own words."""
+        return [self.words, *self.inputs] if self.words else self.inputs
+
+    @property
+    def has_image(self):
+        return any(kind_of(value) == "image" for value in self.inputs)
+
+    @property
+    def typed(self):
+        """All that a user has typed, in one text."""
+        texts = [value for value in self.inputs if kind_of(value) == "text"]
+        return " ".join([SLOT.sub(" ", self.words), *texts])
+
+    def prompt(self, model):
+        """Its prompt to a model, segments."""
+        if self.words:
+            return own_question(self.words, self.inputs)
+        return question(self.name, self.inputs, model)
+
+
+def kind_of(value):
+    """"text", "pose" or "image"."""
+    if isinstance(value, str):
+        return "text"
+    return "pose" if torch.is_tensor(value) else "image"
+
+
 def count_inputs(kinds):
     """["pose", "text"] -> "1 pose and 1 text"; ["pose", "pose"] -> "2 poses"."""
     parts = []
@@ -547,8 +638,7 @@ def infer_task(kinds, task=""):
     takes = {name: count_inputs(row.inputs) for name, row in TASKS.items()}
     given = count_inputs(kinds)
 
-    if task and task not in TASKS:
-        raise UserError(f"--task {task} is not one of {', '.join(TASKS)}")
+    validate_task(task)
     if task and task not in fitting:
         raise UserError(f"--task {task} takes {takes[task]}, but {given} was given")
     if task:
@@ -562,15 +652,41 @@ def infer_task(kinds, task=""):
     return fitting[0]
 
 
-def validate_text(text):
+def validate_task(task):
+    """Raises UserError unless there is such a task; "" stands for none."""
+    if task and task not in TASKS:
+        raise UserError(f"--task {task} is not one of {', '.join(TASKS)}")
+
+
+def validate_text(text, flag="--text"):
     """Raises UserError if a text cannot be a question to any model."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError("--text is not valid UTF-8; check the encoding of the terminal") from None
+        raise UserError(f"{flag} is not valid UTF-8; check the encoding of the terminal") from None
     if not any(character.isalnum() for character in text):
-        raise UserError("--text is empty or has no words; give a sentence, as in "
-                        "--text 'Bend the left knee.'")
+        raise UserError(f"{flag} is empty or has no words; give a sentence, as in "
+                        f"{flag} 'Bend the left knee.'")
+
+
+def match_slots(words, kinds):
+    """The kinds of the slots in one's own words, in order. Raises UserError if others were given.
+
+    kinds: of all inputs.
+    """
+    validate_text(words, "--ask")
+    slots = []
+    for slot in SLOT.findall(words):
+        if slot not in ASK_SLOTS:
+            raise UserError(f"--ask has {slot}, which is no slot: write {', '.join(ASK_SLOTS)} "
+                            "where an input belongs")
+        slots.append(ASK_SLOTS[slot])
+
+    for slot, kind in ASK_SLOTS.items():
+        if slots.count(kind) != kinds.count(kind):
+            raise UserError(f"--ask has {slots.count(kind)} {slot} for {kinds.count(kind)} of "
+                            f"--{kind}; write one {slot} in the place of each, in their order")
+    return slots
 
 
 def validate_length(model, text):
@@ -589,136 +705,194 @@ def report_unknown_words(model, text):
     if not model.is_word_level:
         return
 
+    words = dict.fromkeys(normalise_text(text, model.words).split())
+    unknown = [word for word in words if word not in model.words]
     notes = []
-    for word in dict.fromkeys(normalise_text(text, model.words).split()):
-        if word not in model.words:
-            nearest = difflib.get_close_matches(word, sorted(model.words), 1, 0.7)
-            notes.append(f"{word} (nearest: {nearest[0]})" if nearest else word)
+    for word in unknown[:8]:
+        nearest = difflib.get_close_matches(word, sorted(model.words), 1, 0.7)
+        notes.append(f"{word} (nearest: {nearest[0]})" if nearest else word)
     if notes:
-        print(f"note: the model does not know {len(notes)} of the words: {', '.join(notes[:8])}",
+        print(f"note: the model does not know {len(unknown)} of the words: {', '.join(notes)}",
               file=sys.stderr)
 
 
-def parse_box(text):
-    """A person's box as typed, "X,Y,W,H" -> its four numbers. Raises UserError."""
+def check_typed(model, question):
+    """Raises UserError if a question is too long for the model; prints unknown words."""
+    validate_length(model, question.typed)
+    report_unknown_words(model, question.typed)
+
+
+def parse_box(box):
+    """A person's box, four numbers or "X,Y,W,H" as typed -> its four numbers. Raises UserError."""
+    typed = box if isinstance(box, str) else ",".join(map(str, box))
     try:
-        box = [float(number) for number in text.split(",")]
+        box = [float(number) for number in typed.split(",")]
     except ValueError:
         box = []
     if len(box) != 4 or not all(math.isfinite(number) for number in box):
-        raise UserError(f"--box {text} is not X,Y,W,H: left, top, width and height in pixels, as "
-                        "in --box 40,10,120,300")
+        raise UserError(f"--box {shorten(typed)} is not X,Y,W,H: left, top, width and height in "
+                        "pixels, as in --box 40,10,120,300")
 
     _, _, width, height = box
     if min(width, height) <= 0 or max(width, height) < SMALLEST:
-        raise UserError(f"--box {text} is too small: give a width and a height above 0, one of "
+        raise UserError(f"--box {typed} is too small: give a width and a height above 0, one of "
                         f"them at least {SMALLEST} pixels")
     return box
 
 
-def read_pictures(paths, boxes):
+def is_path(value):
+    """Whether a value in Python is the path of a file, not what is in it."""
+    return isinstance(value, (str, pathlib.Path))
+
+
+def as_picture(value):
+    """A path, a PIL picture or an array (H,W,3) uint8 -> PIL RGB picture. Raises UserError."""
+    if is_path(value):
+        return open_picture(value)
+    with as_user_error("image is no picture (", "); give a path, a PIL picture or (H,W,3) uint8"):
+        if not isinstance(value, Image.Image):
+            value = Image.fromarray(np.asarray(value))
+        if min(value.size) < SMALLEST:
+            raise UserError(f"image is {value.width}x{value.height} pixels; give one with sides of "
+                            f"at least {SMALLEST} pixels")
+        return to_rgb(value)
+
+
+def read_pictures(images, boxes):
     """Pictures, or what their boxes cut out of them; boxes: none, or one of each picture."""
-    if boxes and len(boxes) != len(paths):
-        raise UserError(f"--box was given {len(boxes)} times and --image {len(paths)} times; give "
+    if boxes and len(boxes) != len(images):
+        raise UserError(f"--box was given {len(boxes)} times and --image {len(images)} times; give "
                         "one box for each picture, in the same order")
 
     boxes = [parse_box(box) for box in boxes]
-    pictures = [open_picture(path) for path in paths]
+    pictures = [as_picture(image) for image in images]
     for k, box in enumerate(boxes):
         try:
             pictures[k] = square(pictures[k], box)
         except UserError as error:
-            raise UserError(f"--image {paths[k]}: {error}") from None
+            raise UserError(f"--image {images[k]}: {error}") from None
     return pictures
 
 
-def read_poses(paths, up):
-    """Pose files -> poses (22,3,3) of people who face front, as those that texts describe.
+def as_pose(value, up):
+    """A path, or the numbers of a pose -> rotmat (22,3,3). Raises UserError.
+
+    A path is read as `read_pose` does, and numbers as `as_rotations` does: y is up.
+    """
+    if not is_path(value):
+        return as_rotations(torch.as_tensor(value).detach().cpu().numpy(), "pose")
+
+    other = upright_reading(value, up)
+    if other:
+        print(f"note: {value} is read with the head below the feet; with --up {other} the person "
+              "would be upright", file=sys.stderr)
+    return read_pose(value, up)
+
+
+def read_poses(values, up):
+    """Poses (22,3,3), of files or numbers, of people who face front, as texts describe them.
 
     If A and B are of one sequence, B gets the turn of A, so that its heading beside A's stays; else
     each faces front by itself (the rule of PoseFix, which train.RealData follows as well).
     """
-    poses = []
-    for path in paths:
-        poses.append(read_pose(path, up)[None])                                 # (1,22,3,3)
-        other = upright_reading(path, up)
-        if other:
-            print(f"note: {path} is read with the head below the feet; with --up {other} the "
-                  "person would be upright", file=sys.stderr)
-    if are_two_sequences(paths):
+    poses = [as_pose(value, up)[None] for value in values]                      # (1,22,3,3) each
+    if are_two_sequences(values):
         return [face_front(pose)[0] for pose in poses]
     return [face_front(pose, like=poses[0])[0] for pose in poses]
 
 
-def are_two_sequences(paths):
-    """Whether pose files are frames of two motions: walk.npz:3 and run.npz:7.
+def are_two_sequences(values):
+    """Whether poses are frames of two motions: walk.npz:3 and run.npz:7.
 
-    Two files of a single pose do not say what they are of. They count as one sequence, or two poses
-    of somebody who lies on the side could come out half a turn apart (see `face_front`).
+    Two files of a single pose do not say what they are of, nor do numbers. They count as one
+    sequence, or two poses of somebody who lies on the side could come out half a turn apart (see
+    `face_front`).
     """
     motions = set()
-    for path in paths:
-        file, frame = split_pose_path(path)
-        if frame:
-            motions.add(pathlib.Path(file).resolve())
+    for value in values:
+        if is_path(value):
+            file, frame = split_pose_path(value)
+            if frame:
+                motions.add(pathlib.Path(file).resolve())
     return len(motions) == 2
 
 
-def read_inputs(config):
-    """The command line -> the task and its inputs, in the order of the task. Raises UserError."""
-    given = {"text": config.text, "image": config.image, "pose": config.pose}
-    limits = {"text": 1, "image": 2, "pose": 2}
-    for kind, values in given.items():
-        if len(values) > limits[kind]:
-            raise UserError(f"--{kind} was given {len(values)} times; a task takes at most "
-                            f"{limits[kind]}")
+def as_list(value):
+    """None -> []; one value -> a list of it; a list or a tuple -> a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
+
+MOST_INPUTS = {"text": 1, "image": 2, "pose": 2}
+
+
+def read_question(text=None, image=None, pose=None, task="", box=None, up="", ask=""):
+    """Whatever is asked, in Python, in a line of a file or on the command line -> Question.
+
+    text, image, pose, box: one, or a list. image: see `as_picture`; pose: see `as_pose`; box: see
+    `parse_box`. task: "" if the inputs leave no choice. ask: one's own words, see `own_question`;
+    then `task` only says whether a pose or a text is wanted. Raises UserError.
+    """
+    given = {"text": as_list(text), "image": as_list(image), "pose": as_list(pose)}
     kinds = []
     for kind, values in given.items():
+        if len(values) > MOST_INPUTS[kind]:
+            raise UserError(f"--{kind} was given {len(values)} times; a task takes at most "
+                            f"{MOST_INPUTS[kind]}")
         kinds += [kind] * len(values)
-    task = infer_task(kinds, config.task)
 
-    for text in config.text:
+    if ask:
+        validate_task(task)
+        name = "ask"
+        want = TASKS[task].target if task else None
+        order = match_slots(ask, kinds)
+    else:
+        name = infer_task(kinds, task)
+        want = TASKS[name].target
+        order = TASKS[name].inputs
+
+    for text in given["text"]:
         validate_text(text)
-    values = {
-        "text": list(config.text),
-        "image": read_pictures(config.image, config.box),
-        "pose": read_poses(config.pose, config.up),
-    }
-    return task, [values[kind].pop(0) for kind in TASKS[task].inputs]
+    given["image"] = read_pictures(given["image"], as_list(box))
+    given["pose"] = read_poses(given["pose"], up)
+    inputs = [given[kind].pop(0) for kind in order]
+    return Question(name, inputs, want, ask)
+
+
+def answer_questions(model, questions, decode="argmax", temperature=0.0, generator=None, n=1):
+    """Answers a batch of Question -> list of Answer; see `generate`."""
+    validate_decoding(model, decode)
+    prompts = [question.prompt(model) for question in questions]
+    wants = [question.want for question in questions]
+    return generate(model, prompts, wants, decode, temperature, generator, n=n)
 
 
 # ---- 4. Pictures ---------------------------------------------------------------------------------
-def draw_pose(rotmat, body, heading):
-    """A pose (22,3,3) -> picture (256,256,3) uint8. heading: radians about the vertical."""
-    with torch.no_grad():
-        _, vertices = body(rotmat[None])                                        # (1,V,3)
-    return render(vertices[0].numpy(), body.faces, body_colors(body), 256, heading)
-
-
-def named_cells(task, inputs, results):
+def named_cells(inputs, results):
     """All that is shown of a question: its inputs under their names, then its results."""
-    names = TASKS[task].inputs
-    if names in (("pose", "pose"), ("image", "image")):
-        names = ("A", "B")
+    names = [kind_of(value) for value in inputs]
+    if names in (["pose", "pose"], ["image", "image"]):
+        names = ["A", "B"]
     return [*zip(names, inputs), *results]
 
 
-def first_heading(task):
-    """How far people are turned in pictures of a task: radians, for `render`."""
+def first_heading(inputs):
+    """How far people are turned in pictures of a question: radians, for `render`."""
     # half turned, so that depth shows; beside a photograph from the side of its camera
-    return 0.0 if "image" in TASKS[task].inputs else -0.5
+    has_image = any(kind_of(value) == "image" for value in inputs)
+    return 0.0 if has_image else -0.5
 
 
 def sheet_row(task, note, inputs, results, body):
     """One row of `contact_sheet`: task and note on the left, then the inputs, then the results.
 
-    inputs: the values of the task; results: [(name, value), ...]. A pose (22,3,3) is drawn.
+    inputs: texts, pictures and poses; results: [(name, value), ...]. A pose (22,3,3) is drawn.
     """
     cells = []
-    for name, value in named_cells(task, inputs, results):
+    for name, value in named_cells(inputs, results):
         if torch.is_tensor(value):
-            value = draw_pose(value, body, first_heading(task))
+            value = draw_pose(value, body, first_heading(inputs))
         if isinstance(value, Image.Image):
             value = square(value)       # the sheet would cut off the ends of a long one
         cells.append((name, value))
@@ -1135,9 +1309,9 @@ def write_page(path, rows, body, mesh=False):
     page_rows = []
     for task, note, inputs, results in rows:
         cells = []
-        for name, value in named_cells(task, inputs, results):
+        for name, value in named_cells(inputs, results):
             cells.append({"name": name, **page_value(value, body)})
-        heading = first_heading(task)
+        heading = first_heading(inputs)
         page_rows.append({"title": task, "note": note, "heading": heading, "cells": cells})
 
     colors = body_colors(body)[body.faces].mean(1)                              # (F,3)
@@ -1182,27 +1356,25 @@ def tour(model, body, config):
     """Answers all seven tasks in one batch: task k about the k-th pair of the test split."""
     world = World("test", 2 * len(TASKS), model.vision.clip_size)
     out = pathlib.Path(config.out)
-    examples = {}
-    prompts = []
+    questions = []
+    targets = []
     for k, task in enumerate(TASKS):
         rng = np.random.default_rng((0, 2 * k))
         *inputs, target = world.example(task, 2 * k, rng)
-        examples[task] = inputs, target
-        prompts.append(question(task, inputs, model))
-    wants = [row.target for row in TASKS.values()]
+        questions.append(Question(task, inputs, TASKS[task].target))
+        targets.append(target)
 
     start = time.perf_counter()
-    answers = generate(model, prompts, wants, config.decode)
+    answers = answer_questions(model, questions, config.decode)
     seconds = time.perf_counter() - start
 
     rows = []
-    for k, task in enumerate(TASKS):
-        inputs, target = examples[task]
+    for k, (task, inputs, *_) in enumerate(questions):
         answer = answers[k]
+        target = targets[k]
         poses = [world.poses[i] for i in world.subjects(task, 2 * k)]
         note = score(task, answer, target, poses, body)
-        results = [("answer", answer.value), ("target", target)]
-        rows.append(sheet_row(task, note, inputs, results, body))
+        rows.append((task, note, inputs, [("answer", answer.value), ("target", target)]))
 
         print(f"\n{task}   {note}")
         for value in inputs:
@@ -1216,8 +1388,9 @@ def tour(model, body, config):
             print_labelled("answer", str(path))
 
     path = out / f"{numbered('tour', next_number(out, 'tour'))}.png"
-    save_png(contact_sheet(rows), path)
+    save_png(contact_sheet([sheet_row(*row, body) for row in rows]), path)
     print(f"\nseven answers in {seconds:.1f} s, as one batch; look at {path}")
+    show_rows(rows, body, config)
 
 
 def print_labelled(label, text):
@@ -1242,7 +1415,233 @@ def score(task, answer, target, poses, body):
     return f"{n_true}/{len(verdicts)} statements true"
 
 
-# ---- 8. The command line -------------------------------------------------------------------------
+# ---- 8. Many questions ---------------------------------------------------------------------------
+def read_motions(config):
+    """--pose and --every -> what is asked of each frame, a list of Question. Raises UserError.
+
+    One motion is described frame by frame; of two, each frame of the second is set against the
+    frame of the same number of the first.
+    """
+    motions = []
+    rates = []
+    for path in config.pose:
+        frames, rate = read_frames(path, config.every, config.up)               # (T,22,3,3)
+        motions.append(face_front(frames))
+        rates.append(rate)
+        if uprightness(frames[0]) < 0:
+            print(f"note: {path} begins with the head below the feet; --up says which way is up",
+                  file=sys.stderr)
+
+    n_frames = min(map(len, motions))
+    if n_frames < max(map(len, motions)):
+        last = (n_frames - 1) * config.every
+        print(f"note: one motion is longer; they are compared up to frame {last}", file=sys.stderr)
+    if rates[0] != rates[-1]:
+        print(f"note: the motions have {rates[0]:g} and {rates[-1]:g} frames per second; frames of "
+              "the same number are compared, not of the same time", file=sys.stderr)
+
+    questions = []
+    for k in range(n_frames):
+        frame = k * config.every
+        seconds = f" ({frame / rates[0]:.1f} s)" if rates[0] else ""
+        question = read_question(pose=[frames[k] for frames in motions], task=config.task)
+        questions.append(question._replace(label=f"frame {frame}{seconds}"))
+    return questions
+
+
+def answer_motion(model, body, config, questions):
+    """Prints what the model says of each frame, a line each. questions: see `read_motions`."""
+    rows = []
+    for start in range(0, len(questions), config.batch):
+        batch = questions[start:start + config.batch]
+        for question, answer in zip(batch, answer_questions(model, batch, config.decode)):
+            print(f"{question.label}: {answer.text}", flush=True)
+            report_cut(answer)
+            results = [("answer", answer.text)]
+            rows.append((question.name, question.label, question.shown, results))
+    show_rows(rows, body, config)
+
+
+def parse_line(line):
+    """A line with a JSON object -> dict; any other line -> its text."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else line.decode("utf-8", "replace")
+
+
+def read_lines(path):
+    """A file of questions -> [(number, content), ...], its lines counted from 1. Raises UserError.
+
+    content: see `parse_line`. Empty lines are left out.
+    """
+    require_file(path)
+    lines = []
+    for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), 1):
+        if line.strip():
+            lines.append((number, parse_line(line)))
+    if not lines:
+        raise UserError(f"--jsonl {path} is empty; write one question a line, such as {EXAMPLE}")
+    return lines
+
+
+def asks_image(content):
+    """Whether a line of a file of questions is about a picture. content: see `parse_line`."""
+    return isinstance(content, dict) and bool(content.get("image"))
+
+
+EXAMPLE = '{"text": "The left knee is bent."}'
+QUESTION_KEYS = {
+    "task": str, "text": str, "ask": str, "up": str, "image": [str], "pose": [str],
+}
+
+
+def line_question(content, folder):
+    """What a line of a file of questions asks -> Question. Raises UserError.
+
+    content: see `parse_line`. folder: where its paths begin.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"the line is no JSON object, such as {EXAMPLE}")
+
+    fields = dict(content)
+    fields.pop("id", None)              # for whoever reads the answers
+    box = fields.pop("box", None)
+    if isinstance(box, list) and len(box) == 4:
+        box = [box]                     # of one picture
+    for key in ("image", "pose"):
+        fields[key] = as_list(fields.get(key))
+    check_entries(fields, QUESTION_KEYS, "the question:")
+    validate_up(fields.get("up", ""))
+
+    for key in ("image", "pose"):
+        fields[key] = [str(folder / path) for path in fields[key]]
+    return read_question(**fields, box=box)
+
+
+ROW_START = b'{"line": '         # of every row of a file of answers
+
+
+class AnswerFile:
+    """A file of answers, one row of JSON a line: what an earlier run left in it, and how it grows.
+
+    stamp: what its answers come from, a part of each row. rows: those that it holds. end: its
+    length in bytes up to the end of the last of them; a run that was cut may have left a torn row.
+    """
+
+    def __init__(self, path, notes, decode):
+        """notes: the config of the model, see `read_config`. Raises UserError."""
+        text = json.dumps(notes, sort_keys=True, default=str)
+        weights = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.stamp = {"weights": weights, "decode": decode}
+        self.path = pathlib.Path(path)
+        content = b""
+        if self.path.exists():
+            require_file(path)
+            content = self.path.read_bytes()
+
+        self.end = content.rfind(b"\n") + 1
+        self.rows = [parse_line(line) for line in content[:self.end].splitlines()]
+        are_rows = all(isinstance(row, dict) and "line" in row for row in self.rows)
+        torn = content[self.end:][:len(ROW_START)]
+        if not are_rows or not ROW_START.startswith(torn):
+            raise UserError(f"--out {path} is no file of answers; name another file")
+
+    def unanswered(self, lines):
+        """The lines of a file of questions that it has no row of yet, see `read_lines`.
+
+        Raises UserError if its rows are not about the first of these lines, by the same model.
+        """
+        advice = f"name another file than --out {self.path}, or delete it"
+        for k, row in enumerate(self.rows):
+            number, content = lines[k] if k < len(lines) else (0, "")
+            is_same = json.dumps(row.get("question")) == json.dumps(content)
+            if row["line"] != number or not is_same:
+                raise UserError(f"row {k + 1} of the answers is not about question {k + 1} of the "
+                                f"file; {advice}")
+            stamp = {key: row.get(key) for key in self.stamp}
+            if "error" not in row and stamp != self.stamp:
+                raise UserError(f"row {k + 1} of the answers comes from other weights or another "
+                                f"--decode; {advice}")
+        return lines[len(self.rows):]
+
+    def append(self, rows):
+        """Writes rows behind those that it holds, all or none. Raises UserError on a full disk."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(self.end)
+                file.write(lines)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self.end)
+            raise UserError(explain_write_error(self.path, error)) from error
+        self.end += len(lines)
+
+
+def answer_lines(model, lines, config, stamp):
+    """A batch of lines of a file of questions -> their rows of the file of answers, in order.
+
+    A line that cannot be asked gets a row with its "error". stamp: see `AnswerFile`.
+    """
+    folder = pathlib.Path(config.jsonl).parent
+    rows = []
+    asked = []
+    for number, content in lines:
+        row = {"line": number, "question": content}
+        rows.append(row)
+        try:
+            with as_user_error("the question cannot be read: "):
+                question = line_question(content, folder)
+                validate_length(model, question.typed)
+        except UserError as error:
+            row["error"] = str(error)
+        else:
+            asked.append((row, question))
+    if not asked:
+        return rows
+
+    answers = answer_questions(model, [question for _, question in asked], config.decode)
+    for (row, question), answer in zip(asked, answers):
+        row["task"] = question.name
+        if answer.pose is None:
+            row["text"] = answer.text
+        else:
+            row["pose"] = matrix_to_aa(answer.pose).double().numpy().round(4).tolist()
+        row["finished"] = answer.finished
+        row |= stamp
+    return rows
+
+
+def answer_jsonl(model, config, lines, answers):
+    """Answers lines of a file of questions, and writes each batch to the file of answers."""
+    typed = []
+    for _, content in lines:
+        if isinstance(content, dict):
+            typed += [content.get("text"), content.get("ask")]
+    typed = " ".join(text for text in typed if isinstance(text, str))
+    report_unknown_words(model, SLOT.sub(" ", typed))
+
+    start_time = time.perf_counter()
+    bad_rows = []
+    for start in progress_bar(range(0, len(lines), config.batch), "questions"):
+        batch = lines[start:start + config.batch]
+        rows = answer_lines(model, batch, config, answers.stamp)
+        answers.append(rows)
+        bad_rows += [row for row in rows if "error" in row]
+
+    seconds = time.perf_counter() - start_time
+    print(f"{len(lines) - len(bad_rows)} of {len(lines)} questions answered in {seconds:.1f} s, "
+          f"see {config.out}")
+    if bad_rows:
+        print(f"lines that could not be answered: {len(bad_rows)}, for example", file=sys.stderr)
+    for row in bad_rows[:3]:
+        print(f"    {config.jsonl}:{row['line']}: {row['error']}", file=sys.stderr)
+
+
+# ---- 9. The command line -------------------------------------------------------------------------
 @dataclass
 class Config:
     """Ask UniPose; without a question, take the tour of all seven tasks."""
@@ -1253,25 +1652,62 @@ class Config:
     box: list[str] = field(default_factory=list)  # X,Y,W,H of the person in each --image, in pixels
     up: str = ""  # up in --pose: y | z | camera (y down, z ahead); empty: as the kind of file says
     task: str = ""  # needed for one picture only: image2text or image2pose
+    ask: str = ""  # your own words, with <image>, <pose> or <caption> in the place of each input
+    every: int = None  # describe every so many frames of the motion in --pose; of two, B beside A
+    jsonl: str = ""  # a file of questions, one JSON object a line; needs --out ANSWERS.jsonl
+    batch: int = 16  # how many questions of --jsonl, or frames of --every, are answered together
     weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # the body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
     decode: str = "argmax"  # argmax (paper) | soft: a smoother pose | ar: one code a step
     n: int = 1  # how many answers; several are sampled at --temperature
     temperature: float = 0.0  # of sampling; 0 is greedy, or 0.7 if --n is more than 1
     seed: int = 0  # of sampling
-    out: str = "out"  # folder for poses and pictures
+    out: str = "out"  # folder for poses and pictures; of --jsonl, the file of answers
+    save: list[str] = field(default_factory=list)  # the pose: .npz .glb .bvh .obj [.openpose].json
+    show: str = ""  # also write FILE.html, a page that shows people to turn with the mouse
+    mesh: bool = False  # let --save and --show write the mesh of a licensed --body
     device: str = ""  # cpu | cuda; empty: the GPU if there is one
     threads: int = 0  # of the CPU; 0: one for a small model, all for one of the paper's size
+
+
+def mode_of(config):
+    """What the command line asks for: "jsonl", "every", "question" or "tour"."""
+    if config.jsonl:
+        return "jsonl"
+    if config.every is not None:
+        return "every"
+    is_question = config.text or config.image or config.pose or config.task or config.ask
+    return "question" if is_question else "tour"
+
+
+# mode -> where it is, which flags have no effect there, and what to do about it
+NO_EFFECT = {
+    "jsonl": ("with --jsonl", "leave it out: each line of the file is a question of its own", (
+        "text", "image", "pose", "box", "up", "task", "ask", "every", "n", "temperature", "seed",
+        "body", "save", "show", "mesh")),
+    "every": ("with --every", "leave it out: captions of the frames of --pose are printed", (
+        "text", "image", "box", "ask", "n", "temperature", "seed", "out", "save")),
+    "question": ("on one question", "leave it out, or ask many with --jsonl", ("batch",)),
+    "tour": ("on the tour", "leave it out, or ask a question with --text, --image or --pose", (
+        "n", "temperature", "seed", "box", "save", "batch")),
+}
+
+
+def validate_up(up):
+    """Raises UserError unless `up` says which way is up."""
+    if up not in ("", *UP_TURNS):
+        raise UserError(f"--up {up} is not one of {', '.join(UP_TURNS)}")
 
 
 def validate_flags(config):
     """Raises UserError if a flag has an impossible value, or one that would have no effect."""
     if config.decode not in DECODINGS:
         raise UserError(f"--decode {config.decode} is not one of {', '.join(DECODINGS)}")
-    if config.up not in ("", *UP_TURNS):
-        raise UserError(f"--up {config.up} is not one of {', '.join(UP_TURNS)}")
+    validate_up(config.up)
     if not 1 <= config.n <= 64:
         raise UserError(f"--n {config.n} must be from 1 to 64")
+    if not 1 <= config.batch <= 1024:
+        raise UserError(f"--batch {config.batch} must be from 1 to 1024")
     if not 0 <= config.threads <= 1024:
         raise UserError(f"--threads {config.threads} must be from 0 to 1024")
     validate_temperature(config.temperature)
@@ -1279,86 +1715,153 @@ def validate_flags(config):
         raise UserError("--decode soft averages all answers into one, so --n must be 1; sample "
                         "several with --decode argmax")
 
+    if config.every is not None and config.every < 1:
+        raise UserError(f"--every {config.every} must be 1 or more; 30 describes every 30th frame")
+    if config.every is not None and not config.pose:
+        raise UserError(f"--every {config.every} is about a motion; give its file with --pose")
+    where, advice, flags = NO_EFFECT[mode_of(config)]
+    for name in flags:
+        if getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"--{name} has no effect {where}; {advice}")
     if config.up and not config.pose:
         raise UserError(f"--up {config.up} is about pose files; give one with --pose, or leave it "
                         "out")
-    if is_question(config):
-        return
-    for name in ("n", "temperature", "seed", "box"):
-        if getattr(config, name) != getattr(Config(), name):
-            raise UserError(f"--{name} has no effect on the tour; leave it out, or ask a question "
-                            "with --text, --image or --pose")
+    if config.mesh and not (config.body and (config.save or config.show)):
+        raise UserError("--mesh lets --save and --show write the mesh of a licensed --body; give "
+                        "these, or leave it out")
 
 
-def is_question(config):
-    """Whether the command line asks a question; else it is the tour."""
-    return bool(config.text or config.image or config.pose or config.task)
+def validate_outputs(config, questions, body):
+    """Raises UserError if something that is to be written could not be.
+
+    questions: [] for the tour and for a file of questions.
+    """
+    if config.jsonl:
+        if not config.out.endswith(".jsonl"):
+            raise UserError("--jsonl needs a file for the answers: --out ANSWERS.jsonl")
+        validate_writable("--out", config.out)
+    elif config.every is None:
+        validate_folder("--out", config.out)
+
+    for path in config.save:
+        validate_save(path, body, config.mesh)
+        for question in questions:
+            if question.want == "text":
+                raise UserError(f"--save {path} is for a pose, and {question.name} answers with a "
+                                "text, which is printed; leave it out")
+    if config.show:
+        n_answers = len(questions) * config.n or 2 * len(TASKS)     # with the tour's targets
+        validate_page(config.show, n_answers, body, config.mesh)
+    if config.mesh and not body.is_free:
+        print(f"note: the mesh of the body {body.name} will be written; its licence may not let "
+              "you pass it on", file=sys.stderr)
 
 
-def answer_question(model, body, config, task, inputs):
+def answer_question(model, body, config, question):
     """Answers the question of the command line --n times.
 
     Texts are printed; poses and a picture of question and answers are written to --out, under
-    names that are free.
+    names that are free, and poses also to the files that --save names.
     """
-    for text in config.text:
-        validate_length(model, text)
-        report_unknown_words(model, text)
-
+    check_typed(model, question)
     temperature = config.temperature
     if config.n > 1 and temperature == 0:
         temperature = 0.7           # greedy answers would all be the same
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    prompts = [question(task, inputs, model)] * config.n
-    wants = [TASKS[task].target] * config.n
-    answers = generate(model, prompts, wants, config.decode, temperature, generator)
+    answers = answer_questions(model, [question], config.decode, temperature, generator, config.n)
 
     out = pathlib.Path(config.out)
-    number = next_number(out, task)
+    number = next_number(out, question.name)
     results = []
     for k, answer in enumerate(answers):
         results.append((f"answer {k + 1}" if config.n > 1 else "answer", answer.value))
         if answer.pose is None:
             print(answer.text)
         else:
-            path = out / f"{numbered(task, number + k)}.npz"
+            path = out / f"{numbered(question.name, number + k)}.npz"
             write_pose(path, answer.pose)
             print(f"pose: {path}")
-        if not answer.finished:
-            print("note: the answer reached the length limit and was cut", file=sys.stderr)
+        save_answer(answer, k + 1, body, config)
+        report_cut(answer)
 
-    path = out / f"{numbered(task, number)}.png"
-    row = sheet_row(task, "", inputs, results, body)
-    save_png(contact_sheet([row]), path)
+    path = out / f"{numbered(question.name, number)}.png"
+    row = (question.name, "", question.shown, results)
+    save_png(contact_sheet([sheet_row(*row, body)]), path)
     print(f"picture: {path}")
+    show_rows([row], body, config)
+
+
+def report_cut(answer):
+    """Prints a note if an answer is not complete."""
+    if not answer.finished:
+        print("note: the answer reached the length limit and was cut", file=sys.stderr)
+
+
+def numbered_path(path, number):
+    """The file for one of several answers: FILE.glb, FILE_2.glb and so on."""
+    path = pathlib.Path(path)
+    suffix = path.name[-len(suffix_of(path)):]
+    return path.with_name(numbered(path.name.removesuffix(suffix), number) + suffix)
+
+
+def save_answer(answer, number, body, config):
+    """Writes the pose of an answer to the files that --save names; number: of the answer."""
+    for path in config.save:
+        if answer.pose is None:
+            print(f"note: the answer is a text, so nothing is saved to {path}", file=sys.stderr)
+            continue
+        path = numbered_path(path, number)
+        answer.save(path, body, config.mesh)
+        print(f"pose: {path}")
+
+
+def show_rows(rows, body, config):
+    """Writes the page that --show names, if it does. rows: see `write_page`."""
+    if config.show:
+        write_page(config.show, rows, body, config.mesh)
+        print(f"page: {config.show}")
 
 
 def main(argv=None):
-    """Answers one question, or takes the tour."""
+    """Answers one question, a motion or a file of questions, or takes the tour."""
     config = cli(Config, argv)
 
     # whatever can be wrong with the inputs is found before the weights are read, which takes long
     validate_flags(config)
-    validate_folder("--out", config.out)
-    body = load_body(config.body)
+    mode = mode_of(config)
     device = find_device(config.device)
-    tasks = list(TASKS)
-    if is_question(config):
-        task, inputs = read_inputs(config)
-        tasks = [task]
+    body = load_body(config.body)
+    questions = []
+    if mode == "every":
+        questions = read_motions(config)
+    elif mode == "question":
+        questions.append(read_question(
+            config.text, config.image, config.pose, config.task, config.box, config.up, config.ask))
+    validate_outputs(config, questions, body)
 
     notes = read_config(config.weights)
-    require_stages(notes.get("stages"), any("image" in TASKS[task].inputs for task in tasks))
+    with_images = mode == "tour" or any(question.has_image for question in questions)
+    if mode == "jsonl":
+        answers = AnswerFile(config.out, notes, config.decode)
+        lines = answers.unanswered(read_lines(config.jsonl))
+        with_images = any(asks_image(content) for _, content in lines)
+        if not lines:
+            print(f"{config.out} holds an answer to every question")
+            return
+    require_stages(notes.get("stages"), with_images)
     set_threads(config.threads, notes)
 
     model = load(config.weights, device)
-    validate_decoding(model, config.decode)
     if config.decode == "ar" and model.config["attn"] != "causal":
         print("note: this model was not trained with --attn causal, so --decode ar measures its "
               "speed only, and its poses mean nothing", file=sys.stderr)
 
-    if is_question(config):
-        answer_question(model, body, config, task, inputs)
+    if mode == "jsonl":
+        answer_jsonl(model, config, lines, answers)
+    elif mode == "every":
+        answer_motion(model, body, config, questions)
+    elif mode == "question":
+        answer_question(model, body, config, questions[0])
     else:
         tour(model, body, config)
 

@@ -943,6 +943,24 @@ class UniPose(nn.Module):
         text = self.text_tokenizer.decode(ids)
         return tidy_text(text) if self.is_word_level else text.strip()
 
+    # -- a question --
+
+    def answer(self, text=None, image=None, pose=None, task="", ask="", decode="argmax"):
+        """Answers one question -> sample.Answer, the same as on the command line of sample.py.
+
+        text, image, pose: what is given, at most 1, 2, 2 of each; two are a list. image: a path, a
+        PIL picture or an array (H,W,3) uint8. pose: a path, or rotations (22,3,3), y up. task: see
+        data.TASKS; needed only where the inputs fit several. ask: one's own words, with <image>,
+        <pose> or <caption> in the place of each input; then the model decides whether it answers
+        with a pose or a text, unless a task says so. decode: see sample.Engine. Raises UserError.
+        """
+        # here, because sample.py imports this file
+        from sample import answer_questions, check_typed, read_question
+        question = read_question(text, image, pose, task, ask=ask)
+        check_typed(self, question)
+        [answer] = answer_questions(self, [question], decode)
+        return answer
+
     # -- from a batch of rows to the loss --
 
     def embed(self, ids, code_index, images=None, places=None):
