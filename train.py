@@ -641,10 +641,8 @@ def language(model, retrieval_model, cache, config):
 
     def encode(samples):
         """The rows of some samples, the shortest first."""
-        rows = []
-        for k in samples:
-            _, segments = mixture[k]
-            rows.append(model.encode(segments))
+        examples = [mixture[k] for k in samples]
+        rows = model.encode_all([segments for _, segments in examples])
         return sorted(rows, key=lambda row: len(row.ids))
 
     @lru_cache(1)
