@@ -30,6 +30,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -989,8 +990,10 @@ def check_choice(flag, value, choices):
 def write_features(config, retrieval_model, device):
     """Writes the retrieval features (M,d) of the poses of --poses as .npy. Raises UserError."""
     if retrieval_model is None:
-        raise UserError(
-            f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
+        size = read_config(config.weights)["size"]
+        command = f"python train.py --stage retrieval --size {size} --out"
+        raise UserError(f"{config.weights} has no retrieval model; train it: {command} "
+                        f"{shlex.quote(config.weights)}")
     _, poses = records_with_pose(config.poses)
     retrieval_model.to(device)
     batches = face_front(poses).split(256)

@@ -32,16 +32,22 @@ D LLM width.
 
 Left out: conversations of several turns, streaming, top-k and beam search.
 """
+import base64
 import difflib
 import enum
+import io
+import json
 import math
 import pathlib
 import re
+import struct
 import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,11 +55,14 @@ from PIL import Image
 
 from captions import check_text
 from data import (
-    SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture, read_pose, render,
-    render_template, save_png, square, templates, upright_reading, write_pose,
+    HEAD, SIDE_TINTS, SMALLEST, TASKS, UP_TURNS, World, body_colors, contact_sheet, open_picture,
+    project, read_pose, render, render_template, save_png, split_pose_path, square, templates,
+    to_rgb, upright_reading, vertex_normals, write_pose,
 )
 from tokenizer import (
-    TINY, UserError, cli, face_front, load_asset, load_body, run_main, validate_folder,
+    ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, atomic_write, cli,
+    face_front, global_transforms, load_asset, load_body, matrix_to_quaternion, run_main,
+    validate_folder, validate_writable,
 )
 from unipose import (
     Row, collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config,
@@ -267,13 +276,13 @@ class Engine:
         """Prompts, and what each wants -> list of Answer; see the function `generate`."""
         return self.finish(self.answer(prompts, wants, n))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(self, prompts, wants, n):
         """Prompts, and what each wants -> list of RowState, n for each prompt."""
         # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,
         #    their last tokens share a column
         prompts = [self.square_pictures(prompt) for prompt in prompts]
-        sequences = [self.model.encode(prompt) for prompt in prompts]   # TODO: encode_all(prompts)
+        sequences = self.model.encode_all(prompts)
         for sequence, want in zip(sequences, wants):
             if want == "pose":
                 self.open_answer(sequence)
@@ -624,10 +633,10 @@ def read_pictures(paths, boxes):
 
 
 def read_poses(paths, up):
-    """Pose files -> poses (22,3,3), turned as the first has to be turned to face front.
+    """Pose files -> poses (22,3,3) of people who face front, as those that texts describe.
 
-    Texts describe people who face front, so A loses its heading. B gets the turn of A, so that what
-    the two files say of B's heading beside A's stays.
+    If A and B are of one sequence, B gets the turn of A, so that its heading beside A's stays; else
+    each faces front by itself (the rule of PoseFix, which train.RealData follows as well).
     """
     poses = []
     for path in paths:
@@ -636,7 +645,23 @@ def read_poses(paths, up):
         if other:
             print(f"note: {path} is read with the head below the feet; with --up {other} the "
                   "person would be upright", file=sys.stderr)
+    if are_two_sequences(paths):
+        return [face_front(pose)[0] for pose in poses]
     return [face_front(pose, like=poses[0])[0] for pose in poses]
+
+
+def are_two_sequences(paths):
+    """Whether pose files are frames of two motions: walk.npz:3 and run.npz:7.
+
+    Two files of a single pose do not say what they are of. They count as one sequence, or two poses
+    of somebody who lies on the side could come out half a turn apart (see `face_front`).
+    """
+    motions = set()
+    for path in paths:
+        file, frame = split_pose_path(path)
+        if frame:
+            motions.add(pathlib.Path(file).resolve())
+    return len(motions) == 2
 
 
 def read_inputs(config):
@@ -671,22 +696,29 @@ def draw_pose(rotmat, body, heading):
     return render(vertices[0].numpy(), body.faces, body_colors(body), 256, heading)
 
 
+def named_cells(task, inputs, results):
+    """All that is shown of a question: its inputs under their names, then its results."""
+    names = TASKS[task].inputs
+    if names in (("pose", "pose"), ("image", "image")):
+        names = ("A", "B")
+    return [*zip(names, inputs), *results]
+
+
+def first_heading(task):
+    """How far people are turned in pictures of a task: radians, for `render`."""
+    # half turned, so that depth shows; beside a photograph from the side of its camera
+    return 0.0 if "image" in TASKS[task].inputs else -0.5
+
+
 def sheet_row(task, note, inputs, results, body):
     """One row of `contact_sheet`: task and note on the left, then the inputs, then the results.
 
     inputs: the values of the task; results: [(name, value), ...]. A pose (22,3,3) is drawn.
     """
-    names = TASKS[task].inputs
-    if names in (("pose", "pose"), ("image", "image")):
-        names = ("A", "B")
-
-    # half turned, so that depth shows; beside a photograph from the side of its camera
-    heading = 0.0 if "image" in TASKS[task].inputs else -0.5
-
     cells = []
-    for name, value in [*zip(names, inputs), *results]:
+    for name, value in named_cells(task, inputs, results):
         if torch.is_tensor(value):
-            value = draw_pose(value, body, heading)
+            value = draw_pose(value, body, first_heading(task))
         if isinstance(value, Image.Image):
             value = square(value)       # the sheet would cut off the ends of a long one
         cells.append((name, value))
@@ -708,7 +740,444 @@ def numbered(name, number):
     return name if number == 1 else f"{name}_{number}"
 
 
-# ---- 5. The tour ---------------------------------------------------------------------------------
+# ---- 5. Files for other programs -----------------------------------------------------------------
+def write_npz(path, poses, body, fps):
+    """AMASS: axis-angles, z up. `data.read_pose` reads it back."""
+    write_pose(path, poses, fps)
+
+
+def write_text(path, text):
+    """Writes a text file, whole or not at all. Raises UserError."""
+    with atomic_write(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path, poses, body, fps):
+    """The joints of each frame, (F,22,3): metres, y up, pelvis at 0."""
+    joints = body.joints(poses).double().numpy()                                # (F,22,3)
+    content = {
+        "names": JOINTS,
+        "parents": PARENTS,
+        "frames_per_second": fps,
+        "joints": joints.round(6).tolist(),
+    }
+    write_text(path, json.dumps(content, allow_nan=False) + "\n")
+
+
+def write_obj(path, poses, body, fps):
+    """The posed mesh of one pose: metres, y up, pelvis at 0."""
+    _, vertices = body(poses)                                                   # (1,V,3)
+    lines = ["# metres, y up"]
+    for x, y, z in vertices[0].tolist():
+        lines.append(f"v {x:.6f} {y:.6f} {z:.6f}")
+    for a, b, c in (body.faces + 1).tolist():           # counted from 1
+        lines.append(f"f {a} {b} {c}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+# BVH: a skeleton as text, then the angles of one frame a line
+def euler_zxy(rotations):
+    """Rotation matrices (...,3,3) -> angles z, x, y (...,3) in radians: R = Rz Rx Ry."""
+    row_0, row_1, row_2 = np.moveaxis(rotations, -2, 0)                         # (...,3) each
+    z = np.arctan2(-row_0[..., 1], row_1[..., 1])
+    x = np.arctan2(row_2[..., 1], np.hypot(row_0[..., 1], row_1[..., 1]))
+
+    # y of Rz⁻¹ R = Rx Ry: where x is a quarter turn, z is anything, and y makes up for it
+    row_0 = np.cos(z)[..., None] * row_0 + np.sin(z)[..., None] * row_1
+    y = np.arctan2(row_0[..., 2], row_0[..., 0])
+    return np.stack([z, x, y], -1)
+
+
+def bones(body):
+    """The way to each joint from its parent in the T-pose, (22,3) metres."""
+    way = body.rest - body.rest[PARENTS]
+    way[0] = body.rest[0]               # the pelvis has no parent
+    return way
+
+
+def joints_below(joint):
+    """The joints that hang on a joint."""
+    return [below for below, parent in enumerate(PARENTS) if parent == joint]
+
+
+def depth_first(joint=0):
+    """A joint and all below it, in the order of a BVH file."""
+    order = [joint]
+    for below in joints_below(joint):
+        order += depth_first(below)
+    return order
+
+
+def bvh_joint(joint, offsets):
+    """The lines of a BVH's HIERARCHY for a joint and all below it. offsets (22,3): centimetres."""
+    kind = "JOINT"
+    channels = "3 Zrotation Xrotation Yrotation"
+    if joint == 0:
+        kind = "ROOT"
+        channels = "6 Xposition Yposition Zposition Zrotation Xrotation Yrotation"
+
+    inside = [bvh_offset(offsets[joint]), f"CHANNELS {channels}"]
+    for below in joints_below(joint):
+        inside += bvh_joint(below, offsets)
+    if not joints_below(joint):
+        # the body has no joint at fingertips, toes and crown: half a bone for programs to draw
+        inside += ["End Site", "{", "\t" + bvh_offset(offsets[joint] / 2), "}"]
+    return [f"{kind} {JOINTS[joint]}", "{", *["\t" + line for line in inside], "}"]
+
+
+def bvh_offset(offset):
+    """The line of a BVH that places a joint beside its parent."""
+    return "OFFSET " + " ".join(f"{number:.6f}" for number in offset)
+
+
+def write_bvh(path, poses, body, fps):
+    """BVH: centimetres, y up, degrees, each joint turned about z, then x, then y: R = Rz Rx Ry.
+
+    The rest pose is the T-pose; the pelvis stays at 0.
+    """
+    offsets = 100 * bones(body).double().numpy()                                # (22,3)
+    rotations = poses[:, depth_first()].double().numpy()                        # (F,22,3,3)
+    angles = np.unwrap(euler_zxy(rotations), axis=0)    # no jumps from 180 to -180 degrees
+    angles = np.rad2deg(angles).reshape(len(poses), -1)                         # (F,66)
+
+    lines = ["HIERARCHY", *bvh_joint(0, offsets)]
+    lines += ["MOTION", f"Frames: {len(poses)}", f"Frame Time: {1 / fps:.8f}"]
+    for frame in angles.tolist():
+        numbers = " ".join(f"{angle:.6f}" for angle in frame)
+        lines.append(f"0 0 0 {numbers}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+# Binary glTF 2.0: JSON that describes the scene, then the arrays that it refers to
+COMPONENT_TYPES = {"uint8": 5121, "uint32": 5125, "float32": 5126}
+ELEMENT_TYPES = {(): "SCALAR", (3,): "VEC3", (4,): "VEC4", (4, 4): "MAT4"}
+VERTICES = 34962                # what an array is to the graphics card
+TRIANGLES = 34963
+
+
+class GlbArrays:
+    """The arrays of a .glb, one behind the other, and what its JSON says about each."""
+
+    def __init__(self):
+        self.content = bytearray()
+        self.views = []
+        self.accessors = []
+
+    def add(self, array, target=None):
+        """Appends an array (n,...), whose rows fill multiples of 4 bytes -> its number."""
+        view = {"buffer": 0, "byteOffset": len(self.content), "byteLength": array.nbytes}
+        if target:
+            view["target"] = target
+        self.accessors.append({
+            "bufferView": len(self.views),
+            "componentType": COMPONENT_TYPES[array.dtype.name],
+            "count": len(array),
+            "type": ELEMENT_TYPES[array.shape[1:]],
+            "min": array.min(0).ravel().tolist(),
+            "max": array.max(0).ravel().tolist(),
+        })
+        self.views.append(view)
+        self.content += array.tobytes()
+        return len(self.accessors) - 1
+
+
+def four_weights(body):
+    """Which four of the 22 joints move each vertex most, and how much: (V,4) each; sums are 1."""
+    weights = body.weights[:, :22].double()                                     # (V,22)
+    weights[:, LEFT_WRIST] += body.weights[:, 22]       # hands are rigid and move with the wrists
+    weights[:, RIGHT_WRIST] += body.weights[:, 23]
+    largest, joints = weights.topk(4)                                           # (V,4) each
+    largest = largest / largest.sum(1, keepdim=True)
+    joints = joints.masked_fill(largest == 0, 0)        # glTF wants joint 0 where nothing pulls
+    return joints.numpy().astype(np.uint8), largest.numpy().astype(np.float32)
+
+
+def glb_mesh(arrays, body):
+    """The mesh of a body in its rest pose, as glTF describes it."""
+    template = body.template.double().numpy()                                   # (V,3)
+    normals = vertex_normals(template, body.faces.numpy())                      # (V,3)
+    normals[~normals.any(1)] = [0, 1, 0]                # of vertices without a triangle
+    linear = body_colors(body) ** 2.2                   # colours of vertices have no gamma in glTF
+    joints, weights = four_weights(body)
+
+    attributes = {
+        "POSITION": arrays.add(template.astype(np.float32), VERTICES),
+        "NORMAL": arrays.add(normals.astype(np.float32), VERTICES),
+        "COLOR_0": arrays.add(linear.astype(np.float32), VERTICES),
+        "JOINTS_0": arrays.add(joints, VERTICES),
+        "WEIGHTS_0": arrays.add(weights, VERTICES),
+    }
+    indices = arrays.add(body.faces.numpy().astype(np.uint32).ravel(), TRIANGLES)
+    return {"primitives": [{"attributes": attributes, "indices": indices, "material": 0}]}
+
+
+def glb_skin(arrays, body):
+    """The skin of a mesh whose joints are the nodes 0-21."""
+    inverses = np.tile(np.eye(4, dtype=np.float32), (len(JOINTS), 1, 1))        # (22,4,4)
+    inverses[:, 3, :3] = -body.rest.numpy()             # stored column by column
+    return {"joints": list(range(len(JOINTS))), "inverseBindMatrices": arrays.add(inverses)}
+
+
+def glb_joints(quaternions, body):
+    """The nodes of the 22 joints, turned by quaternions (22,4), x y z w."""
+    nodes = []
+    translations = bones(body)                                                  # (22,3)
+    for joint, name in enumerate(JOINTS):
+        node = {
+            "name": name,
+            "translation": translations[joint].tolist(),
+            "rotation": quaternions[joint].tolist(),
+        }
+        if joints_below(joint):
+            node["children"] = joints_below(joint)
+        nodes.append(node)
+    return nodes
+
+
+def glb_animation(arrays, quaternions, fps):
+    """The animation that turns the 22 joints by quaternions (F,22,4), x y z w."""
+    times = arrays.add(np.arange(len(quaternions), dtype=np.float32) / np.float32(fps))
+    samplers = []
+    channels = []
+    for joint in range(len(JOINTS)):
+        turns = arrays.add(quaternions[:, joint])                               # (F,4)
+        samplers.append({"input": times, "output": turns})
+        channels.append({"sampler": joint, "target": {"node": joint, "path": "rotation"}})
+    return {"samplers": samplers, "channels": channels}
+
+
+def write_glb(path, poses, body, fps):
+    """Binary glTF 2.0: the rigged body in its first pose, animated if there are several.
+
+    Metres, y up, pelvis at 0; rotations only, so the pelvis stays there. Skinning is linear: the
+    pose correctives of a body that has some (SMPL; not the free one) cannot be expressed, and
+    elbows and knees crease a little more than in .obj.
+    """
+    quaternions = matrix_to_quaternion(poses.double()).roll(-1, -1)             # x y z w
+    quaternions = quaternions.float().numpy()                                   # (F,22,4)
+
+    arrays = GlbArrays()
+    person = {"name": body.name or "body", "mesh": 0, "skin": 0}
+    gltf = {
+        "asset": {"version": "2.0", "generator": "UniPose"},
+        "scene": 0,
+        "scenes": [{"nodes": [0, len(JOINTS)]}],        # the pelvis, and the mesh on the skeleton
+        "nodes": [*glb_joints(quaternions[0], body), person],
+        "meshes": [glb_mesh(arrays, body)],
+        "skins": [glb_skin(arrays, body)],
+        "materials": [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 0.9}}],
+    }
+    if len(poses) > 1:
+        gltf["animations"] = [glb_animation(arrays, quaternions, fps)]
+    gltf["accessors"] = arrays.accessors
+    gltf["bufferViews"] = arrays.views
+    gltf["buffers"] = [{"byteLength": len(arrays.content)}]
+
+    text = json.dumps(gltf, allow_nan=False).encode()
+    text += b" " * (-len(text) % 4)
+    n_bytes = 12 + 8 + len(text) + 8 + len(arrays.content)
+    with atomic_write(path) as new, open(new, "wb") as file:
+        file.write(struct.pack("<4sII", b"glTF", 2, n_bytes))
+        file.write(struct.pack("<I4s", len(text), b"JSON") + text)
+        file.write(struct.pack("<I4s", len(arrays.content), b"BIN\0") + arrays.content)
+
+
+# OpenPose: what ControlNet reads, 18 keypoints in pixels
+CANVAS = 512                    # pixels of its sides
+KEYPOINTS = [
+    "nose", "neck",
+    "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist",
+    "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle",
+    "right_eye", "left_eye", "right_ear", "left_ear",
+]
+FACE = {                        # metres from the head joint in the T-pose, as on the free body
+    "nose": (0.0, 0.055, 0.123),
+    "right_eye": (-0.032, 0.090, 0.100),
+    "left_eye": (0.032, 0.090, 0.100),
+    "right_ear": (-0.085, 0.075, 0.0),
+    "left_ear": (0.085, 0.075, 0.0),
+    "between_ears": (0.0, 0.075, 0.0),                  # inside of the head, no keypoint
+}
+BEHIND = 0.03                   # metres behind `between_ears` from which the head hides a point
+
+
+def keypoints(pose, body):
+    """A pose (22,3,3) -> where its KEYPOINTS are, and last `between_ears`: (19,3) metres."""
+    rotations, joints = global_transforms(pose, body.rest)                      # (22,3,3|3)
+    places = dict(zip(JOINTS, joints))
+    places["neck"] = (places["left_shoulder"] + places["right_shoulder"]) / 2   # as COCO has it
+    for name, offset in FACE.items():
+        places[name] = joints[HEAD] + rotations[HEAD] @ torch.tensor(offset)
+    return torch.stack([places[name] for name in [*KEYPOINTS, "between_ears"]])
+
+
+def write_openpose(path, poses, body, fps):
+    """One person as ControlNet's OpenPose JSON: COCO's 18 keypoints on a square canvas.
+
+    From the front, framed as `render` frames the body. Confidence is 1, or 0 for a point of the
+    face that the head hides; that other parts of the body hide something does not count.
+    """
+    _, vertices = body(poses)                                                   # (1,V,3)
+    points = keypoints(poses[0], body).numpy()                                  # (19,3)
+    pixels, depth = project(points, vertices[0].numpy(), CANVAS, 1.0, (0.0, 0.0))
+
+    numbers = []
+    for name, (x, y), z in zip(KEYPOINTS, pixels.tolist(), depth):
+        if name in FACE and z < depth[-1] - BEHIND:
+            numbers += [0.0, 0.0, 0.0]
+        else:
+            numbers += [round(x, 2), round(y, 2), 1.0]  # ControlNet drops all below 1
+    person = {
+        "pose_keypoints_2d": numbers,
+        "face_keypoints_2d": [],
+        "hand_left_keypoints_2d": [],
+        "hand_right_keypoints_2d": [],
+    }
+    content = {"people": [person], "canvas_width": CANVAS, "canvas_height": CANVAS}
+    write_text(path, json.dumps(content, allow_nan=False) + "\n")
+
+
+class Writer(NamedTuple):
+    """How a kind of file is written."""
+
+    write: Callable             # (path, poses (F,22,3,3), body, fps)
+    has_mesh: bool = False      # it contains the mesh of the body
+    one_pose: bool = False      # it has no room for a motion
+
+
+WRITERS = {                     # the end of a file's name: what writes it
+    ".npz": Writer(write_npz),
+    ".glb": Writer(write_glb, has_mesh=True),
+    ".bvh": Writer(write_bvh),
+    ".obj": Writer(write_obj, has_mesh=True, one_pose=True),
+    ".openpose.json": Writer(write_openpose, one_pose=True),
+    ".json": Writer(write_json),                        # after the longer suffix that ends alike
+}
+
+
+def suffix_of(path):
+    """The key of WRITERS that a file's name ends in, in any case; "" if there is none."""
+    name = pathlib.Path(path).name.lower()
+    for suffix in WRITERS:
+        if name.endswith(suffix) and name != suffix:
+            return suffix
+    return ""
+
+
+def validate_save(path, body, mesh=False, n_frames=1):
+    """Raises UserError if `save_poses` would refuse these arguments; to be called before long work.
+
+    n_frames: how many poses there will be.
+    """
+    suffix = suffix_of(path)
+    if not suffix:
+        raise UserError(f"--save {path}: its name must end in one of {', '.join(WRITERS)}, which "
+                        "says what is written")
+    writer = WRITERS[suffix]
+    if writer.has_mesh and not body.is_free and not mesh:
+        others = [other for other, row in WRITERS.items() if not row.has_mesh]
+        raise UserError(f"--save {path}: a {suffix} contains the mesh of the body {body.name}, "
+                        "which its licence may not let you pass on; add --mesh to write it all the "
+                        f"same, leave out --body, or save as {', '.join(others)}")
+    if writer.one_pose and n_frames > 1:
+        others = [other for other, row in WRITERS.items() if not row.one_pose]
+        raise UserError(f"--save {path}: a {suffix} holds one pose, and there are {n_frames}; save "
+                        f"one of them, or all as {', '.join(others)}")
+    validate_writable("--save", path)
+
+
+def save_poses(path, poses, body, mesh=False, fps=30.0):
+    """Writes poses (22,3,3), or the frames (F,22,3,3) of a motion, as the suffix of `path` says.
+
+    body: a Body on the CPU. mesh: write its mesh even if it is not free, where the file has one.
+    fps: frames per second, above 0. Raises UserError for what `validate_save` refuses, and if the
+    disk is full.
+    """
+    poses = poses.detach().cpu().float().reshape(-1, 22, 3, 3)                  # (F,22,3,3)
+    validate_save(path, body, mesh, len(poses))
+    WRITERS[suffix_of(path)].write(path, poses, body, fps)
+
+
+# ---- 6. A page to look at ------------------------------------------------------------------------
+MAX_PAGE_ANSWERS = 64       # of 55 kB each
+PAGE_PICTURE = (640, 640)   # pixels that a picture in a page has at most
+
+
+def validate_page(path, n_answers, body, mesh=False):
+    """Raises UserError if `write_page` would refuse these arguments; to be called before long work.
+
+    n_answers: how many results all its rows will have together.
+    """
+    if pathlib.Path(path).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--show {path} would not open in a browser; give it a name that ends in "
+                        ".html")
+    if n_answers > MAX_PAGE_ANSWERS:
+        raise UserError(f"--show {path} would hold {n_answers} answers; ask for at most "
+                        f"{MAX_PAGE_ANSWERS}")
+    if not body.is_free and not mesh:
+        raise UserError(f"--show {path}: a page contains the mesh of the body {body.name}, which "
+                        "its licence may not let you pass on; add --mesh to write it all the same, "
+                        "or leave out --body")
+    validate_writable("--show", path)
+
+
+def write_page(path, rows, body, mesh=False):
+    """Writes a page that shows people to turn with the mouse, beside texts and pictures.
+
+    It is one file, assets/page.html with its content filled in, and loads nothing from elsewhere.
+    rows: of each question (task, note, inputs, results), as `sheet_row` takes them. body: a Body on
+    the CPU. mesh: write its mesh even if it is not free. Raises UserError for what `validate_page`
+    refuses, and if the disk is full.
+    """
+    n_answers = sum(len(results) for _, _, _, results in rows)
+    validate_page(path, n_answers, body, mesh)
+
+    page_rows = []
+    for task, note, inputs, results in rows:
+        cells = []
+        for name, value in named_cells(task, inputs, results):
+            cells.append({"name": name, **page_value(value, body)})
+        heading = first_heading(task)
+        page_rows.append({"title": task, "note": note, "heading": heading, "cells": cells})
+
+    colors = body_colors(body)[body.faces].mean(1)                              # (F,3)
+    content = json.dumps({
+        "faces": encode_array(body.faces.numpy(), "<u4"),
+        "colors": encode_array(255 * colors, "u1"),
+        "sides": {side: (255 * np.array(color)).tolist() for side, color in SIDE_TINTS.items()},
+        "rows": page_rows,
+    })
+    content = content.replace("<", r"\u003c")   # else a text could end the script that it is in
+
+    template = (ASSETS / "page.html").read_text(encoding="utf-8")
+    write_text(path, template.replace("{{content}}", content))
+
+
+def page_value(value, body):
+    """A text, a picture or a pose (22,3,3) as a page holds it: {kind: text}."""
+    if isinstance(value, str):
+        return {"text": value or "(no text)"}
+
+    if torch.is_tensor(value):
+        with torch.no_grad():
+            _, vertices = body(value[None])                                     # (1,V,3)
+        return {"vertices": encode_array(vertices[0].numpy(), "<f4")}
+
+    if isinstance(value, np.ndarray):
+        value = Image.fromarray(value)
+    picture = to_rgb(value)
+    picture.thumbnail(PAGE_PICTURE)
+    jpeg = io.BytesIO()
+    picture.save(jpeg, format="JPEG", quality=90)
+    return {"picture": "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()}
+
+
+def encode_array(array, dtype):
+    """The numbers of an array, as base64 text of their bytes."""
+    return base64.b64encode(array.astype(dtype).tobytes()).decode()
+
+
+# ---- 7. The tour ---------------------------------------------------------------------------------
 def tour(model, body, config):
     """Answers all seven tasks in one batch: task k about the k-th pair of the test split."""
     world = World("test", 2 * len(TASKS), model.vision.clip_size)
@@ -773,7 +1242,7 @@ def score(task, answer, target, poses, body):
     return f"{n_true}/{len(verdicts)} statements true"
 
 
-# ---- 6. The command line -------------------------------------------------------------------------
+# ---- 8. The command line -------------------------------------------------------------------------
 @dataclass
 class Config:
     """Ask UniPose; without a question, take the tour of all seven tasks."""
