@@ -1070,6 +1070,7 @@ def pose_from_camera(array, where):
 
 # Where pose files of other programs have their poses, and which way is up there
 POSE_KEYS = {
+    "rotmat": "y",              # as poses are called here
     "poses": "z",               # AMASS, SMPL-H
     "fullpose": "z",            # MoSh++, SMPL-X
     "smpl_thetas": "camera",    # ROMP

@@ -747,6 +747,7 @@ GOOD_POSES = [
     "axis_angles.npy",
     "flat.npy",
     "smpl_with_hands.npy",
+    "matrices.npz:1",
     "amass_smplh.npz:2",
     "amass_smplx.npz",
     "amass_smplx.npz:0",
@@ -1177,6 +1178,7 @@ def good_pose_files(rotmat):
         "axis_angles.npy": aa,
         "flat.npy": aa.ravel(),
         "smpl_with_hands.npy": np.pad(aa.ravel(), (0, 6)),
+        "matrices.npz": {"rotmat": np.stack([poses(2, seed=1)[1], rotmat])},
         "amass_smplh.npz": {"poses": third_frame, "gender": np.array("male", dtype=object)},
         "amass_smplx.npz": {"root_orient": amass[:, :3], "pose_body": amass[:, 3:66]},
     }
