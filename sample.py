@@ -235,10 +235,13 @@ class CachedModel:
         self.branch = torch.cat([self.branch, branch])                          # (past+nq,)
 
         visible = (self.branch == branch[:, None]) | (self.branch < 0)          # (nq,past+nq)
-        mask = float_mask(self.valid[:, None, None] & visible)                  # (P,1,nq,past+nq)
-        if q > 1:
+        if q == 1:
+            mask = float_mask(self.valid[:, None, None] & visible)              # (P,1,nq,past+nq)
+        else:
+            old = self.valid[:, None, None, :past] & visible[:, :past]          # (P,1,nq,past)
             new = mixed_mask(block, valid)                                      # (P,1,nq,nq)
-            mask[..., past:] = new.masked_fill(~visible[:, past:], torch.finfo(new.dtype).min)
+            new.masked_fill_(~visible[:, past:], torch.finfo(new.dtype).min)
+            mask = torch.cat([float_mask(old), new], -1)                        # (P,1,nq,past+nq)
 
         states = self.model.hidden(x, mask, positions, self.cache)              # (P,nq,D)
         self.cache.length += len(branch)
