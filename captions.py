@@ -31,7 +31,11 @@ Sources: posecodes and captions are PoseScript's (Delmas et al. 2022), paircodes
 texts PoseFix's (Delmas et al. 2023), used as in UniPose's data (appendix A). Thresholds and rules
 are the published ones, the phrases our own. Left out: random noise on the numbers, contacts found
 on the skin, pronouns for the person, connectives such as "while", and rewriting by a chat model
-(that is `data.py --refine`). The thresholds are metres, so everybody has the size of one body.
+(that is `data.py --refine`).
+
+The thresholds are metres, so everybody is measured on one skeleton: SMPL's neutral one of mean
+shape, as in PoseScript. The free body has its joints; a --body of the other scripts is drawn, or
+used in losses and errors, and changes no caption.
 
     python captions.py              # one pose: measured, named, described, the description checked
     python captions.py --seed 1     # the same in other words
@@ -513,7 +517,10 @@ def posecodes_at(keypoints, rotmat, frame="world"):
 
 @functools.cache
 def rest_joints():
-    """The joints of the embedded body at rest (22,3): everybody's, since thresholds are metres."""
+    """The joints of the free body at rest (22,3), which are SMPL's; everybody is measured on them.
+
+    Not on those of a --body, or a caption would not mean the same to every model.
+    """
     return load_body().rest
 
 

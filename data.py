@@ -40,6 +40,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tarfile
 import textwrap
@@ -62,10 +63,11 @@ from captions import (
     full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write, cli,
-    face_front, first_line, forward_kinematics, list_files, load_asset, load_body, load_json,
-    load_pickle, matrix_to_aa, mirror, read_arrays, run_main, shorten, skip_bad_entry, to_array,
-    to_element, turn_root,
+    JOINTS, MAX_BYTES, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write,
+    cli, face_front, file_errors, first_line, forward_kinematics, list_files, list_to_array,
+    load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays, read_pickle,
+    read_torch_file, require_file, run_main, shorten, skip_bad_entry, to_array, to_element,
+    turn_root,
 )
 
 
@@ -565,8 +567,8 @@ def draw_shadow(canvas, pixels):
     canvas.paste((40, 40, 50), mask=mask)
 
 
-def shade(vertices, faces, colors, light):
-    """The colours of vertices (V,3) under a lamp in the direction `light`, a unit vector: (V,3)."""
+def vertex_normals(vertices, faces):
+    """Unit normals of vertices (V,3): (V,3), outwards; 0 where a vertex has no triangle."""
     corners = vertices[faces]                                                 # (F,3,3)
     edge_1 = corners[:, 1] - corners[:, 0]
     edge_2 = corners[:, 2] - corners[:, 0]
@@ -577,8 +579,12 @@ def shade(vertices, faces, colors, light):
     for axis in range(3):
         weights = np.repeat(face_normals[:, axis], 3)
         normals[:, axis] = np.bincount(faces.ravel(), weights, len(vertices))
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
+    return normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12)
 
+
+def shade(vertices, faces, colors, light):
+    """The colours of vertices (V,3) under a lamp in the direction `light`, a unit vector: (V,3)."""
+    normals = vertex_normals(vertices, faces)                                 # (V,3)
     brightness = 0.5 + 0.5 * normals @ light               # half Lambert: no side is black
     brightness = 0.30 + 0.80 * brightness ** 1.5                              # (V,)
     return np.asarray(colors) * brightness[:, None]
@@ -754,6 +760,13 @@ def contact_sheet(rows):
             cell = ImageOps.fit(value, (CELL, CELL))
             sheet.paste(cell, (left, top + header))
     return sheet
+
+
+def draw_pose(rotmat, body, heading=0.0):
+    """Draws a pose (22,3,3) -> picture (CELL,CELL,3) uint8. heading: see `render`."""
+    with torch.no_grad():
+        _, vertices = body(torch.as_tensor(rotmat)[None])                     # (1,V,3)
+    return render(vertices[0].numpy(), body.faces, body_colors(body), CELL, heading)
 
 
 def save_png(picture, path):
@@ -1068,6 +1081,7 @@ def pose_from_camera(array, where):
 
 # Where pose files of other programs have their poses, and which way is up there
 POSE_KEYS = {
+    "rotmat": "y",              # as poses are called here
     "poses": "z",               # AMASS, SMPL-H
     "fullpose": "z",            # MoSh++, SMPL-X
     "smpl_thetas": "camera",    # ROMP
@@ -1078,7 +1092,9 @@ SPLIT_KEYS = {
     ("root_orient", "pose_body"): "z",          # AMASS, SMPL-X
     ("global_orient", "body_pose"): "camera",   # HMR2, TokenHMR, GVHMR, SMPLify-X
 }
-GROUP_KEYS = {                  # of what holds the above; of several, the first one is read
+# What holds the above; of several, the first one is read. They are looked for before POSE_KEYS: a
+# frame of PHALP also has a `pose`, which is none.
+GROUP_KEYS = {
     "smpl_params_global": "y",  # GVHMR
     "smpl_params_incam": "camera",
     "pred_smpl_params": "camera",               # HMR2, TokenHMR
@@ -1086,98 +1102,96 @@ GROUP_KEYS = {                  # of what holds the above; of several, the first
     "smpl": "camera",           # PHALP
     "results": "",              # ROMP: as what it holds says
 }
-POSE_PATH = re.compile(r"(.+?\.(?:npy|npz|pkl|pt|pth))((?::[^:]+)*)", re.IGNORECASE)
+POSE_FILES = (".npy", ".npz", ".pkl", ".pt", ".pth", ".ckpt")
+
+
+def split_pose_path(path):
+    """"people.pkl:3:120" -> "people.pkl", ["3", "120"]. Raises UserError if it is no pose file."""
+    suffixes = "|".join(map(re.escape, POSE_FILES))
+    match = re.fullmatch(rf"(.+?(?:{suffixes}))((?::[^:]+)*)", str(path), re.IGNORECASE)
+    if not match:
+        raise UserError(f"{path} is no pose file: give one of {', '.join(POSE_FILES)}, and behind "
+                        "it which pose, as in walk.npz:120")
+    return match[1], match[2].split(":")[1:]
 
 
 def read_pose(path, up=""):
     """Reads one pose -> rotmat (22,3,3). Raises UserError on a file that is not one pose.
 
-    .npy: rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`.
-    .npz, .pkl, .pt, .pth: the keys of POSE_KEYS, SPLIT_KEYS and GROUP_KEYS.
+    Rotation matrices or axis-angles of SMPL, SMPL-H or SMPL-X, see `count_pose_axes`. A .npy file
+    is such an array. The others (.npz; .pkl, also of joblib; .pt, .pth or .ckpt of torch) hold it
+    under the keys of POSE_KEYS, SPLIT_KEYS and GROUP_KEYS, as arrays, tensors or lists.
     Where a file holds several people or frames, what follows its name chooses one: `walk.npz:120`
     is frame 120, `people.pkl:3:120` is frame 120 of person 3, and `results.pt:smpl_params_incam:9`
     names a key. A level that has one entry only needs no name.
     up: which way is up in the file, a key of UP_TURNS; "": as the kind of file says.
     """
-    path = str(path)
-    match = POSE_PATH.fullmatch(path)
-    names = []
-    if match:
-        path = match[1]
-        names = match[2].split(":")[1:]
+    array, where, usual_up = find_pose_array(path)
+    return turn_root(as_rotations(array, where), UP_TURNS[up or usual_up])
 
-    entry = PoseEntry(path, names)
-    with as_user_error(f"cannot read {path}: "):
+
+def read_frames(path, every=1, up=""):
+    """Reads a motion -> frames 0, every, 2 * every ... (T,22,3,3), and frames per second.
+
+    path, up: as for `read_pose`, but no frame is chosen; a single pose is a motion of one frame.
+    Frames per second are 0 if the file does not say. Raises UserError.
+    """
+    array, where, usual_up = find_pose_array(path, is_motion=True)
+    if not array.size:
+        raise UserError(f"{where} holds no frames")
+    n_axes = count_pose_axes(array.shape) or array.ndim     # of another shape: refused below
+    motion = array.reshape(-1, *array.shape[array.ndim - n_axes:])
+
+    frames = []
+    for k in range(0, len(motion), every):
+        frames.append(as_rotations(motion[k], f"frame {k} of {where}"))
+    rate = 0.0
+    if where.lower().endswith(".npz"):
+        rate = frame_rate(read_arrays(pathlib.Path(where), RATE_KEYS))
+    return turn_root(torch.stack(frames), UP_TURNS[up or usual_up]), rate
+
+
+def find_pose_array(path, is_motion=False):
+    """Finds the pose that a path names -> an array, where it stood, and which way is up there.
+
+    path: see `read_pose`. is_motion: its frames are all wanted. Raises UserError.
+    """
+    path, names = split_pose_path(path)
+    entry = PoseEntry(path, names, is_motion)
+    with as_user_error(f"cannot read {path}: ", "; save its arrays again with numpy.savez"):
         array, usual_up = entry.find(read_pose_file(pathlib.Path(path)))
     if entry.names_left and not set(entry.names_left) <= set(entry.passed):
-        name = entry.names_left[0]
-        raise UserError(f"{path} has no frame {shorten(name)}: it holds 1, which needs no number")
-    return turn_root(as_rotations(array, entry.where), UP_TURNS[up or usual_up])
+        name = shorten(entry.names_left[0])
+        if is_motion:
+            raise UserError(f"all frames of {path} are read: leave out :{name}")
+        raise UserError(f"{path} has no frame {name}: it holds 1, which needs no number")
+    return array, entry.where, usual_up
 
 
 def read_pose_file(path):
-    """Reads what `read_pose` takes -> an array, or nested dicts and lists with arrays in them.
+    """The content of a pose file -> an array, or what `load_pickle` returns; of .npz files a dict.
 
-    Nothing in the file is executed. Raises exceptions of any kind.
+    Nothing in the file is executed, and no array is made before `to_numbers`. Raises exceptions of
+    any kind.
     """
+    require_file(path)
     suffix = path.suffix.lower()
-    if suffix not in (".npz", ".pkl", ".pt", ".pth"):
-        return read_arrays(path, ()).get("")
-    if not path.is_file():
-        raise UserError(f"no file {path}: check the path")
-
-    if suffix in (".pt", ".pth"):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # its message advises to run whatever is in the file
-            raise UserError(f"{path} is not a torch file of tensors alone: convert what else is in "
-                            "it to tensors, and save its tensors again in a dict") from error
+    if suffix in (".pt", ".pth", ".ckpt"):
+        return read_torch_file(path)
     if suffix == ".pkl":
-        with as_user_error(f"{path} is not a pickle of plain numpy arrays: save them again with "
-                           "pickle.dump or numpy.savez, without joblib or torch (", ")"):
-            return unpickle(path.read_bytes())
+        return read_pickle(path)
 
-    keys = [*POSE_KEYS, *itertools.chain(*SPLIT_KEYS)]
-    arrays = read_arrays(path, keys)
-    with zipfile.ZipFile(path) as archive:
+    arrays = read_arrays(path, [*POSE_KEYS, *itertools.chain(*SPLIT_KEYS)])
+    if "" in arrays:
+        return arrays[""]
+    with file_errors("it is damaged"), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         for name in set(GROUP_KEYS) & set(names):
             # a dict, which numpy pickles behind the header of an array
-            content = archive.read(f"{name}.npy")
-            arrays[name] = unpickle(content[content.index(b"\n") + 1:])
+            with archive.open(f"{name}.npy") as member:
+                content = member.read(MAX_BYTES)
+            arrays[name] = load_pickle(content[content.index(b"\n") + 1:])
     return arrays or dict.fromkeys(names)
-
-
-def unpickle(content):
-    """The bytes of a pickle -> its object, made of numbers, text, dicts, lists and arrays."""
-    return build_arrays(load_pickle(content), 0, {})
-
-
-def build_arrays(value, depth, built):
-    """A value of `load_pickle` with its records built into arrays.
-
-    built: what was built before, by id: a container that a pickle repeats is visited once. Raises
-    UserError for containers that lie too deep in each other, such as one in itself.
-    """
-    if depth > MOST_NESTED:
-        raise UserError("its entries lie too deep in each other")
-    if id(value) in built:
-        return built[id(value)]
-
-    if isinstance(value, Record):
-        element = to_element(value)
-        if element is value:
-            result = to_array(value)
-        else:
-            result = build_arrays(element, depth + 1, built)
-    elif isinstance(value, dict):
-        result = {key: build_arrays(entry, depth + 1, built) for key, entry in value.items()}
-    elif isinstance(value, (list, tuple)):
-        result = [build_arrays(entry, depth + 1, built) for entry in value]
-    else:
-        result = value
-    built[id(value)] = result
-    return result
 
 
 def join_root(root, body, where):
@@ -1207,43 +1221,62 @@ def join_root(root, body, where):
     return np.concatenate([root, body], len(lead))
 
 
+MOST_NUMBERS = 2 ** 20  # in nested lists of poses
+MOST_NESTED = 10  # dicts and lists in each other
+
+
 def to_numbers(value):
-    """A tensor, an array or nested lists of numbers -> array."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().double().numpy()  # numpy knows no bfloat16
-    return np.asarray(value)
+    """What a file holds in the place of numbers -> their array. Raises FileError."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, Record):
+        return to_array(value)
+    return list_to_array(value, MOST_NUMBERS)
+
+
+def is_container(value):
+    """Whether a value of a file holds others, rather than numbers."""
+    if isinstance(value, Record):
+        return value.name == "dict"
+    return isinstance(value, (dict, list, tuple))
 
 
 class PoseEntry:
     """One pose of a file, chosen by names: at each level with several entries, the next name.
 
     where: the path of the file and the names that were used. names_left: those that were not.
-    passed: the names of entries that are alone at their level.
+    passed: the names of entries that are alone at their level. is_motion: the frames are not chosen
+    from, but taken together.
     """
 
-    def __init__(self, path, names):
+    def __init__(self, path, names, is_motion=False):
         self.where = path
         self.names_left = list(names)
         self.passed = []
+        self.n_frame_axes = int(is_motion)
+        self.depth = 0
 
     def find(self, node, up=""):
         """Descends from a node of the file to the pose -> array, a key of UP_TURNS.
 
         up: which way is up, if a key above the node says so. Raises UserError.
         """
-        if isinstance(node, np.ndarray) and node.dtype == object and node.size == 1:
-            node = node.item()
-        if isinstance(node, dict):
+        self.depth += 1
+        if self.depth > MOST_NESTED:  # a pickle may hold a list that holds itself
+            raise UserError(f"{self.where} holds entries too deep in each other")
+
+        node = to_element(node)
+        if is_container(node) and isinstance(node, dict):
             return self.find_in_dict(node, up)
 
-        is_list = isinstance(node, (list, tuple)) and len(node) > 0
-        if is_list and isinstance(node[0], (dict, np.ndarray, torch.Tensor)):
-            keys = [str(k) for k in range(len(node))]
+        first = node[0] if isinstance(node, (list, tuple)) and node else None
+        if isinstance(first, dict) and getattr(first, "name", "") != "scalar":
+            keys = [str(k) for k in range(len(node))]  # people, or arrays, whose Records are dicts
             return self.find(node[self.choose(keys)], up)
 
         array = to_numbers(node)
         n_axes = count_pose_axes(array.shape) or array.ndim  # of another shape: refused later
-        while array.ndim > n_axes:
+        while array.ndim > n_axes + self.n_frame_axes:
             n_entries = len(array) if array.size else 0
             keys = [str(k) for k in range(n_entries)]
             array = array[self.choose(keys)]
@@ -1257,10 +1290,6 @@ class PoseEntry:
                 body = to_numbers(entries[body])
                 poses = join_root(root, body, self.where)
                 return self.find(poses, up or usual_up)
-        for key, usual_up in POSE_KEYS.items():
-            if key in entries:
-                return self.find(entries[key], up or usual_up)
-
         groups = [key for key in GROUP_KEYS if key in entries]
         if groups:
             key = groups[0]
@@ -1269,8 +1298,14 @@ class PoseEntry:
                 self.where += f":{key}"
             return self.find(entries[key], GROUP_KEYS[key] or up)
 
-        people = {str(key): entry for key, entry in entries.items()
-                  if isinstance(entry, (dict, list, tuple))}
+        for key, usual_up in POSE_KEYS.items():
+            if key in entries:
+                return self.find(entries[key], up or usual_up)
+
+        people = {}
+        for key, entry in entries.items():
+            if is_container(to_element(entry)):
+                people[str(key)] = entry
         if not people:
             keys = ", ".join(shorten(str(key)) for key in list(entries)[:12])
             raise UserError(
@@ -1327,22 +1362,24 @@ def upright_reading(path, up=""):
     return best if heights[best] > 0.7 else ""
 
 
-def write_pose(path, rotmat):
-    """Writes rotmat (22,3,3) as an AMASS .npz (z up) of one frame. Raises UserError.
+def write_pose(path, rotmat, fps=30.0):
+    """Writes rotmat (22,3,3), or the frames of a motion (T,22,3,3), as an AMASS .npz (z up).
 
-    `read_pose` returns the same pose.
+    `read_pose` returns the same poses. fps: frames per second. Raises UserError.
     """
-    rotmat = turn_root(rotmat.detach().cpu().double(), Z_UP_TO_Y_UP.T)  # AMASS stores doubles
-    poses = np.zeros((1, 156))  # the 52 joints of SMPL+H, with the fingers at rest
-    poses[0, :66] = matrix_to_aa(rotmat).flatten()
+    rotmat = rotmat.detach().cpu().double()  # AMASS stores doubles
+    rotmat = turn_root(rotmat.reshape(-1, 22, 3, 3), Z_UP_TO_Y_UP.T)        # (T,22,3,3)
+    n_frames = len(rotmat)
+    poses = np.zeros((n_frames, 156))  # the 52 joints of SMPL+H, with the fingers at rest
+    poses[:, :66] = matrix_to_aa(rotmat).flatten(1)
     with atomic_write(path) as new, open(new, "wb") as file:
         np.savez(
             file,
             poses=poses,
-            trans=np.zeros((1, 3)),
+            trans=np.zeros((n_frames, 3)),
             betas=np.zeros(16),
             gender="neutral",
-            mocap_framerate=30.0,
+            mocap_framerate=float(fps),
         )
 
 
@@ -1498,7 +1535,8 @@ def check_box(box, size):
 #   texts         a list: they describe `pose`, or how to get from `start` to `pose`
 #   image, box    [file, first byte, number of bytes (-1: all)]; a square [center x, y, side] in it
 #   start         pose A of a pair, if `pose` is B; start_id, start_image: its entry and its picture
-#   together      of a pair: are both poses frames of the same sequence?
+#   together      of a pair: are both poses frames of one sequence? Then B gets the turn that makes
+#                 A face front; else each faces front by itself (PoseFix's rule)
 #
 # A release that cannot be read raises UserError. An unreadable entry is skipped, and the reason
 # is appended to the list `skipped`. Entries are checked here once, when they are converted and by
@@ -1665,7 +1703,6 @@ def picture_record(image, center=None, sides=None, pose=None):
     return record
 
 
-MOST_NESTED = 10  # dicts and lists in each other, in a file of poses
 MAX_PYD = 2 ** 22  # bytes; one person takes a few thousand
 MAX_PEOPLE = 100  # in a picture
 
@@ -2032,12 +2069,6 @@ def print_range(name, values):
         print(f"{name:<30}{len(values):>11}   {spread}")
 
 
-def draw_pose(pose, body):
-    """Draws a pose (22,3,3), a numpy array -> picture (CELL,CELL,3) uint8."""
-    _, vertices = body(torch.tensor(pose)[None])
-    return render(vertices[0], body.faces, body_colors(body), CELL)
-
-
 def save_cells(cells, path, n_columns=8):
     """Saves cells [(name, picture), ...] as one PNG, n_columns in a row. Raises UserError."""
     rows = [("", cells[k:k + n_columns]) for k in range(0, len(cells), n_columns)]
@@ -2198,13 +2229,19 @@ def parse_quota(quota):
     return source, int(n), split or "train"
 
 
-def load_features(path, n_poses):
-    """Reads the retrieval features that eval.py wrote, (M,d), one row a pose. Raises UserError."""
+def load_features(path, specs, n_poses):
+    """Reads the retrieval features that eval.py wrote, (M,d), one row a pose. Raises UserError.
+
+    specs: the data sets of --poses, which hold n_poses poses.
+    """
+    poses = " ".join(f"--poses {shlex.quote(spec)}" for spec in specs)
+    command = f"python eval.py {poses} --features {shlex.quote(path or 'features.npy')}"
+    if not path:
+        raise UserError(f"--build imagediff needs --features, the file that this writes: {command}")
     features = read_arrays(path, ()).get("", np.empty(0))
     if features.ndim != 2 or len(features) != n_poses:
-        raise UserError(
-            f"--features {path} must hold a row for each of the {n_poses} poses: "
-            "make it by eval.py --features with the same --poses")
+        raise UserError(f"--features {path} must hold a row for each of the {n_poses} poses; write "
+                        f"it anew: {command}")
     return features
 
 
@@ -2221,7 +2258,7 @@ def choose_rows(config, records, front, body):
 
     is_pair = config.build == "imagediff"
     if is_pair:
-        features = load_features(config.features, len(records))
+        features = load_features(config.features, config.poses, len(records))
         category = np.concatenate([posecodes(part).category for part in front.split(1000)])
 
     rng = np.random.default_rng(config.seed)
@@ -2335,7 +2372,7 @@ class Config:
     differ: int = 10  # imagediff: minimum number of codes in which the poses of a pair differ
     refine: str = ""  # --build: folder of a chat model that rewrites texts
     refined: int = 0  # --refine: train rows to refine, drawn at random; 0: all; others: always all
-    body: str = ""  # --build, --check: SMPL file of the body to measure and to draw; empty: ours
+    body: str = ""  # --build, --check: SMPL file of the body to draw and to compare; empty: ours
 
 
 def time_captions(split, n, seed):

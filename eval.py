@@ -31,6 +31,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ from tokenizer import (
     matrix_to_sixd, run_main, turn_root, validate_writable,
 )
 from unipose import (
-    PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, UniPose, find_device, load, load_strictly, model_config,
-    read_config, read_tensors, require_stages, word_tokenizer,
+    PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, Row, UniPose, collate, find_device, load, load_strictly,
+    model_config, read_config, read_tensors, require_stages, word_tokenizer,
 )
 
 
@@ -828,23 +829,26 @@ def pose_seconds(model, prompt, stepwise):
     cached = copy.copy(prompt)
     cached.cache = copy.deepcopy(prompt.cache)
 
-    def read(ids, block, code_index):
-        """Reads q tokens -> the best code after each of them, a list; this waits for a GPU."""
-        ids = torch.tensor([ids], device=model.device)                                # (1,q)
-        block = torch.tensor([block], device=model.device)
-        code_index = torch.tensor([code_index], device=model.device)
-        hidden = cached.read_ids(ids, block, code_index, torch.ones_like(ids, dtype=torch.bool))
+    def read(row):
+        """Reads a Row -> the best code after each of its tokens, a list; this waits for a GPU."""
+        hidden = cached.read(collate([row]))                                          # (1,q,D)
         return (hidden[0] @ code_head.T).argmax(-1).tolist()
 
     start = time.perf_counter()
     if stepwise:
         token = vocab.p_open
         for index in range(-1, n - 1):  # <p> stands before code 0
-            [code] = read([token], [-1], [index])
+            row = Row()
+            row.add(token, code_index=index)
+            [code] = read(row)
             token = vocab.pose0 + code
     else:
-        queries = range(vocab.query0, vocab.query0 + n)
-        read([vocab.p_open, *queries, vocab.p_close], [-1, *[0] * n, -1], [-1] * (n + 2))
+        row = Row()
+        row.add(vocab.p_open)
+        for query in range(vocab.query0, vocab.query0 + n):
+            row.add(query, block=0)
+        row.add(vocab.p_close)
+        read(row)
     return time.perf_counter() - start
 
 
@@ -890,11 +894,9 @@ def measure_speed(model, seed=0, repeats=7):
     evalsets = {task: EvalSet(world, task, 1, seed) for task in TASKS}
 
     row = model.encode(evalsets["text2pose"].question(0, model))
-    ids = torch.tensor([row.ids], device=model.device)                                # (1,T)
-    no_pose = torch.full_like(ids, -1)
     prompt = CachedModel(model, 1)
     with torch.no_grad():
-        prompt.read_ids(ids, no_pose, no_pose, torch.ones_like(ids, dtype=torch.bool))
+        prompt.read(collate([row]))
 
     def answer_seconds(task, decode="argmax"):
         # an untrained model does not know when to stop: a pose gets no more steps than it needs
@@ -1050,8 +1052,10 @@ def trained_tasks(stages):
 def write_features(config, retrieval_model, device):
     """Writes the retrieval features (M,d) of the poses of --poses as .npy. Raises UserError."""
     if retrieval_model is None:
-        raise UserError(
-            f"{config.weights} has no retrieval model: train it with train.py --stage retrieval")
+        size = read_config(config.weights)["size"]
+        command = f"python train.py --stage retrieval --size {size} --out"
+        raise UserError(f"{config.weights} has no retrieval model; train it: {command} "
+                        f"{shlex.quote(config.weights)}")
     _, poses = records_with_pose(config.poses)
     retrieval_model.to(device)
     batches = face_front(poses).split(256)

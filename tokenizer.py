@@ -42,16 +42,19 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import pathlib
 import pickle
 import re
+import shlex
 import shutil
 import stat
 import sys
 import tempfile
 import typing
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -689,10 +692,11 @@ class Body(nn.Module):
     """A skinned human of mean shape, posed by 22 rotations.
 
     rest (22,3) and template (V,3): joints and vertices of the T-pose, relative to the pelvis; faces
-    (F,3); weights (V,24), which joints move which vertex; area (V,), see vertex_area.
+    (F,3); weights (V,24), which joints move which vertex; area (V,), see vertex_area. is_free: its
+    mesh may be given away.
     """
 
-    def __init__(self, arrays, name=""):
+    def __init__(self, arrays, name="", is_free=False):
         super().__init__()
         import smplx  # here, because it is slow to import and few commands need a body
 
@@ -708,6 +712,7 @@ class Body(nn.Module):
             )
         self.smpl.requires_grad_(False)
         self.name = name
+        self.is_free = is_free
 
         rest = arrays["J_regressor"] @ arrays["v_template"]                   # (24,3)
         constants = {
@@ -777,9 +782,10 @@ def load_body(path=""):
 
     path: an SMPL .pkl or .npz, or an SMPL-H or SMPL-X .npz; "": the free body in assets/.
     """
-    path = pathlib.Path(path or ASSETS / "body.npz")
+    free = ASSETS / "body.npz"
+    path = pathlib.Path(path or free)
     arrays, parents = read_body(path)
-    return Body(smpl_layout(arrays, parents), path.stem)
+    return Body(smpl_layout(arrays, parents), path.stem, path.samefile(free))
 
 
 # ---- 6. Shared by all scripts: user errors, flags, files -----------------------------------------
@@ -986,6 +992,17 @@ def validate_folder(flag, folder):
         tempfile.TemporaryFile(dir=parent).close()
 
 
+def progress_bar(rows, name, is_off=False):
+    """Iterates over rows with a progress bar on standard error.
+
+    There is none if standard error is no terminal, if TQDM_DISABLE is set, or if is_off.
+    """
+    from tqdm import tqdm
+    is_off = is_off or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    disable = True if is_off else None  # None: unless standard error is a terminal
+    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=disable)
+
+
 def list_files(path, *suffixes):
     """The file itself, or all files below a folder that end in one of the suffixes, in order."""
     path = pathlib.Path(path)
@@ -1038,8 +1055,10 @@ def load_asset(name):
 # array of such a record once everything in it has been checked.
 MAX_BYTES = 2 ** 30  # in a pickle, and unpacked from an .npz
 MAX_OPCODES = 500_000  # in a pickle; a body file has a few hundred, a torch file 60 per tensor
+MAX_MARKS = 10_000  # lists in each other while a pickle is read; its writers stop at about 1,000
 MAX_DENSE = 2 ** 20  # numbers in a sparse matrix made dense; J_regressor has up to 576,125
-MAX_LIST = 2 ** 14  # numbers in nested lists
+MAX_REPEATED = 2 ** 20  # numbers in a tensor that has fewer of its own, such as one for all frames
+MAX_LIST = 2 ** 14  # numbers in nested lists, if nothing else is said
 MAX_NESTING = 4  # of chumpy objects; also the most dimensions that lists may have
 MAX_DIMENSIONS = 8
 NUMBER_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
@@ -1057,9 +1076,15 @@ ALLOWED = {  # what arrays name in their pickles -> what we call its Record
     "numpy.core.multiarray._reconstruct": "array",
     "numpy.core.multiarray.scalar": "scalar",
     "numpy.core.numeric._frombuffer": "buffer",
+    "joblib.numpy_pickle.NumpyArrayWrapper": "joblib array",
     "scipy.sparse.csc.csc_matrix": "sparse matrix",
     "chumpy.ch.Ch": "chumpy array",
     "chumpy.reordering.Select": "chumpy selection",
+    # dicts of other kinds, and what the second one makes of a missing entry
+    "collections.OrderedDict": "dict",
+    "collections.defaultdict": "dict",
+    "__builtin__.dict": "class",
+    "__builtin__.list": "class",
     # how bytes and objects are written in the pickle protocols of Python 2
     "_codecs.encode": "bytes",
     "__builtin__.bytes": "bytes",
@@ -1067,6 +1092,21 @@ ALLOWED = {  # what arrays name in their pickles -> what we call its Record
     "__builtin__.object": "class",
     "__builtin__.set": "set",
 }
+
+
+class FileError(Exception):
+    """What is wrong with a file that is damaged, foreign or hostile, in our words."""
+
+
+@contextlib.contextmanager
+def file_errors(message):
+    """Raises a FileError that says `message` in the place of any exception of another kind."""
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise FileError(message) from error
 
 
 class Record(dict):
@@ -1087,13 +1127,13 @@ class SafeUnpickler(pickle._Unpickler):
     """Reads a pickle into numbers, text, bytes, lists, tuples, dicts and Records; calls nothing.
 
     Based on Python's unpickler in Python, since the one in C believes every length that it reads
-    and asks for the memory first. Names outside of `allowed` raise an UnpicklingError.
+    and asks for the memory first. Names outside of `allowed` raise a FileError.
     """
 
     # instructions that do no more than put values on the stack and into the memo; the rest is
     # defined below or refused
     HARMLESS = (
-        pickle.PROTO + pickle.MARK + pickle.POP + pickle.POP_MARK + pickle.DUP
+        pickle.PROTO + pickle.POP + pickle.POP_MARK + pickle.DUP
         + pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE
         + pickle.INT + pickle.BININT + pickle.BININT1 + pickle.BININT2
         + pickle.LONG + pickle.LONG1 + pickle.FLOAT + pickle.BINFLOAT
@@ -1115,7 +1155,7 @@ class SafeUnpickler(pickle._Unpickler):
         self.allowed = allowed
 
     def load(self):
-        """The object in the pickle. Raises exceptions of any kind, see pickle_errors."""
+        """The object in the pickle. Raises exceptions of any kind, see file_errors."""
         self.metastack = []
         self.stack = []
         self.append = self.stack.append
@@ -1124,27 +1164,33 @@ class SafeUnpickler(pickle._Unpickler):
             if code == pickle.STOP:
                 return self.stack.pop()
             if not code:
-                raise pickle.UnpicklingError("it ends too early")
+                raise FileError("it ends too early")
             carry_out = self.dispatch.get(code[0])
             if carry_out is None:
-                raise pickle.UnpicklingError("it has instructions that no array needs")
+                raise FileError("it has instructions that no array needs")
             carry_out(self)
-        raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} instructions")
+        raise FileError(f"it has more than {MAX_OPCODES:,} instructions")
 
     def find_class(self, module, name):
         """The hook for names: a Record that can be called."""
         path = f"{RENAMED_MODULES.get(module, module)}.{name}"
         if path not in self.allowed:
             asked = ascii(f"{module}.{name}"[:80]).strip("'")
-            raise pickle.UnpicklingError(f"it asks to run {asked}")
+            raise FileError(f"it asks to run {asked}")
         return Record(self.allowed[path])
+
+    def load_mark(self):
+        if len(self.metastack) == MAX_MARKS:
+            raise FileError("it holds lists too deep in each other")
+        super().load_mark()
+    dispatch[pickle.MARK[0]] = load_mark
 
     def load_call(self):
         arguments = self.stack.pop()
         function = self.stack.pop()
         callable_ = type(function) is Record and function.arguments is None
         if not callable_ or type(arguments) is not tuple:
-            raise pickle.UnpicklingError("it calls something that is not a function")
+            raise FileError("it calls something that is not a function")
         if function.name == "reconstructor":  # called with a class, its base, and no state
             function = arguments[0]
             arguments = ()
@@ -1156,14 +1202,24 @@ class SafeUnpickler(pickle._Unpickler):
         state = self.stack.pop()
         record = self.stack[-1]
         if type(record) is not Record or record.arguments is None or record.state is not None:
-            raise pickle.UnpicklingError("it gives a state to something that takes none")
+            raise FileError("it gives a state to something that takes none")
         record.state = state
+        if record.name == "joblib array":
+            record.arguments = self.read_joblib_numbers(state)
     dispatch[pickle.BUILD[0]] = load_build
+
+    def read_joblib_numbers(self, state):
+        """joblib writes the bytes of an array behind its description, in the midst of a pickle."""
+        n_bytes = count_bytes(to_dtype(state["dtype"]), state["shape"])
+        if state.get("numpy_array_alignment_bytes"):  # joblib 1.2 and newer
+            n_padding = self.read(1)[0]
+            self.read(n_padding)
+        return self.read(n_bytes)
 
     def set_items(self, items):
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise pickle.UnpicklingError("it puts items into something that is not a dict")
+            raise FileError("it puts items into something that is not a dict")
         for key, value in zip(items[::2], items[1::2]):
             # Only text, and numbers of people, are ever looked up. The hash of nested tuples can
             # take years, and many large numbers can have the same.
@@ -1189,7 +1245,7 @@ class SafeUnpickler(pickle._Unpickler):
     def load_put(self):
         index = int(self.readline())
         if not 0 <= index < 2 ** 32:  # of larger ones, many could have the same hash
-            raise pickle.UnpicklingError("its memo is too large")
+            raise FileError("its memo is too large")
         self.memo[index] = self.stack[-1]
     dispatch[pickle.PUT[0]] = load_put
 
@@ -1204,33 +1260,36 @@ class SafeUnpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
 
 
-@contextlib.contextmanager
-def pickle_errors(message):
-    """Raises an UnpicklingError that says `message` in the place of any other exception."""
-    try:
-        yield
-    except pickle.UnpicklingError:
-        raise
-    except Exception as error:
-        raise pickle.UnpicklingError(message) from error
-
-
 def load_pickle(data):
-    """The bytes of a pickle -> its object, see SafeUnpickler. Raises UnpicklingError."""
-    with pickle_errors("it is damaged"):
+    """The bytes of a pickle -> its object, see SafeUnpickler. Raises FileError."""
+    with file_errors("it is damaged"):
         return SafeUnpickler(io.BytesIO(data)).load()
 
 
+def read_pickle(path):
+    """The object in a pickle file, see SafeUnpickler. Raises FileError.
+
+    Also one of joblib, as it is or with its usual compression, that of zlib.
+    """
+    if os.path.getsize(path) > MAX_BYTES:
+        raise FileError(f"it is larger than {MAX_BYTES:,} bytes")
+    content = pathlib.Path(path).read_bytes()
+    if content.startswith(b"x"):  # as zlib begins, and no pickle
+        with file_errors("it is damaged"):
+            content = zlib.decompressobj().decompress(content, MAX_BYTES)
+    return load_pickle(content)
+
+
 def to_array(value):
-    """A value of load_pickle -> an array of numbers. Raises UnpicklingError if it is none."""
-    with pickle_errors("it holds a damaged array"):
+    """A value of load_pickle -> an array of numbers. Raises FileError if it is none."""
+    with file_errors("it holds a damaged array"):
         return record_to_array(value)
 
 
 def record_to_array(value, nesting=0):
     """The work of to_array. nesting: how many chumpy objects surround the value."""
     if nesting > MAX_NESTING:
-        raise pickle.UnpicklingError("it holds arrays inside of arrays")
+        raise FileError("it holds arrays inside of arrays")
     if type(value) is not Record:
         return list_to_array(value)
 
@@ -1242,11 +1301,17 @@ def record_to_array(value, nesting=0):
         if order == "K":  # a transposed array and how to transpose it
             return build_array(data, to_dtype(dtype), shape).transpose(*axes)
         return build_array(data, to_dtype(dtype), shape, order)
+    if value.name == "joblib array":
+        layout = value.state
+        return build_array(
+            value.arguments, to_dtype(layout["dtype"]), layout["shape"], layout["order"])
     if value.name == "scalar":
         dtype, data = value.arguments
         return build_array(data, to_dtype(dtype), ())
     if value.name == "sparse matrix":
         return sparse_to_array(value.state)
+    if is_tensor(value):
+        return map_tensor(value).double().numpy()  # numpy knows no bfloat16
     if value.name == "chumpy array":
         return record_to_array(value.state["x"], nesting + 1)
     if value.name == "chumpy selection":
@@ -1254,20 +1319,20 @@ def record_to_array(value, nesting=0):
         indices = record_to_array(value.state["idxs"], MAX_NESTING)
         shape = record_to_array(value.state["preferred_shape"], MAX_NESTING)
         return elements[indices].reshape(shape.tolist())
-    raise pickle.UnpicklingError(f"it holds a {value.name} in the place of an array")
+    raise FileError(f"it holds a {value.name} in the place of an array")
 
 
-def list_to_array(value):
-    """A number, or evenly nested lists of numbers -> their array."""
+def list_to_array(value, most=MAX_LIST):
+    """A number, or evenly nested lists of at most `most` numbers -> their array."""
     shape = []
     level = [value]  # everything at one depth; a list may occur many times in it
     while level and isinstance(level[0], (list, tuple)):
         shape.append(len(level[0]))
         for row in level:
             if not isinstance(row, (list, tuple)) or len(row) != shape[-1]:
-                raise pickle.UnpicklingError("it holds lists of different lengths")
-        if len(shape) > MAX_NESTING or math.prod(shape) > MAX_LIST:
-            raise pickle.UnpicklingError("it holds lists of too many numbers")
+                raise FileError("it holds lists of different lengths")
+        if len(shape) > MAX_NESTING or math.prod(shape) > most:
+            raise FileError("it holds lists of too many numbers")
         level = list(itertools.chain.from_iterable(level))
 
     numbers = []
@@ -1275,11 +1340,11 @@ def list_to_array(value):
         if type(number) is Record and number.name == "scalar":
             number = record_to_array(number).item()
         if type(number) not in (bool, int, float):
-            raise pickle.UnpicklingError("it holds something else in the place of a number")
+            raise FileError("it holds something else in the place of a number")
         numbers.append(number)
     array = np.array(numbers).reshape(shape)
     if array.dtype.kind not in "biuf":  # integers of more than 64 bits
-        raise pickle.UnpicklingError("it holds a number that is too large")
+        raise FileError("it holds a number that is too large")
     return array
 
 
@@ -1290,17 +1355,17 @@ def to_dtype(record):
     # no parts, no names, no fields; size, alignment and flags as the code implies them
     is_plain = record.name == "dtype" and rest == [None, None, None, -1, -1, 0]
     if not is_plain or code not in NUMBER_CODES or byte_order not in ("<", ">", "|", "="):
-        raise pickle.UnpicklingError("it holds an array of something else than plain numbers")
+        raise FileError("it holds an array of something else than plain numbers")
     return np.dtype(byte_order + code)
 
 
 def count_bytes(dtype, shape):
-    """The size of an array, with integers that cannot overflow. Raises UnpicklingError."""
+    """The size of an array, with integers that cannot overflow. Raises FileError."""
     if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS:
-        raise pickle.UnpicklingError("it holds an array without a proper shape")
+        raise FileError("it holds an array without a proper shape")
     for length in shape:
         if type(length) is not int or not 0 <= length <= MAX_BYTES:
-            raise pickle.UnpicklingError("it holds an array of an impossible shape")
+            raise FileError("it holds an array of an impossible shape")
     return math.prod(shape) * dtype.itemsize
 
 
@@ -1310,7 +1375,7 @@ def build_array(data, dtype, shape, order="C"):
         data, *_ = data.arguments or [b""]
     # text holds bytes as latin1; its length is checked before it is copied
     if type(data) not in (bytes, str) or len(data) != count_bytes(dtype, shape):
-        raise pickle.UnpicklingError("it holds an array whose bytes do not fit its shape")
+        raise FileError("it holds an array whose bytes do not fit its shape")
     if type(data) is str:
         data = data.encode("latin1")
     array = np.frombuffer(data, dtype).reshape(shape, order=order)
@@ -1325,14 +1390,14 @@ def sparse_to_array(state):
     shape = list_to_array(state.get("_shape", state.get("shape"))).tolist()
     n_rows, n_columns = shape
     if min(shape) < 0 or n_rows * n_columns > MAX_DENSE:
-        raise pickle.UnpicklingError("it holds a sparse matrix that is too large")
+        raise FileError("it holds a sparse matrix that is too large")
 
     lengths = np.diff(ends)                                                   # (columns,)
     fits = data.shape == rows.shape and ends.shape == (n_columns + 1,)
     if not fits or ends[0] != 0 or ends[-1] != len(rows) or (ends[1:] < ends[:-1]).any():
-        raise pickle.UnpicklingError("it holds a damaged sparse matrix")
+        raise FileError("it holds a damaged sparse matrix")
     if (rows < 0).any() or (rows >= n_rows).any():
-        raise pickle.UnpicklingError("it holds a sparse matrix with numbers outside of it")
+        raise FileError("it holds a sparse matrix with numbers outside of it")
     dense = np.zeros(shape)
     columns = np.repeat(np.arange(n_columns), lengths)                        # (n,)
     np.add.at(dense, (rows, columns), data)
@@ -1351,6 +1416,167 @@ def to_element(value):
     return value
 
 
+# A torch file is a pickle, and the numbers of its tensors behind it: in another member of a zip, or
+# before torch 1.6 later in the file. The pickle only refers to them. torch.load(weights_only=True)
+# executes no foreign code either, but an 80-byte file makes it hash nested tuples for years, and
+# another one allocate all memory.
+STORAGES = {  # what a torch file calls an array of numbers, by their type
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+TENSORS = {  # what makes a tensor of it
+    "torch._utils._rebuild_tensor": "tensor",
+    "torch._utils._rebuild_tensor_v2": "tensor",
+    "torch._utils._rebuild_parameter": "parameter",
+}
+BESIDE_TENSORS = (  # data that checkpoints hold as well: recorded, and never looked at
+    "__builtin__.bool", "__builtin__.int", "__builtin__.float", "__builtin__.complex",
+    "__builtin__.str", "__builtin__.unicode", "__builtin__.bytearray", "__builtin__.frozenset",
+    "__builtin__.tuple", "collections.Counter",
+    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
+    "argparse.Namespace", "yacs.config.CfgNode", "typing.Any",
+    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode",
+    "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v3",
+    "torch.uint16", "torch.uint32", "torch.uint64", *map(str, STORAGES.values()),
+)
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch file that is no zip
+
+
+class TorchUnpickler(SafeUnpickler):
+    """Reads the pickle in a torch file.
+
+    storages: {key of an array of numbers in the file: its Record, whose arguments are their type}.
+    Its state is to become their bytes.
+    """
+
+    def __init__(self, file):
+        allowed = ALLOWED | TENSORS | {path: path for path in STORAGES}
+        super().__init__(file, allowed | dict.fromkeys(BESIDE_TENSORS, "foreign object"))
+        self.storages = {}
+
+    def persistent_load(self, reference):
+        """The hook for references: ("storage", type, key, device, length)."""
+        kind, key = reference[1:3]
+        if type(key) is not str:
+            raise FileError("it refers to numbers without a name")
+        if key not in self.storages:
+            self.storages[key] = Record("storage", STORAGES[kind.name])
+        return self.storages[key]
+
+
+def cut_out(file_bytes, start, n_bytes):
+    """n_bytes of a mapped file, from the byte `start` on. Raises FileError if it is short."""
+    if not 0 <= start <= start + n_bytes <= len(file_bytes):
+        raise FileError("it is cut off")
+    return file_bytes[start:start + n_bytes]
+
+
+def read_zipped(file, file_bytes):
+    """The object in a torch file that is a zip. file_bytes: the same file, mapped."""
+    with zipfile.ZipFile(file) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+    path = next(name for name in members if name.endswith("/data.pkl"))
+    if members[path].file_size > MAX_BYTES:
+        raise FileError(f"its pickle is larger than {MAX_BYTES:,} bytes")
+
+    def content_of(name):
+        member = members[name]
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise FileError("it is compressed")
+        # the content follows a header of 30 bytes, whose last 4 are the lengths of what is between:
+        # the name and an extra field
+        header = cut_out(file_bytes, member.header_offset, 30).numpy()
+        lengths = header[26:].view("<u2").tolist()
+        return cut_out(file_bytes, member.header_offset + 30 + sum(lengths), member.file_size)
+
+    unpickler = TorchUnpickler(io.BytesIO(content_of(path).numpy()))
+    content = unpickler.load()
+    for key, storage in unpickler.storages.items():
+        storage.state = content_of(path.removesuffix(".pkl") + "/" + key)
+    return content
+
+
+def read_unzipped(file, file_bytes):
+    """The same of a file of torch before 1.6: pickles, then a length and numbers per storage."""
+    if SafeUnpickler(file).load() != TORCH_MAGIC:
+        raise FileError("it is no torch file")
+    SafeUnpickler(file).load()  # the version of the format
+    SafeUnpickler(file).load()  # the machine that wrote it
+    unpickler = TorchUnpickler(file)
+    content = unpickler.load()
+
+    for key in SafeUnpickler(file).load():
+        if type(key) is not str:
+            raise FileError("it holds numbers without a name")
+        storage = unpickler.storages[key]
+        n_bytes = int.from_bytes(file.read(8), "little") * storage.arguments.itemsize
+        storage.state = cut_out(file_bytes, file.tell(), n_bytes)
+        file.seek(n_bytes, os.SEEK_CUR)
+    return content
+
+
+def read_torch_file(path):
+    """The object in a torch file, see SafeUnpickler. Raises FileError.
+
+    Its tensors are Records: `map_tensor` and `to_array` make them, and only then are their numbers
+    read.
+    """
+    with open(path, "rb") as file, file_errors("it is damaged or cut off"):
+        n_bytes = os.path.getsize(path)
+        file_bytes = torch.from_file(str(path), size=n_bytes, dtype=torch.uint8)
+        if zipfile.is_zipfile(file):
+            return read_zipped(file, file_bytes)
+        # a file itself would ask for as much memory as a pickle claims to need
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return read_unzipped(mapped, file_bytes)
+
+
+def is_tensor(value):
+    """Whether a value of a torch file is the Record of a tensor."""
+    return type(value) is Record and value.name in TENSORS.values()
+
+
+def map_tensor(record):
+    """The Record of a tensor -> the tensor, whose numbers stay in the mapped file.
+
+    Raises exceptions of any kind.
+    """
+    if record.name == "parameter":
+        record = record.arguments[0]
+    storage, offset, shape, strides = record.arguments[:4]
+    if record.name != "tensor" or storage.name != "storage":
+        raise FileError("it holds a damaged tensor")
+    dtype = storage.arguments
+    numbers = storage.state
+
+    n_bytes = count_bytes(dtype, shape)  # which checks the shape
+    if any(type(number) is not int for number in (offset, *strides)):
+        raise FileError("it holds a damaged tensor")
+    reach = offset  # the index of the last number
+    for length, stride in zip(shape, strides, strict=True):
+        reach += (length - 1) * stride
+    is_inside = min(offset, *strides, 0) == 0 and (reach + 1) * dtype.itemsize <= len(numbers)
+    if not is_inside or n_bytes > max(len(numbers), MAX_REPEATED * dtype.itemsize):
+        raise FileError("it holds a tensor that is larger than its numbers")
+
+    # as in old files; memory cannot be read as numbers from there
+    if numbers.storage_offset() % dtype.itemsize:
+        numbers = numbers.clone()
+    numbers = numbers.view(dtype)
+    return numbers.as_strided(shape, strides, numbers.storage_offset() + offset)
+
+
 def read_npy(file, size):
     """The array in an open .npy file of `size` bytes. Raises exceptions of any kind."""
     version = np.lib.format.read_magic(file)
@@ -1361,10 +1587,10 @@ def read_npy(file, size):
 
     is_text = dtype.kind in "SU" and dtype.itemsize > 0
     if not is_text and dtype.str[1:] not in NUMBER_CODES:
-        raise ValueError(f"it holds an array of {dtype.name}, not of numbers or text")
+        raise FileError(f"it holds an array of {dtype.name}, not of numbers or text")
     n_bytes = count_bytes(dtype, shape)
     if n_bytes > size:  # before any memory is asked for
-        raise ValueError("it is shorter than its array")
+        raise FileError("it is shorter than its array")
     return build_array(file.read(n_bytes), dtype, shape, "F" if is_fortran else "C")
 
 
@@ -1380,9 +1606,9 @@ def read_npz(file, names):
                 continue
             n_bytes += member.file_size  # zipfile unpacks no more than this
             if n_bytes > MAX_BYTES:
-                raise ValueError(f"its arrays have more than {MAX_BYTES:,} bytes")
+                raise FileError(f"its arrays have more than {MAX_BYTES:,} bytes")
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError("it is packed in a way that numpy does not use")
+                raise FileError("it is packed in a way that numpy does not use")
             with archive.open(member) as unpacked:
                 arrays[name] = read_npy(unpacked, member.file_size)
     return arrays
@@ -1397,22 +1623,22 @@ def read_arrays(path, names):
     path = pathlib.Path(path)
     if not path.is_file():  # a device or a pipe may never end
         raise UserError(f"no file {path}: check the path")
-    hint = f". Is it a complete {path.suffix} file of plain arrays?"
-    with as_user_error(f"cannot read {path}: ", hint), open(path, "rb") as file:
-        size = path.stat().st_size
+    hint = ". Is it a complete .npz, .npy or .pkl file of plain arrays?"
+    where = f"cannot read {path}: "
+    with as_user_error(where, hint), open(path, "rb") as file, file_errors("it is damaged"):
         if path.suffix.lower() == ".pkl":
-            if size > MAX_BYTES:
-                raise pickle.UnpicklingError(f"it is larger than {MAX_BYTES:,} bytes")
-            entries = load_pickle(file.read(size))
+            entries = read_pickle(path)
             if not isinstance(entries, dict):
-                raise pickle.UnpicklingError("it holds no arrays that have names")
+                raise FileError("it holds no arrays that have names")
             return {name: to_array(entries[name]) for name in names if name in entries}
 
-        is_zip = file.read(2) == b"PK"
+        start = file.read(len(np.lib.format.MAGIC_PREFIX))
         file.seek(0)
-        if is_zip:
+        if start[:2] == b"PK":  # a zip
             return read_npz(file, names)
-        return {"": read_npy(file, size)}
+        if start != np.lib.format.MAGIC_PREFIX:
+            raise FileError("it is no file of numpy")
+        return {"": read_npy(file, os.path.getsize(path))}
 
 
 # A checkpoint of train.py is a folder, and its model.safetensors is all of it: in the header, under
@@ -1451,8 +1677,9 @@ def read_checkpoint(folder):
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no weights folder at {folder}; give --weights, "
-                        "or run `python train.py --stage all`")
+        out = shlex.quote(str(folder))
+        raise UserError(f"there is no weights folder at {folder}; give another one, or train it: "
+                        f"python train.py --stage all --size tiny --out {out}")
     path = folder / "model.safetensors"
     if not path.exists():
         raise UserError(f"the weights folder {folder} has no model.safetensors; "

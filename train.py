@@ -39,6 +39,8 @@ import math
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -59,12 +61,12 @@ from data import (
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
     MIRROR, UserError, atomic_write, augment, cli, delete_leftovers, face_front, load_body,
-    load_json, matrix_to_sixd, mirror, run_main, sample_vertices, tokenizer_loss,
+    load_json, matrix_to_sixd, mirror, progress_bar, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHECKPOINT_FILES, CHOICES, LLM_PARAMETERS, LORA_PARAMETERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
-    DualVision, UniPose, base_model, cast_frozen, collate, find_device, load, make_projector,
-    merge_lora, model_config, provenance, read_config, read_tensors, save, set_threads,
+    CHECKPOINT_FILES, CHOICES, EXACT, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision, UniPose,
+    adapts_llm, base_model, cast_frozen, collate, default_dtype, find_device, load, make_projector,
+    merge_lora, model_config, provenance, read_config, read_tensors, save, set_threads, trainable,
     word_tokenizer,
 )
 
@@ -154,6 +156,7 @@ class Config:
     lr: float = 0.0  # peak learning rate; 0: as in STAGES
     accumulate: int = 1  # split each batch into so many parts to save memory; same gradient
     checkpointing: bool = False  # recompute activations backwards: less memory, a third more time
+    compile: bool = False  # compile the layers of the LLM: half a minute first, then a sixth faster
     save_every: int = 500  # steps between two states to resume from
     device: str = ""  # cpu | cuda | ...; empty: a GPU if there is one
     threads: int = 0  # threads of the CPU; 0: one for the embedded sizes, all for the paper's
@@ -256,7 +259,12 @@ class RealData:
         return group.records[rng.integers(len(group.records))], rng
 
     def example(self, k, task=""):
-        """Example k -> (task, [its inputs in order, its target], generator)."""
+        """Example k -> (task, [its inputs in order, its target], generator).
+
+        Poses face front, but those of image2pose are as the camera sees them. If A and B are of one
+        sequence, B gets the turn of A, so that its heading beside A's stays (PoseFix's rule, also
+        of sample.read_poses).
+        """
         record, rng = self.draw(k, task)
         wanted = {task} if task else self.tasks
         task = str(rng.choice(sorted(wanted & set(tasks_offered(record)))))
@@ -264,7 +272,7 @@ class RealData:
 
         poses = [torch.tensor(record[key])[None] for key in ("start", "pose") if key in record]
         if row.frame == "body":
-            # texts are about people who face front; B keeps its heading relative to A in a sequence
+            # texts are about people who face front
             reference = poses[0] if record.get("together") else None
             poses = [face_front(pose, reference) for pose in poses]
 
@@ -334,7 +342,7 @@ class FeatureCache:
         """The photographs (n_photos,S,S,3) uint8, and their joints (n_photos,22,2) in pixels."""
         pictures = []
         keypoints = []
-        for i in progress_bar(range(self.n_photos), "photographs"):
+        for i in progress_bar(range(self.n_photos), "photographs", not is_first()):
             picture, joints = self.world.photo(i)
             pictures.append(picture)
             keypoints.append(joints)
@@ -351,28 +359,18 @@ class FeatureCache:
         """function(rows), in batches and with the model in evaluation mode -> tensor on the CPU."""
         self.model.eval()
         parts = []
-        for start in progress_bar(range(0, len(rows), batch), name):
+        for start in progress_bar(range(0, len(rows), batch), name, not is_first()):
             parts.append(function(rows[start:start + batch]).cpu())
         return torch.cat(parts)
-
-
-def progress_bar(rows, name):
-    """Iterates over rows with a progress bar on standard error, in the first process only.
-
-    There is none if standard error is no terminal, or if TQDM_DISABLE is set.
-    """
-    from tqdm import tqdm
-    is_off = not is_first() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    disable = True if is_off else None  # None: unless standard error is a terminal
-    return tqdm(rows, desc=name, leave=False, dynamic_ncols=True, disable=disable)
 
 
 # ---- 4. One function a stage: its modules and its loss -------------------------------------------
 class StageRun(NamedTuple):
     """What the loop needs to know about a stage."""
 
-    modules: dict   # name -> module of which at least a part is trained
-    loss: object    # (sample numbers, step) -> (loss, logs); the loss is a mean over logs["terms"]
+    modules: dict  # name -> module of which at least a part is trained
+    loss: object  # (rows, step) -> (loss, logs); the loss is a mean over logs["terms"]
+    rows: object = list  # sample numbers -> rows, similar ones side by side; list: the numbers
 
 
 def sample_index(n, k, seed):
@@ -621,23 +619,50 @@ def init_projector_scale(model, features):
         first.bias -= first.weight @ rows.mean(0)
 
 
+MEGABATCH = 8  # batches of `language` whose rows are sorted by length together
+
+
 def language(model, retrieval_model, cache, config):
-    """align, project and instruct: cross-entropy of words and codes, over a mixture of tasks."""
+    """align, project and instruct: cross-entropy of words and codes, over a mixture of tasks.
+
+    The rows of a batch are padded to the longest. So that there is little to pad, the rows of
+    MEGABATCH steps are sorted by length and cut into batches, which come in random order.
+    """
     stage = STAGES[config.stage]
-    mixture = cache.real_data.get(config.stage)
-    if not mixture:
-        mixture = Mixture(
-            stage.tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+    real = cache.real_data.get(config.stage)
+    mixture = real or Mixture(
+        stage.tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+    if not real:
         cache.compute(stage.tasks)  # now: later the model is in training mode
+    if config.compile:
+        model.llm.model.compile(dynamic=True)  # in place: parameters keep their names
+    _, batch, _ = schedule_of(config)
+    size = MEGABATCH * batch
+
+    def encode(samples):
+        """The rows of some samples, the shortest first."""
+        examples = [mixture[k] for k in samples]
+        rows = model.encode_all([segments for _, segments in examples])
+        return sorted(rows, key=lambda row: len(row.ids))
+
+    @lru_cache(1)
+    def megabatch(i):
+        """The rows of samples i * size to (i + 1) * size, batch by batch."""
+        by_length = encode(range(i * size, (i + 1) * size))
+        rows = []
+        for k in np.random.default_rng((config.seed, i)).permutation(MEGABATCH):
+            rows += by_length[k * batch:(k + 1) * batch]
+        return rows
+
+    def rows_of(samples):
+        if real:  # a megabatch would have every process open the pictures of all others
+            return encode(samples)
+        return [megabatch(k // size)[k % size] for k in samples]
 
     def batch_loss(rows, step):
-        sequences = []
-        for k in rows:
-            _, segments = mixture[k]
-            sequences.append(model.encode(segments))
-        return model(collate(sequences))
+        return model(collate(rows))
 
-    return StageRun({"model": model}, batch_loss)
+    return StageRun({"model": model}, batch_loss, rows_of)
 
 
 # stage -> function of (model, retrieval model, cache, config) that returns its StageRun
@@ -660,21 +685,6 @@ def lr_at(step, steps, peak):
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def adapts_llm(stage, size):
-    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
-    # a small LLM starts from random weights: it needs all of them to learn to speak
-    learns_to_speak = stage == "align" and size != "paper"
-    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
-
-
-def trainable(stage, size, lora_r=-1):
-    """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
-    pattern = TRAINABLE[stage]
-    if lora_r == 0 or not adapts_llm(stage, size):
-        pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
-    return pattern
 
 
 def prepare_lora(config, model):
@@ -725,53 +735,59 @@ def is_first():
     return process_rank() == 0
 
 
-def split_batch(step, batch, config):
-    """The sample numbers of a step that are this process's share, in --accumulate parts."""
+def split_batch(run, step, batch, config):
+    """This process's share of the rows of a step, in --accumulate parts of similar rows."""
     rank = process_rank()
     count = process_count()
     if STAGES[config.stage].needs_full_batch:  # the first process trains it alone
         rank = 0
         count = 1
-    share = range(step * batch + rank, (step + 1) * batch, count)
-    return [share[part::config.accumulate] for part in range(config.accumulate)]
+    rows = run.rows(range(step * batch + rank, (step + 1) * batch, count))
+    size = len(rows) // config.accumulate
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
 
 
 def compute_gradient(run, learning, step, batch, config):
-    """Fills .grad with the gradient of the whole batch -> (logs averaged over it, its terms).
+    """Fills .grad with the gradient of the whole batch -> sums of the logs over it.
 
     Each part counts by its number of terms (labels, or samples) and the sum is divided once at the
     end, so that splitting a batch changes nothing. A log is a mean over the terms of a part, or a
     pair (sum, count).
+
+    sums: name -> tensor (2,), sum and count, on the device, because each number that is read from
+    a GPU waits until the GPU has caught up.
     """
-    sums = {}  # name -> array [sum, count]
-    for rows in split_batch(step, batch, config):
+    sums = {}
+    for rows in split_batch(run, step, batch, config):
         with bfloat16(config):
             loss, logs = run.loss(rows, step)
         terms = logs.pop("terms")
         (loss * terms).backward()
 
         for name, value in {"loss": loss.detach(), **logs}.items():
-            pair = value if isinstance(value, tuple) else (value * terms, terms)
-            sums[name] = sums.get(name, 0) + np.array([float(number) for number in pair])
+            if isinstance(value, tuple):
+                pair = torch.stack(value)
+            else:
+                pair = terms * torch.stack([value, torch.ones_like(value)])
+            sums[name] = sums.get(name, 0) + pair
 
-    if process_count() > 1 and not STAGES[config.stage].needs_full_batch:
-        all_reduce(sums, learning, config)
-    terms = sums["loss"][1]  # of the whole batch
-    for parameter in learning.values():
-        if parameter.grad is not None:
-            parameter.grad /= terms
-    means = {name: float(total / count) for name, (total, count) in sums.items() if count}
-    return means, terms
-
-
-def all_reduce(sums, learning, config):
-    """Adds up the sums of the logs and the gradients of all processes, in place."""
-    numbers = torch.tensor(np.stack(list(sums.values())), device=config.device)
-    torch.distributed.all_reduce(numbers)
-    sums.update(zip(sums, numbers.cpu().numpy()))
     for parameter in learning.values():
         if parameter.grad is None:  # a part without images gives the projector no gradient
             parameter.grad = torch.zeros_like(parameter)
+    if process_count() > 1 and not STAGES[config.stage].needs_full_batch:
+        all_reduce(sums, learning)
+    terms = sums["loss"][1]  # of the whole batch
+    for parameter in learning.values():
+        parameter.grad /= terms
+    return sums
+
+
+def all_reduce(sums, learning):
+    """Adds up the sums of the logs and the gradients of all processes, in place."""
+    pairs = torch.stack(list(sums.values()))
+    torch.distributed.all_reduce(pairs)
+    sums.update(zip(sums, pairs))
+    for parameter in learning.values():
         torch.distributed.all_reduce(parameter.grad)
 
 
@@ -804,19 +820,66 @@ def make_optimisers(config, learning, peak):
         else:
             others.append(parameter)
 
-    optimisers = [torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)]
-    if matrices:
-        optimisers.append(torch.optim.Muon(
-            matrices, lr=peak, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    return optimisers
+    adamw = torch.optim.AdamW(others, peak, betas=(0.9, 0.99), weight_decay=0.0)
+    return [adamw, Muon(matrices, peak)] if matrices else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised (Jordan et al. 2024).
+
+    The numbers of torch.optim.Muon (no weight decay, steps scaled to those of AdamW) in half of the
+    time, because matrices of equal shape are one batch.
+    """
+
+    def __init__(self, matrices, lr):
+        groups = {}
+        for matrix in matrices:
+            group = groups.setdefault(matrix.shape, {"params": []})
+            group["params"].append(matrix)
+        super().__init__(groups.values(), {"lr": lr, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            updates = []
+            for matrix in group["params"]:
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"]
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                updates.append(matrix.grad.lerp(average, group["momentum"]))
+
+            # as large as a step of AdamW (Liu et al. 2025)
+            scale = 0.2 * max(matrix.shape) ** 0.5
+            updates = orthogonalise(torch.stack(updates))                    # (n,h,w)
+            for matrix, update in zip(group["params"], updates):
+                matrix.add_(update, alpha=-scale * group["lr"])
+
+
+def orthogonalise(matrices):
+    """(n,h,w) -> (n,h,w) bfloat16: the same singular vectors, all singular values about 1.
+
+    Five steps of a Newton-Schulz iteration, with the coefficients of Jordan et al. 2024.
+    """
+    x = matrices.bfloat16()
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                      # (n,h,h)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)                     # (n,h,w)
+    return x.mT if is_tall else x
 
 
 def fit(run, config, out):
     """The training loop -> seconds that the stage took, including those before a resume."""
     steps, batch, peak = schedule_of(config)
     learning = freeze(config, run.modules)
-    if config.size == "paper" and config.device.startswith("cuda") and "model" in run.modules:
-        cast_frozen(run.modules["model"])  # half of the memory; what learns is float32
+    if "model" in run.modules:  # half of the memory where it counts; what learns is float32
+        cast_frozen(run.modules["model"], default_dtype(config.size, config.device))
     optimisers = make_optimisers(config, learning, peak)
     start = 0
     seconds_before = 0.0
@@ -835,9 +898,10 @@ def fit(run, config, out):
 
         # 2) the gradient, clipped as in the official scripts. Only the backbones are not clipped:
         #    a common norm would make each of the two depend on the other's loss
-        logs, terms = compute_gradient(run, learning, step, batch, config)
+        sums = compute_gradient(run, learning, step, batch, config)
         max_norm = math.inf if config.stage == "backbones" else 1.0
         norm = torch.nn.utils.clip_grad_norm_(learning.values(), max_norm)
+        logs = read_logs(sums, norm)
         if not math.isfinite(logs["loss"]):
             raise UserError(
                 f"the loss of {config.stage} became {logs['loss']} at step {step}; "
@@ -849,7 +913,7 @@ def fit(run, config, out):
             optimiser.zero_grad(set_to_none=True)
 
         # 4) a line of the log, about a hundred in a stage
-        recent.append({**logs, "grad": float(norm), "terms": terms})
+        recent.append(logs)
         seconds = time.perf_counter() - began
         is_last = step + 1 == steps
         if (step + 1) % max(10, steps // 100) == 0 or is_last:
@@ -870,6 +934,23 @@ def fit(run, config, out):
 
 
 # ---- 6. The log ----------------------------------------------------------------------------------
+def read_logs(sums, norm):
+    """Sums of `compute_gradient`, norm of the gradient -> {name: number}, the logs of a step.
+
+    The only copy of a step from the device.
+    """
+    norm_pair = torch.stack([norm, torch.ones_like(norm)])
+    pairs = torch.stack([*sums.values(), norm_pair]).tolist()
+
+    logs = {}
+    for name, (total, count) in zip([*sums, "grad"], pairs):
+        if count:  # a batch without poses has no pose_acc
+            logs[name] = total / count
+        if name == "loss":
+            logs["terms"] = count
+    return logs
+
+
 def print_learning(run, learning, config):
     """Prints how many parameters of each part learn: a wrong freeze shows here."""
     if not is_first():
@@ -892,7 +973,7 @@ def mean_of_rows(rows):
     """Dicts of numbers -> {key: mean over the rows that have it}."""
     values = {}
     for row in rows:
-        for key, value in row.items():  # a batch without poses has no pose_acc
+        for key, value in row.items():
             values.setdefault(key, []).append(value)
     return {key: float(np.mean(numbers)) for key, numbers in values.items()}
 
@@ -1173,6 +1254,11 @@ def validate(config):
     people = config.people or N_PEOPLE[column(config.size)][0]
     if people % 2 == 1 or config.photos % 2 == 1:
         raise UserError("--people and --photos must be even, because people come in pairs")
+    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+    if config.compile and not shutil.which(compiler):
+        raise UserError(
+            f"--compile needs a C++ compiler, and there is no {compiler}; "
+            "install one, or leave --compile out")
     if config.photos > people:
         raise UserError(f"--photos {config.photos} is more than --people {people}")
 
@@ -1324,7 +1410,9 @@ def prepare_model(config, out, real_data):
         validate_checkpoint(config, notes, folder)
         if is_own:
             validate_later_stages(config, notes, out)
-        model = load(folder)
+        # what a later stage trains further is not rounded before it
+        exact = f"{EXACT}|{TRAINABLE['instruct']}"
+        model = load(folder, dtype=default_dtype(config.size, config.device), exact=exact)
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
             change_projector(config, model)
@@ -1355,8 +1443,8 @@ def validate_needs(config, trained, folder):
                 missing.append(need)
     if not missing:
         return
-    remedy = (f"train it first (all: python train.py --stage all --size {config.size}), "
-              "or give --init FOLDER")
+    command = f"python train.py --stage all --size {config.size} --resume --out"
+    remedy = f"train all stages ({command} {shlex.quote(str(folder))}), or give --init FOLDER"
     if column(config.size) not in STAGES[missing[0]].schedule:
         remedy = "give --llm and --pose_vit"
     raise UserError(
@@ -1408,7 +1496,8 @@ def new_model(config, real_data):
     chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
     sizes = model_config(config.size, **chosen)
     if config.llm:
-        return base_model(sizes, config.llm, config.clip, config.pose_vit)
+        dtype = default_dtype(config.size, config.device)
+        return base_model(sizes, config.llm, config.clip, config.pose_vit, dtype)
     texts = []  # the vocabulary of an embedded size must contain all words of the data
     for real in real_data.values():
         texts += real.texts()

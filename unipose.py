@@ -29,17 +29,14 @@ does not generate them. A pose has no hands, no face, no body shape and no place
 """
 import copy
 import functools
-import io
 import json
 import math
 import pathlib
-import pickle
 import re
 import shutil
 import subprocess
 import sys
 import unicodedata
-import zipfile
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -52,10 +49,10 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    ALLOWED, DESCRIPTION, MAX_BYTES, TINY, TOKENIZER_ENTRIES, PoseTokenizer, Record, SafeUnpickler,
-    TokenizerConfig, UserError, as_user_error, atomic_write, check_entries, cli, count_bytes,
-    delete_leftovers, first_line, is_allowed, pickle_errors, read_checkpoint, read_header,
-    read_json, run_main, shorten,
+    DESCRIPTION, TINY, TOKENIZER_ENTRIES, PoseTokenizer, TokenizerConfig, UserError, as_user_error,
+    atomic_write, check_entries, cli, delete_leftovers, file_errors, first_line, is_allowed,
+    is_tensor, map_tensor, read_checkpoint, read_header, read_json, read_torch_file, run_main,
+    shorten,
 )
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------
@@ -93,6 +90,7 @@ SIZES = {
             "code_dim": 16,  # numbers in a code
             "hidden": 32,  # channels of the convolutions
             "upsample_step": 0,  # N = 20 * 2 ** upsample_step
+            "reset_revived": True,  # see Quantizer._ema_update; not in the public code
         },
         "code_positions": True,  # see UniPose.embed
         "lora_r": 4,  # rank of the adapters
@@ -128,6 +126,7 @@ SIZES = {
             "code_dim": 64,
             "hidden": 128,
             "upsample_step": 1,  # N = 40
+            "reset_revived": True,  # after 600 steps 68 and 60 mm off, without it 71 and 78
         },
         "code_positions": True,
         "lora_r": 0,  # no LoRA, `instruct` trains the whole LLM: at this size LoRA saves no memory
@@ -265,9 +264,12 @@ ENTRIES = {
 
 
 def validate_config(config, where):
-    """Checks a config before a model is built of it. Raises UserError."""
+    """Checks a config before a model is built of it. Raises UserError.
+
+    What the tokenizer lacks is as TokenizerConfig has it: older checkpoints know fewer entries.
+    """
     missing = [key for key in MODEL_KEYS if key not in config]
-    required = {part: SIZES["nano"][part] for part in ("llm", "clip", "pose_vit", "tokenizer")}
+    required = {part: SIZES["nano"][part] for part in ("llm", "clip", "pose_vit")}
     for part, keys in {**required, "retrieval": ENTRIES["retrieval"]}.items():
         if type(config.get(part)) is dict:  # if it is something else, ENTRIES refuses it below
             missing += [f"{part} {key}" for key in keys if key not in config[part]]
@@ -412,8 +414,8 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
                 n_blocks += 1
 
             row.add(vocab.p_open, predicted=is_target)
-            for i, code in enumerate(value):
-                token = vocab.pose0 + int(code)
+            for i, code in enumerate(torch.as_tensor(value).tolist()):
+                token = vocab.pose0 + code
                 if is_query:
                     row.add(vocab.query0 + i, label=token, block=block)
                 else:
@@ -428,8 +430,10 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
 def collate(rows, side="right"):
     """Rows -> a batch: ids, labels, block, code_index and valid (B,T), images (n,P,Dv) or None.
 
-    valid is False where a row is padded; images are those of all rows, in order. side: where the
-    padding goes, "right" to train, "left" to answer, so that all answers start in one column.
+    valid is False where a row is padded; images are those of all rows, in order. labelled and
+    patches: where there is a label or an image patch, as indices into B*T; found here, because a
+    GPU that searches its own memory has to be waited for. side: where the padding goes, "right" to
+    train, "left" to answer, so that all answers start in one column.
     """
     length = max(len(row.ids) for row in rows)
 
@@ -442,9 +446,13 @@ def collate(rows, side="right"):
         for features in row.images:
             images.append(torch.as_tensor(features).float())
 
+    ids = torch.tensor([pad(row.ids, 0) for row in rows])
+    labels = torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows])
     return {
-        "ids": torch.tensor([pad(row.ids, 0) for row in rows]),
-        "labels": torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows]),
+        "ids": ids,
+        "labels": labels,
+        "labelled": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+        "patches": (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1),
         "block": torch.tensor([pad(row.block, -1) for row in rows]),
         "code_index": torch.tensor([pad(row.code_index, -1) for row in rows]),
         "valid": torch.tensor([pad([True] * len(row.ids), False) for row in rows]),
@@ -600,14 +608,16 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = alpha / r
-        self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        adapter = {"dtype": torch.float32, "device": base.weight.device}  # W may be bfloat16
+        self.A = nn.Parameter(torch.empty(r, base.in_features, **adapter))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **adapter))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = self.base(x)
-        update = self.scale * (x.to(self.A.dtype) @ self.A.T @ self.B.T)  # W may be bfloat16
-        return y + update.to(y.dtype)
+        # W and x may be bfloat16; a copy of A and B is smaller than one of x
+        A = self.A.to(x.dtype)
+        B = (self.scale * self.B).to(x.dtype)
+        return self.base(x) + F.linear(F.linear(x, A), B)
 
 
 def add_lora(model, r, alpha):
@@ -798,35 +808,60 @@ class UniPose(nn.Module):
     # -- from segments to a Row, and back to text --
 
     @torch.no_grad()
-    def prepare(self, segments):
-        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv).
+    def prepare_all(self, prompts):
+        """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
-        Values that are prepared already (integer codes, features of rank 2) stay as they are.
+        prompts: lists of segments. Values that are prepared already (integer codes, features of
+        rank 2) stay as they are.
         """
-        prepared = []
-        for kind, value, is_target in segments:
-            is_tensor = torch.is_tensor(value)
-            if kind == "pose" and is_tensor and value.is_floating_point():
-                rotmat = value[None].to(self.device)                                 # (1,22,3,3)
-                value = self.pose_tokenizer.encode(rotmat)[0].tolist()               # N codes
-            elif kind == "image" and not (is_tensor and value.dim() == 2):
-                value = self.vision([value])[0]                                      # (P,Dv)
-            prepared.append((kind, value, is_target))
+        poses = {}  # (index of the prompt, index of the segment): value
+        pictures = {}
+        for i, segments in enumerate(prompts):
+            for k, (kind, value, _) in enumerate(segments):
+                is_tensor = torch.is_tensor(value)
+                if kind == "pose" and is_tensor and value.is_floating_point():
+                    poses[i, k] = value
+                elif kind == "image" and not (is_tensor and value.dim() == 2):
+                    pictures[i, k] = value
+
+        ready = dict(zip(pictures, self.see(list(pictures.values()))))               # (P,Dv) each
+        if poses:
+            rotmat = torch.stack(list(poses.values())).to(self.device)               # (n,22,3,3)
+            ready |= zip(poses, self.pose_tokenizer.encode(rotmat).tolist())         # N codes each
+
+        prepared = [list(segments) for segments in prompts]
+        for (i, k), value in ready.items():
+            kind, _, is_target = prepared[i][k]
+            prepared[i][k] = (kind, value, is_target)
         return prepared
+
+    def see(self, pictures):
+        """Pictures -> their features, (P,Dv) each; by 32, which bounds the memory it takes."""
+        features = []
+        for start in range(0, len(pictures), 32):
+            features += self.vision(pictures[start:start + 32])
+        return features
 
     def encode(self, segments):
         """Segments, prepared or not -> Row; see `encode_segments`."""
-        segments = self.prepare(segments)
-        prompt_marks = self.prompt_marks
-        if not self.is_word_level:
-            segments = self.tokenize_official(segments)
-            prompt_marks = ([], [])  # they are in the text now
+        return self.encode_all([segments])[0]
+
+    def encode_all(self, prompts):
+        """Lists of segments -> a list of Rows; poses and pictures go through the model together."""
         bos = self.text_tokenizer.bos_token_id
         eos = self.text_tokenizer.eos_token_id
-        return encode_segments(segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
-                               self.vision.n_patches, self.config["attn"])
+        rows = []
+        for segments in self.prepare_all(prompts):
+            prompt_marks = self.prompt_marks
+            if not self.is_word_level:
+                segments = self.tokenize_official(segments)
+                prompt_marks = ([], [])  # they are in the text now
+            rows.append(encode_segments(
+                segments, self.vocab, self.text_ids, prompt_marks, bos, eos,
+                self.vision.n_patches, self.config["attn"]))
+        return rows
 
-    @property
+    @functools.cached_property
     def prompt_marks(self):
         """The ids of `[INST]` and the ids of `[/INST]`."""
         opening = self.text_tokenizer("[INST] ", add_special_tokens=False).input_ids
@@ -838,15 +873,21 @@ class UniPose(nn.Module):
         """The words of a word-level vocabulary, without its marks such as `[INST]`."""
         return {word for word in self.text_tokenizer.get_vocab() if word[0] not in "<["}
 
-    def text_ids(self, text):
-        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
+    @functools.cached_property
+    def reserved_ids(self):
+        """The ids that no text of a user may hold: begin, end and the marks of a prompt."""
         reserved = {self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id}
         for mark in self.prompt_marks:
             if len(mark) == 1:  # word pieces spell `[INST]` with several ordinary tokens
                 reserved.add(mark[0])
+        return reserved
+
+    def text_ids(self, text):
+        """Text -> ids. A `</s>` or `[/INST]` that a user typed becomes the unknown word."""
         if self.is_word_level:
             text = normalise_text(text, self.words)
         ids = self.text_tokenizer(text, add_special_tokens=False).input_ids
+        reserved = self.reserved_ids
         return [self.text_tokenizer.unk_token_id if i in reserved else i for i in ids]
 
     def tokenize_official(self, segments):
@@ -892,17 +933,41 @@ class UniPose(nn.Module):
         n_closing = len(self.text_ids(" [/INST]"))
         return self.text_ids(" [/INST] ")[n_closing:]
 
+    @property
+    def answer_suffix(self):
+        """The ids between a pose and `</s>` in the training of a model of word pieces: ` . `."""
+        return [] if self.is_word_level else self.text_ids(". ")
+
     def decode_text(self, ids):
         """Text ids -> text."""
         text = self.text_tokenizer.decode(ids)
         return tidy_text(text) if self.is_word_level else text.strip()
 
+    # -- a question --
+
+    def answer(self, text=None, image=None, pose=None, task="", ask="", decode="argmax"):
+        """Answers one question -> sample.Answer, the same as on the command line of sample.py.
+
+        text, image, pose: what is given, at most 1, 2, 2 of each; two are a list. image: a path, a
+        PIL picture or an array (H,W,3) uint8. pose: a path, or rotations (22,3,3), y up. task: see
+        data.TASKS; needed only where the inputs fit several. ask: one's own words, with <image>,
+        <pose> or <caption> in the place of each input; then the model decides whether it answers
+        with a pose or a text, unless a task says so. decode: see sample.Engine. Raises UserError.
+        """
+        # here, because sample.py imports this file
+        from sample import answer_questions, check_typed, read_question
+        question = read_question(text, image, pose, task, ask=ask)
+        check_typed(self, question)
+        [answer] = answer_questions(self, [question], decode)
+        return answer
+
     # -- from a batch of rows to the loss --
 
-    def embed(self, ids, code_index, images=None):
+    def embed(self, ids, code_index, images=None, places=None):
         """ids, code_index (B,T), images (n,P,Dv) or None -> (B,T,D).
 
-        Projected image patches take the places of IMAGE_PLACEHOLDER, in order.
+        Projected image patches take the places of IMAGE_PLACEHOLDER, in order. places (n*P,): their
+        indices into B*T where they are known, see `collate`.
 
         The meaning of a code depends on its index in the pose. Rotary positions are relative, and
         an LLM of four layers cannot recover the index from them, so with config["code_positions"]
@@ -916,10 +981,11 @@ class UniPose(nn.Module):
             x = x + queries * (code_index >= 0)[..., None]
 
         if images is not None:
+            if places is None:
+                places = (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1)   # (n*P,)
             images = images.to(next(self.projector.parameters()))
-            patches = self.projector(images)                                         # (n,P,D)
-            is_patch = (ids == IMAGE_PLACEHOLDER)[..., None]                         # (B,T,1)
-            x = x.masked_scatter(is_patch, patches.to(x.dtype))
+            patches = self.projector(images).flatten(0, 1).to(x.dtype)               # (n*P,D)
+            x = x.flatten(0, 1).index_copy(0, places, patches).view_as(x)            # (B,T,D)
         return x
 
     def hidden(self, x, mask, positions, cache=None):
@@ -927,8 +993,8 @@ class UniPose(nn.Module):
         x = x.to(self.llm.model.norm.weight.dtype)  # the layers may be bfloat16, see `cast_frozen`
         lowest = torch.finfo(x.dtype).min  # in half precision the lowest float32 would be -inf
         mask = mask.to(x.dtype).clamp(min=lowest)
-        output = self.llm.model(inputs_embeds=x, attention_mask=mask, position_ids=positions,
-                                past_key_values=cache, use_cache=cache is not None)
+        # the cache goes by its place: its name depends on the version of transformers
+        output = self.llm.model(None, mask, positions, cache, x, use_cache=cache is not None)
         return output.last_hidden_state
 
     def forward(self, batch):
@@ -942,13 +1008,13 @@ class UniPose(nn.Module):
         valid = batch["valid"]
         positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
         mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
-        x = self.embed(batch["ids"], batch["code_index"], batch.get("images"))       # (B,T,D)
+        x = self.embed(
+            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])  # (B,T,D)
         h = self.hidden(x, mask, positions)                                          # (B,T,D)
 
         # logits are wide and most positions have no label: lm_head runs on the others only
-        is_labelled = batch["labels"] != IGNORE_INDEX                                # (B,T)
-        labels = batch["labels"][is_labelled]                                        # (n,)
-        h = h[is_labelled].to(self.llm.lm_head.weight.dtype)                         # (n,D)
+        labels = batch["labels"].flatten()[batch["labelled"]]                        # (n,)
+        h = h.flatten(0, 1)[batch["labelled"]].to(self.llm.lm_head.weight.dtype)     # (n,D)
         logits = self.llm.lm_head(h).float()                                         # (n,vocab)
 
         n_poses = (labels == self.vocab.p_open).sum()
@@ -959,14 +1025,14 @@ class UniPose(nn.Module):
         is_code = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)        # (n,)
         logs = {
             "terms": terms,
-            "pose_acc": (is_right[is_code].sum(), is_code.sum()),
-            "text_acc": (is_right[~is_code].sum(), (~is_code).sum()),
+            "pose_acc": ((is_right & is_code).sum(), is_code.sum()),
+            "text_acc": ((is_right & ~is_code).sum(), (~is_code).sum()),
         }
         return loss, logs
 
 
-# Which parameters each stage trains, as patterns of their names (paper §3.3). train.py has the rest
-# of a stage; to train the whole LLM it puts LLM_PARAMETERS in the place of LORA_PARAMETERS.
+# Which parameters each stage trains, as patterns of their names (paper §3.3); train.py has the rest
+# of a stage. To train the whole LLM, LLM_PARAMETERS stand in the place of LORA_PARAMETERS.
 LLM_PARAMETERS = r"llm\."
 LORA_PARAMETERS = r"llm\.(model\.embed_tokens|lm_head)\.|llm\..*\.[AB]$"  # and embeddings, head
 TRAINABLE = {
@@ -979,15 +1045,33 @@ TRAINABLE = {
 }
 
 
+def adapts_llm(stage, size):
+    """Does a stage train the LLM by LoRA, unless --lora_r is 0?"""
+    # a small LLM starts from random weights: it needs all of them to learn to speak
+    learns_to_speak = stage == "align" and size != "paper"
+    return LORA_PARAMETERS in TRAINABLE[stage] and not learns_to_speak
+
+
+def trainable(stage, size, lora_r=-1):
+    """Pattern of the names of the parameters that a stage trains: TRAINABLE, at this size."""
+    pattern = TRAINABLE[stage]
+    if lora_r == 0 or not adapts_llm(stage, size):
+        pattern = pattern.replace(LORA_PARAMETERS, LLM_PARAMETERS)
+    return pattern
+
+
+EXACT = TRAINABLE["tokenizer"]  # is float32 in any case: rounded weights would move its codes
+
+
 def cast_frozen(model, dtype=torch.bfloat16):
     """Casts parameters in place: those that learn to float32, frozen ones to `dtype`.
 
-    The pose tokenizer stays in float32, see there. So do the buffers, of which only the frequencies
-    of rotary embeddings are floating: in bfloat16 they would move the positions.
+    The pose tokenizer stays in float32. So do the buffers, of which only the frequencies of rotary
+    embeddings are floating: in bfloat16 they would move the positions.
     """
     for name, parameter in model.named_parameters():
-        learns = parameter.requires_grad or name.startswith("pose_tokenizer.")
-        parameter.data = parameter.data.to(torch.float32 if learns else dtype)
+        is_exact = parameter.requires_grad or re.match(EXACT, name)
+        parameter.data = parameter.data.to(torch.float32 if is_exact else dtype)
 
 
 # ---- 7. Checkpoints ------------------------------------------------------------------------------
@@ -1070,11 +1154,10 @@ def read_config(folder):
     return config
 
 
-def read_tensors(path, dtype=torch.float32):
-    """{name: tensor} of a safetensors file, floating numbers as `dtype`.
+def read_tensors(path):
+    """{name: tensor} of a safetensors file, floating numbers as float32.
 
-    The pose tokenizer is float32 in any case. Raises UserError if the file is truncated or of
-    another kind, or holds NaN or infinity.
+    Raises UserError if the file is truncated or of another kind, or holds NaN or infinity.
     """
     from safetensors import safe_open
     _, shapes = read_header(path)
@@ -1082,15 +1165,21 @@ def read_tensors(path, dtype=torch.float32):
     with safe_open(str(path), "pt") as file:
         for name in shapes:
             tensor = file.get_tensor(name)
-            if not tensor.isfinite().all():
-                raise UserError(f"{shorten(name)} in {path} holds NaN or infinite numbers; "
-                                "train it again with a lower --lr")
-            if tensor.is_floating_point():
-                to = torch.float32 if name.startswith("pose_tokenizer.") else dtype
-                # a copy: the tensor itself is mapped from the file, which others may overwrite
-                tensor = tensor.to(to, copy=True)
-            state[name] = tensor
+            require_finite(name, tensor, path)
+            # a copy: the tensor itself is mapped from the file, which others may overwrite
+            to = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            state[name] = tensor.to(to, copy=True)
     return state
+
+
+def require_finite(name, tensor, where):
+    """Raises UserError if a tensor of the file `where` holds NaN or infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = tensor.aminmax()  # NaN spreads to both; `isfinite` takes nine times as long
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError(f"{shorten(name)} in {where} holds NaN or infinite numbers; get the file "
+                        "again, or train it again with a lower --lr")
 
 
 def default_dtype(size, device):
@@ -1103,16 +1192,16 @@ def default_dtype(size, device):
     return torch.bfloat16 if on_gpu and size == "paper" else torch.float32
 
 
-def load(folder, device="cpu", dtype=None):
+def load(folder, device="cpu", dtype=None, exact=EXACT):
     """A weights folder -> UniPose in eval mode.
 
-    dtype: of the weights, None for `default_dtype`; the pose tokenizer is float32 in any case.
-    Raises UserError if a file is missing or damaged, or if names or shapes differ from what the
-    config describes. Whether the model was trained for a question is up to `require_stages`. The
-    tensors of the retrieval model are left to eval.py.
+    dtype: of the weights, None for `default_dtype`; exact: regex of the names of those that are
+    float32 in any case. Raises UserError if a file is missing or damaged, or if names or shapes
+    differ from what the config describes. Whether the model was trained for a question is up to
+    `require_stages`. The tensors of the retrieval model are left to eval.py.
     """
     if is_official(folder):
-        return load_official(folder, device, dtype or default_dtype("paper", device))
+        return load_official(folder, device, dtype or default_dtype("paper", device), exact)
 
     config, text, shapes = read_checkpoint(folder)
     validate_config(config, f"the config of {folder}")
@@ -1129,10 +1218,9 @@ def load(folder, device="cpu", dtype=None):
     where = f"the config of {folder} does not describe a model ("
     with as_user_error(where, "); copy or train it again"), torch.device("meta"):
         model = UniPose({key: config[key] for key in MODEL_KEYS}, text)
-    compare(shapes_of(model), without_retrieval(shapes), path)
 
-    tensors = without_retrieval(read_tensors(path, dtype))
-    model = assign_weights(model, tensors, path, device, dtype)
+    tensors = without_retrieval(map_tensors(path))
+    model = assign_weights(model, tensors, path, device, dtype, exact, in_memory=True)
     model.stages = config.get("stages")
     return model
 
@@ -1331,154 +1419,12 @@ def blame_description(folder):
                          "); copy it again")
 
 
-def explain_unreadable(error):
-    """Why a file of weights cannot be read, in a few words."""
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))  # refused by torch.load(weights_only=True)
-    return f"it asks to run {code[1]}" if code else first_line(error)[:300]
-
-
-STORAGES = {  # what a torch file calls an array of numbers, by their type
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.storage.UntypedStorage": torch.uint8,
-}
-TENSORS = {  # what makes a tensor of it
-    "torch._utils._rebuild_tensor": "tensor",
-    "torch._utils._rebuild_tensor_v2": "tensor",
-    "torch._utils._rebuild_parameter": "parameter",
-}
-BESIDE_TENSORS = (  # data that checkpoints hold as well: recorded, and never looked at
-    "__builtin__.bool", "__builtin__.int", "__builtin__.float", "__builtin__.complex",
-    "__builtin__.str", "__builtin__.unicode", "__builtin__.bytearray", "__builtin__.frozenset",
-    "__builtin__.tuple", "__builtin__.list", "__builtin__.dict",
-    "collections.OrderedDict", "collections.Counter", "collections.defaultdict",
-    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath",
-    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
-    "argparse.Namespace", "yacs.config.CfgNode", "typing.Any",
-    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode",
-    "torch.Size", "torch.device", "torch._utils._rebuild_tensor_v3",
-    "torch.uint16", "torch.uint32", "torch.uint64", *map(str, STORAGES.values()),
-)
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # begins a torch file that is no zip
-
-
-class TorchUnpickler(SafeUnpickler):
-    """Reads the pickle in a torch file, in which numbers are only referred to.
-
-    dtypes: {key of a storage, an array of numbers in the file: their type}.
-    torch.load(weights_only=True) executes no foreign code either, but an 80-byte file makes it
-    hash nested tuples for years, and another one allocate all memory.
-    """
-
-    def __init__(self, file):
-        allowed = ALLOWED | TENSORS | {path: path for path in STORAGES}
-        super().__init__(file, allowed | dict.fromkeys(BESIDE_TENSORS, "other"))
-        self.dtypes = {}
-
-    def persistent_load(self, reference):
-        """The hook for references: ("storage", type, key, device, length)."""
-        kind, key = reference[1:3]
-        if type(key) is not str:
-            raise pickle.UnpicklingError("it refers to numbers without a name")
-        self.dtypes[key] = STORAGES[kind.name]
-        return Record("storage", key)
-
-
-def read_zipped(file):
-    """An open torch file, a zip -> its object, {key of a storage: (dtype, start, n_bytes)}."""
-    storages = {}
-    with zipfile.ZipFile(file) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        path = next(name for name in members if name.endswith("/data.pkl"))
-        if members[path].file_size > MAX_BYTES:
-            raise pickle.UnpicklingError(f"its pickle is larger than {MAX_BYTES:,} bytes")
-        unpickler = TorchUnpickler(io.BytesIO(archive.read(path)))
-        content = unpickler.load()
-
-        for key, dtype in unpickler.dtypes.items():
-            member = members[path.removesuffix(".pkl") + "/" + key]
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise pickle.UnpicklingError("its tensors are compressed")
-            # the numbers follow a header of 30 bytes, whose last 4 are the lengths of what is
-            # between: the name and an extra field
-            file.seek(member.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")
-            start = member.header_offset + 30 + int(lengths.sum())
-            storages[key] = (dtype, start, member.file_size)
-    return content, storages
-
-
-def read_unzipped(file):
-    """The same of a file of torch before 1.6: pickles, then a length and numbers per storage."""
-    if SafeUnpickler(file).load() != TORCH_MAGIC:
-        raise pickle.UnpicklingError("it is no torch file")
-    SafeUnpickler(file).load()  # the version of the format
-    SafeUnpickler(file).load()  # the machine that wrote it
-    unpickler = TorchUnpickler(file)
-    content = unpickler.load()
-    keys = SafeUnpickler(file).load()
-
-    storages = {}
-    position = file.tell()
-    for key in keys:
-        file.seek(position)
-        dtype = unpickler.dtypes[key]
-        n_bytes = int.from_bytes(file.read(8), "little") * dtype.itemsize
-        storages[key] = (dtype, position + 8, n_bytes)
-        position += 8 + n_bytes
-    return content, storages
-
-
-def map_tensor(record, storages, file_bytes):
-    """The Record of a tensor -> the tensor, whose numbers stay in the mapped file."""
-    if record.name == "parameter":
-        record = record.arguments[0]
-    storage, offset, shape, strides = record.arguments[:4]
-    if record.name != "tensor" or storage.name != "storage":
-        raise pickle.UnpicklingError("it holds a damaged tensor")
-    dtype, start, n_bytes = storages[storage.arguments]
-
-    size = count_bytes(dtype, shape)  # which checks the shape
-    reach = offset  # the index of the last number
-    for length, stride in zip(shape, strides, strict=True):
-        reach += (length - 1) * stride
-    size = max(size, (reach + 1) * dtype.itemsize)
-    is_negative = min(offset, *strides, 0) < 0
-    if is_negative or size > n_bytes or start + n_bytes > len(file_bytes):
-        raise pickle.UnpicklingError("it holds a tensor that is larger than its numbers")
-
-    numbers = file_bytes[start:start + n_bytes]
-    if start % dtype.itemsize:  # as in old files; memory cannot be read as numbers from there
-        numbers = numbers.clone()
-    numbers = numbers.view(dtype)
-    return numbers.as_strided(shape, strides, numbers.storage_offset() + offset)
-
-
-def read_torch_file(path):
-    """{name: tensor} of a torch file. Nothing in its pickle is executed. Raises UnpicklingError."""
-    with pickle_errors("it is damaged or cut off"), open(path, "rb") as file:
-        if zipfile.is_zipfile(file):
-            content, storages = read_zipped(file)
-        else:
-            file.seek(0)
-            content, storages = read_unzipped(file)
-
-        n_bytes = path.stat().st_size
-        file_bytes = torch.from_file(str(path), size=n_bytes, dtype=torch.uint8)
-        tensors = {}
-        for name, value in content.get("state_dict", content).items():
-            if type(value) is Record and value.name in TENSORS.values():
-                tensors[name] = map_tensor(value, storages, file_bytes)
-        return tensors
+def map_torch_file(path):
+    """{name: tensor} of a state dict in a torch file, mapped. Raises FileError."""
+    content = read_torch_file(path)
+    with file_errors("it holds no tensors that have names, or damaged ones"):
+        entries = content.get("state_dict", content)
+        return {name: map_tensor(entry) for name, entry in entries.items() if is_tensor(entry)}
 
 
 def map_tensors(path):
@@ -1489,7 +1435,7 @@ def map_tensors(path):
     from safetensors.torch import load_file
 
     try:
-        return load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+        return load_file(path) if path.suffix == ".safetensors" else map_torch_file(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere
         raise UserError(f"{path} is not a complete file of weights ({first_line(error)}); "
                         "get it again, from a source you trust") from None
@@ -1580,6 +1526,20 @@ def pick_settings(config):
     return {name: settings[name] for name in SETTINGS if name in settings}
 
 
+def read_bin_files(folder):
+    """{name: tensor} of a folder with pytorch_model*.bin instead of safetensors, mapped; else None.
+
+    transformers would give them to torch.load, see `tokenizer.read_torch_file`. Raises UserError.
+    """
+    paths = sorted(folder.glob("pytorch_model*.bin"))
+    if not paths or any(folder.glob("model*.safetensors")):
+        return None
+    state = {}
+    for path in paths:
+        state |= map_tensors(path)
+    return state
+
+
 def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     """{prefix + name: tensor} of a model that transformers reads from a local folder.
 
@@ -1591,13 +1551,16 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     from transformers.utils import logging
     logging.set_verbosity_error()  # its warnings become errors below
 
+    state = read_bin_files(folder)
+    source = folder if state is None else None  # it takes one or the other
     try:
         model, report = model_class.from_pretrained(
-            folder, config=config, key_mapping=names, dtype=dtype, local_files_only=True,
-            ignore_mismatched_sizes=True, output_loading_info=True)
+            source, state_dict=state, config=config, key_mapping=names,
+            dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True,
+            output_loading_info=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere
         origin = ORIGINS.get(folder.name, "its source")
-        raise UserError(f"the weights in {folder} cannot be loaded ({explain_unreadable(error)}); "
+        raise UserError(f"the weights in {folder} cannot be loaded ({first_line(error)}); "
                         f"get them again from {origin}") from None
 
     problems = [f"{name} is missing" for name in sorted(report["missing_keys"])]
@@ -1612,17 +1575,19 @@ def load_pretrained(prefix, model_class, folder, config, names, unused, dtype):
     return {prefix + name: tensor for name, tensor in model.state_dict().items()}
 
 
-def load_llm(folder, config, dtype=torch.float32):
+def load_llm(folder, config, dtype):
     """The tensors of the LLM in a folder of Llama, Mistral or LLaVA, by our names."""
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM, MistralForCausalLM
 
+    # AutoModelForCausalLM takes no state dict
+    model_class = MistralForCausalLM if config.model_type == "mistral" else LlamaForCausalLM
     # older and newer LLaVA of transformers; LLaVA's authors call the LLM as Llama does
     names = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
     unused = r"(model\.)?(vision_tower|mm_projector|multi_modal_projector|image_newline)"
-    return load_pretrained("llm.", AutoModelForCausalLM, folder, config, names, unused, dtype)
+    return load_pretrained("llm.", model_class, folder, config, names, unused, dtype)
 
 
-def load_clip(folder, config, dtype=torch.float32):
+def load_clip(folder, config, dtype):
     """The tensors of the vision tower in a folder of CLIP or LLaVA, by our names."""
     from transformers import CLIPVisionModel
 
@@ -1633,7 +1598,7 @@ def load_clip(folder, config, dtype=torch.float32):
     return load_pretrained("vision.clip.", CLIPVisionModel, folder, config, names, unused, dtype)
 
 
-def load_vitpose(folder, config, dtype=torch.float32):
+def load_vitpose(folder, config, dtype):
     """The tensors of the backbone in a folder of VitPose, by our names."""
     from transformers import VitPoseBackbone
 
@@ -1642,11 +1607,13 @@ def load_vitpose(folder, config, dtype=torch.float32):
         "vision.pose_vit.", VitPoseBackbone, folder, config, names, r"head\.", dtype)
 
 
-def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
+def assign_weights(
+        model, tensors, where, device="cpu", dtype=torch.float32, exact=EXACT, in_memory=False):
     """Give `model`, built on the meta device, its weights {name: tensor}; returns it in eval mode.
 
-    Tensors that are mapped from files are read here, one by one. The pose tokenizer stays in
-    float32. Raises UserError where names or shapes do not fit, or a tensor holds NaN.
+    Tensors that are mapped from files are read here, one by one. dtype, exact: see `load`.
+    in_memory: none stays mapped, because others may overwrite the files while the model is in use.
+    Raises UserError where names or shapes do not fit, or a tensor holds NaN or infinity.
     """
     # between meta tensors this compares names and shapes and copies nothing
     load_strictly(model, {name: tensor.to("meta") for name, tensor in tensors.items()}, where)
@@ -1654,11 +1621,11 @@ def assign_weights(model, tensors, where, device="cpu", dtype=torch.float32):
     state = {}
     for name in tqdm(list(tensors), desc="weights", leave=False, delay=2):
         tensor = tensors.pop(name)  # a file that no tensor needs any more leaves memory
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} in {where} holds NaN or infinite numbers; get the file again")
-        if tensor.is_floating_point() and not name.startswith("pose_tokenizer."):
-            tensor = tensor.to(dtype)
-        state[name] = tensor.to(device)
+        require_finite(name, tensor, where)
+        to = tensor.dtype
+        if tensor.is_floating_point():
+            to = torch.float32 if re.match(exact, name) else dtype
+        state[name] = tensor.to(device, to, copy=in_memory)
     model.load_state_dict(state, assign=True)
 
     # constants that no file holds and that the meta device left empty
@@ -1795,12 +1762,12 @@ def added_token_names(vocab):
     return names
 
 
-def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
+def load_official(cache, device="cpu", dtype=torch.float32, exact=EXACT, merge=True, **vit):
     """The folder `cache` of the official release -> UniPose in eval mode. Raises UserError.
 
-    merge: fold LoRA into the weights, or keep it to train on. vit: see `official_config`. Official
-    codes stand for poses in AMASS's frame, z up; the pose tokenizer turns ours, y up, on their way
-    in and out.
+    dtype, exact: see `load`. merge: fold LoRA into the weights, or keep it to train on. vit: see
+    `official_config`. Official codes stand for poses in AMASS's frame, z up; the pose tokenizer
+    turns ours, y up, on their way in and out.
     """
     config = official_config(cache, **vit)
     text = load_text_tokenizer(official_path(cache, "unipose"))
@@ -1831,7 +1798,7 @@ def load_official(cache, device="cpu", dtype=torch.float32, merge=True, **vit):
     for name in model.state_dict():  # a LoRALinear keeps W as `base`
         if ".base." in name:
             tensors[name] = tensors.pop(name.replace(".base.", "."))
-    assign_weights(model, tensors, cache, device, dtype)
+    assign_weights(model, tensors, cache, device, dtype, exact)
 
     if merge:
         merge_lora(model.llm.model.layers)
@@ -1846,12 +1813,12 @@ def extend_vocabulary(table, vocab):
     return torch.cat([text, mean.expand(vocab.size - len(text), -1)])
 
 
-def base_model(config, llm, clip, pose_vit):
-    """The model of `config` with downloaded backbones, in float32; the rest is untrained (§3.3).
+def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
+    """The model of `config` with downloaded backbones; the rest is untrained (paper §3.3).
 
     llm: a folder of Llama, Mistral or LLaVA; clip: a folder of CLIP, or "" for LLaVA's own;
     pose_vit: a checkpoint of HMR2 or TokenHMR, or a folder of VitPose. Their sizes replace those of
-    `config`. Raises UserError.
+    `config`. dtype: of the weights; the pose tokenizer is float32 in any case. Raises UserError.
     """
     from transformers import CLIPVisionConfig
 
@@ -1860,17 +1827,17 @@ def base_model(config, llm, clip, pose_vit):
     pose_vit = pathlib.Path(pose_vit)
 
     llm_config = read_llm_config(llm)
-    tensors = load_llm(llm, llm_config)
+    tensors = load_llm(llm, llm_config, dtype)
     if "mm_vision_tower" in read_json(clip / "config.json"):
         clip_config = CLIPVisionConfig(**config["clip"])  # LLaVA's authors save it undescribed
     else:
         clip_config = read_clip_config(clip)
-    tensors |= load_clip(clip, clip_config)
+    tensors |= load_clip(clip, clip_config, dtype)
 
     if pose_vit.is_dir():
         vit_config = read_backbone_config(pose_vit, "backbone_config", ["vitpose_backbone"])
         vit = pick_settings(vit_config)
-        tensors |= load_vitpose(pose_vit, vit_config)
+        tensors |= load_vitpose(pose_vit, vit_config, dtype)
     else:
         vit = infer_vit_settings(pose_vit)
         tensors |= rename_keys(pose_vit, VIT_NAMES)
@@ -1887,7 +1854,7 @@ def base_model(config, llm, clip, pose_vit):
         config["projector"], model.vision.width, model.llm.config.hidden_size)
     for prefix, untrained in {"pose_tokenizer.": pose_tokenizer, "projector.": projector}.items():
         tensors |= {prefix + name: value for name, value in untrained.state_dict().items()}
-    return assign_weights(model, tensors, where)
+    return assign_weights(model, tensors, where, dtype=dtype)
 
 
 def write_llm(model, folder):
@@ -1939,39 +1906,52 @@ def parameter_table(model):
 
 
 def memory_table(model, tokens=1024):
-    """Memory in bfloat16: rows (stage, trained parameters, GB of the model, GB more per sequence).
+    """Memory on a GPU: rows (stage, trained parameters, GB of the model, GB more per sequence).
 
-    A frozen parameter takes 2 bytes, or 4 in the pose tokenizer, which stays in float32. A trained
-    one takes 16: itself, its gradient and the two moments of AdamW, all float32. A sequence of
-    `tokens` tokens takes its keys and values in an answer; in training with --checkpointing, the
-    input of every layer and the activations inside of one.
+    A frozen parameter takes the bytes of `default_dtype`, one of the pose tokenizer 4. A trained
+    one takes 16: itself, its gradient and the two moments of AdamW, all float32. Adapters count
+    from the first stage that trains them.
+
+    A sequence of `tokens` tokens takes its keys and values in an answer; in training with
+    --checkpointing its mask, the input of every layer, and what one layer holds at most while it
+    is computed again: by measurement about 11 numbers for each channel, 6 for each inside the MLP.
     """
+    config = model.config
+    dtype = default_dtype(config["size"], "cuda")
     llm = model.llm.config
-    head_dim = llm.hidden_size // llm.num_attention_heads
+    head_dim = config["llm"].get("head_dim", llm.hidden_size // llm.num_attention_heads)
     keys_and_values = 2 * llm.num_hidden_layers * llm.num_key_value_heads * head_dim
-    activations = (llm.num_hidden_layers + 8) * llm.hidden_size + 4 * llm.intermediate_size
-    numbers_per_token = {
-        "answer": keys_and_values,
+    activations = (llm.num_hidden_layers + 11) * llm.hidden_size + 6 * llm.intermediate_size
+    numbers = {
         "tokenizer": 0,  # it runs without the LLM
-        "align": activations,
-        "project": activations,
-        "instruct": activations,
+        "align": activations * tokens + tokens ** 2,
+        "project": activations * tokens + tokens ** 2,
+        "instruct": activations * tokens + tokens ** 2,
+        "answer": keys_and_values * tokens,
     }
 
     rows = []
-    for stage, numbers in numbers_per_token.items():
+    has_adapters = False
+    for stage, n_numbers in numbers.items():
+        pattern = r"$"  # an answer trains nothing
+        if stage in TRAINABLE:
+            pattern = trainable(stage, config["size"], config["lora_r"])
+            has_adapters = has_adapters or adapts_llm(stage, config["size"])
+
         trained = 0
         n_bytes = 0
         for name, parameter in model.named_parameters():
             n = parameter.numel()
-            if stage in TRAINABLE and re.match(TRAINABLE[stage], name):
+            if name.endswith((".A", ".B")) and not has_adapters:
+                continue
+            if re.match(pattern, name):
                 trained += n
                 n_bytes += 16 * n
-            elif name.startswith("pose_tokenizer."):
+            elif re.match(EXACT, name):
                 n_bytes += 4 * n
             else:
-                n_bytes += 2 * n
-        rows.append((stage, trained, n_bytes / 1e9, 2 * numbers * tokens / 1e9))
+                n_bytes += dtype.itemsize * n
+        rows.append((stage, trained, n_bytes / 1e9, dtype.itemsize * n_numbers / 1e9))
     return rows
 
 
@@ -2046,7 +2026,8 @@ def print_parameters(model):
 
 def print_memory(model):
     """Prints what an answer and each stage of training take in memory."""
-    print(f"\n{'bfloat16':<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
+    dtype = str(default_dtype(model.config["size"], "cuda")).removeprefix("torch.")
+    print(f"\n{dtype:<16}{'trained':>16}{'GB':>16}{'a row of 1,024':>16}")
     for stage, trained, gigabytes, per_row in memory_table(model):
         print(f"{stage:<16}{trained:>16,}{gigabytes:>16.2f}{per_row:>16.2f}")
 
