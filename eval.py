@@ -23,9 +23,10 @@ n questions.
 
     python eval.py  # the shipped weights on the test split
     python eval.py --tasks text2pose --n 64 --decode argmax,soft --json out/eval.json
-    python eval.py --speed  # all N codes of a pose in one step, against one by one
+    python eval.py --speed  # a pose in one step against one by one; how time and memory grow
 """
 import copy
+import ctypes
 import functools
 import json
 import math
@@ -41,21 +42,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from captions import (
     VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, split_sentences,
     statements, to_text, view_in,
 )
-from data import TASKS, World, records_with_pose, vocabulary
+from data import TASKS, Mixture, World, records_with_pose, vocabulary
 from sample import DECODINGS, CachedModel, generate, question, validate_decoding
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, load_body,
-    matrix_to_sixd, run_main, turn_root, validate_writable,
+    matrix_to_sixd, progress_bar, run_main, turn_root, validate_writable,
 )
 from unipose import (
     PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, Row, UniPose, collate, find_device, load, load_strictly,
-    model_config, read_config, read_tensors, require_stages, word_tokenizer,
+    model_config, read_config, read_tensors, require_stages, trainable, word_tokenizer,
 )
 
 
@@ -602,8 +602,7 @@ def image_features(evalset, vision):
     (n,Dv)."""
     rows = evalset.rows.tolist()
     features = []
-    batches = tqdm(range(0, len(rows), 32), desc=f"{evalset.task}: frozen features", leave=False)
-    for start in batches:
+    for start in progress_bar(range(0, len(rows), 32), f"{evalset.task}: frozen features"):
         pictures = [evalset.world.image(i) for i in rows[start:start + 32]]
         features.append(vision(pictures).mean(1).cpu())                               # (32,Dv)
     return torch.cat(features)
@@ -684,7 +683,7 @@ def answer_all(model, evalset, decode, batch):
     """The model's answers to an EvalSet: poses (n,22,3,3) or a list of n texts."""
     n = len(evalset.texts)
     answers = []
-    for start in tqdm(range(0, n, batch), desc=f"{evalset.task}: {decode}", leave=False):
+    for start in progress_bar(range(0, n, batch), f"{evalset.task}: {decode}"):
         prompts = [evalset.question(k, model) for k in range(start, min(start + batch, n))]
         answers += generate(model, prompts, [evalset.target] * len(prompts), decode=decode)
 
@@ -887,6 +886,15 @@ def peak_memory(device):
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def most_tokens(model, target, decode="argmax"):
+    """How many tokens an answer may have: an untrained model does not know when to stop."""
+    if target == "text":
+        return 160
+    if decode == "ar" or model.config["attn"] == "causal":
+        return model.pose_tokenizer.n_tokens + 3  # <p>, its codes, </p> and </s>
+    return 3
+
+
 def measure_speed(model, seed=0, repeats=7):
     """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every
     task's latency."""
@@ -899,17 +907,11 @@ def measure_speed(model, seed=0, repeats=7):
         prompt.read(collate([row]))
 
     def answer_seconds(task, decode="argmax"):
-        # an untrained model does not know when to stop: a pose gets no more steps than it needs
-        one_by_one = decode == "ar" or model.config["attn"] == "causal"
-        if evalsets[task].target == "text":
-            max_new = 160
-        elif one_by_one:
-            max_new = model.pose_tokenizer.n_tokens + 3    # <p>, its codes, </p> and </s>
-        else:
-            max_new = 3
+        target = evalsets[task].target
+        max_new = most_tokens(model, target, decode)
         prompts = [evalsets[task].question(0, model)]
         start = time.perf_counter()
-        generate(model, prompts, [evalsets[task].target], decode=decode, max_new=max_new)
+        generate(model, prompts, [target], decode=decode, max_new=max_new)
         return time.perf_counter() - start
 
     pose_ms = median_ms(
@@ -966,7 +968,158 @@ def format_speed(figures):
     return lines
 
 
-# ---- 10. The command line ------------------------------------------------------------------------
+# ---- 10. How time and memory grow ----------------------------------------------------------------
+class Curve(NamedTuple):
+    """What grows. run(size) does the work; reason: why its time is no straight line, if so."""
+    name: str
+    sizes: tuple
+    run: object
+    reason: str
+
+
+STRAIGHT = 0.15  # times that are no further off a line than this are called straight
+BATCH = "a small batch waits for the weights as one row does, and a large one outgrows the caches"
+PROMPT = "each token attends to all before it, so a long prompt costs more a token"
+
+
+def growth_curves(model, seed=0):
+    """The curves of `python eval.py --speed`: one question, or training example, many times over.
+    """
+    world = World("test", 2, model.vision.clip_size)
+    poses = World("test", 2048).poses
+    picture = world.image(0)
+    prompts = {}
+    for task in ("text2pose", "pose2text"):
+        prompts[task] = EvalSet(world, task, 1, seed).question(0, model)
+    _, example = Mixture(["text2pose"], seed, world)[0]
+    row = model.encode(example)
+    pattern = trainable("align", model.config["size"], model.config["lora_r"])
+    learning = [p for name, p in model.named_parameters() if re.match(pattern, name)]
+
+    def answer_poses(prompt, n=1):
+        max_new = most_tokens(model, "pose")
+        generate(model, [prompt] * n, ["pose"] * n, max_new=max_new)
+
+    def answer_texts(n):
+        generate(model, [prompts["pose2text"]] * n, ["text"] * n, max_new=32)
+
+    def read_words(n):
+        answer_poses([("text", "left " * n, False)])
+
+    def read_pictures(n):
+        answer_poses([("image", picture, False)] * n)
+
+    def train(n):
+        loss, _ = model(collate([row] * n))
+        gradients = torch.autograd.grad(loss, learning)
+        gradients[-1].flatten()[0].item()  # waits for a GPU
+
+    def write_captions(n):
+        true_texts(poses[:n], None, seed)
+
+    batches = (1, 2, 4, 8, 16, 32, 64)
+    answer_questions = functools.partial(answer_poses, prompts["text2pose"])
+    return [
+        Curve("text2pose: questions in a batch", batches, answer_questions, BATCH),
+        Curve("pose2text: the same, 32 tokens", batches, answer_texts, BATCH),
+        Curve("words in the prompt of a pose", (16, 64, 256, 512, 896), read_words, PROMPT),
+        Curve("pictures in the prompt of a pose", (1, 2, 4, 8), read_pictures, PROMPT),
+        Curve("examples in a training step", (1, 2, 4, 8, 16), train, BATCH),
+        Curve("captions", (64, 256, 1024, 2048), write_captions,
+              "every caption costs the same, so other programs must have taken time"),
+    ]
+
+
+def resident_bytes(entry):
+    """An entry of Linux about the memory of this process: VmRSS, now, or VmHWM, at most."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(entry):
+            return 1024 * int(line.split()[1])
+
+
+def peak_increase(device, run):
+    """Bytes that a call holds at most beyond what was held before: on a GPU in tensors, on a CPU in
+    the whole process. None where the system does not tell; Linux does."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory, used again, would not be seen
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    except OSError:
+        run()
+        return None
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def straight_line(sizes, values):
+    """The line fixed + each * size nearest to values, by relative error -> fixed, each, off: the
+    largest relative error."""
+    sizes = np.array(sizes)
+    values = np.array(values)
+    each, fixed = np.polyfit(sizes, values, 1, w=1 / values)
+    off = np.abs((fixed + each * sizes) / values - 1).max()
+    return float(fixed), float(each), float(off)
+
+
+def measure_growth(device, curves, repeats=3):
+    """{name: median milliseconds and peak memory for each size, and the line through the times}.
+
+    A curve ends where the memory does.
+    """
+    def seconds(run, size):
+        start = time.perf_counter()
+        run(size)
+        return time.perf_counter() - start
+
+    growth = {}
+    for curve in progress_bar(curves, "growth"):
+        megabytes = []
+        try:
+            curve.run(curve.sizes[0])  # what is loaded once does not grow
+            for size in curve.sizes:
+                peak = peak_increase(device, functools.partial(curve.run, size))
+                megabytes.append(None if peak is None else peak / 1e6)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+
+        sizes = curve.sizes[:len(megabytes)]
+        runs = {str(size): functools.partial(seconds, curve.run, size) for size in sizes}
+        ms = list(median_ms(repeats, **runs).values())
+        figures = {"sizes": sizes, "ms": ms, "megabytes": megabytes, "reason": ""}
+        if len(sizes) > 2:
+            fixed, each, off = straight_line(sizes, ms)
+            figures |= {"fixed_ms": fixed, "each_ms": each, "off": off}
+            figures["reason"] = curve.reason if off > STRAIGHT else ""
+        growth[curve.name] = figures
+    return growth
+
+
+def format_growth(growth):
+    """The growth report as lines: for each curve its times, its memory, and how straight it is."""
+    lines = ["how time and memory grow: median ms, and MB at most beyond what was held before"]
+    for name, figures in growth.items():
+        rows = {
+            name: figures["sizes"],
+            "  ms": [f"{ms:.1f}" for ms in figures["ms"]],
+            "  MB": ["-" if mb is None else f"{mb:.1f}" for mb in figures["megabytes"]],
+        }
+        for label, values in rows.items():
+            lines.append(f"{label:<34}" + "".join(f"{value:>9}" for value in values))
+        if figures["reason"]:
+            lines.append("  no straight line, {off:.0%} off one: {reason}".format(**figures))
+        elif "off" in figures:
+            lines.append("  a straight line within {off:.0%}: {fixed_ms:.1f} ms and {each_ms:.3f} "
+                         "ms each".format(**figures))
+    return lines
+
+
+# ---- 11. The command line ------------------------------------------------------------------------
 @dataclass
 class Config:
     """Measure a model on its embedded test split."""
@@ -1096,6 +1249,8 @@ def main(argv=None):
         lines = format_speed(figures)
         if config.size == "paper":
             lines.append("(the paper reports 200 ms in parallel, 2,500 one by one)")
+        figures["growth"] = measure_growth(model.device, growth_curves(model, config.seed))
+        lines += ["", *format_growth(figures["growth"])]
     else:
         evaluator = Evaluator(body, retrieval_model, model.text_tokenizer)
         report = evaluate(

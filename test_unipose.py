@@ -10125,6 +10125,88 @@ def test_speed_measures_the_latency_of_every_task(trained):
     assert set(figures["latency_ms"]) == set(data.TASKS)
 
 
+def test_a_straight_line_is_found():
+    fixed, each, off = evaluation.straight_line([1, 2, 8], [5, 7, 19])
+
+    assert (fixed, each, off) == pytest.approx((3, 2, 0))
+
+
+def test_how_far_times_are_off_a_line_is_relative():
+    sizes = [1, 2, 4, 8, 16]
+    squares = [size ** 2 for size in sizes]
+
+    *_, off = evaluation.straight_line(sizes, squares)
+    *_, off_in_seconds = evaluation.straight_line(sizes, [square / 1000 for square in squares])
+
+    assert off > evaluation.STRAIGHT
+    assert off_in_seconds == pytest.approx(off)
+
+
+def growth_of(run, sizes=(1, 4, 16)):
+    """The figures of one curve, and the lines printed about it."""
+    curve = evaluation.Curve("naps", sizes, run, "one has to fall asleep")
+    growth = evaluation.measure_growth(torch.device("cpu"), [curve], repeats=1)
+    return growth["naps"], evaluation.format_growth(growth)
+
+
+def test_growth_that_is_no_straight_line_is_printed_with_its_reason():
+    figures, lines = growth_of(lambda size: time.sleep(size ** 2 / 1000))
+
+    assert figures["ms"][-1] > 200
+    assert "fall asleep" in lines[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_growth_of_memory_is_what_a_run_holds_at_most():
+    """Not what it holds in the end, nor less because an earlier run has held more."""
+    def run(size):
+        torch.ones(size, 10_000_000, dtype=torch.uint8)
+
+    figures, _ = growth_of(run, sizes=(16, 4, 1))
+
+    assert figures["megabytes"] == pytest.approx([160, 40, 10], abs=5)
+
+
+def test_a_curve_ends_where_the_memory_does():
+    def run(size):
+        if size > 4:
+            raise torch.OutOfMemoryError
+
+    figures, _ = growth_of(run)
+
+    assert figures["sizes"] == (1, 4)
+    assert len(figures["ms"]) == len(figures["megabytes"]) == 2
+
+
+@pytest.mark.parametrize("attn", ["mixed", "causal"])
+def test_every_curve_of_growth_can_be_measured(attn):
+    model = nano(attn=attn)
+    curves = []
+    for curve in evaluation.growth_curves(model):
+        curves.append(curve._replace(sizes=curve.sizes[:3]))
+
+    growth = evaluation.measure_growth(model.device, curves, repeats=1)
+
+    assert len(growth) == len(curves)
+    for figures in growth.values():
+        assert min(figures["ms"]) > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_speed_is_written_with_growth(trained, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "speed.json"
+    curves = [evaluation.Curve("naps", (1, 2), lambda size: time.sleep(size / 100), "")]
+    monkeypatch.setattr(evaluation, "growth_curves", lambda model, seed: curves)
+    measure = evaluation.measure_speed
+    monkeypatch.setattr(evaluation, "measure_speed", lambda *args: measure(*args, repeats=1))
+
+    evaluation.main(["--speed", "--weights", str(trained[0]), "--json", str(path)])
+
+    figures = json.loads(path.read_text())["speed"]["growth"]["naps"]
+    assert figures["sizes"] == [1, 2]
+    assert "naps" in capsys.readouterr().out
+
+
 # ---- train.py ------------------------------------------------------------------------------------
 SMALL = "--size nano --people 32 --photos 8".split()
 
