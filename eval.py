@@ -54,8 +54,9 @@ from tokenizer import (
     matrix_to_sixd, progress_bar, run_main, turn_root, validate_writable,
 )
 from unipose import (
-    PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, Row, UniPose, collate, find_device, load, load_strictly,
-    model_config, read_config, read_tensors, require_stages, trainable, word_tokenizer,
+    PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, Row, UniPose, collate, default_dtype, find_device, load,
+    load_strictly, model_config, read_config, read_tensors, require_stages, trainable,
+    word_tokenizer,
 )
 
 
@@ -1141,19 +1142,22 @@ class Config:
 
 
 def random_model(size, seed, device):
-    """A UniPose of random weights, created on its device; on a GPU all but the pose tokenizer in
-    bfloat16."""
+    """A UniPose of random weights, created on its device in the types that `load` would choose."""
     torch.manual_seed(seed)
     text_tokenizer = word_tokenizer(vocabulary())
     if size == "paper":  # a head as large as the paper's, though few words are known
         extra = [f"word{i}" for i in range(PAPER_TEXT - len(text_tokenizer))]
         text_tokenizer = word_tokenizer([*vocabulary(), *extra])
 
-    with torch.device(device):
-        model = UniPose(model_config(size), text_tokenizer).eval()
-    for name, parameter in model.named_parameters():
-        if device.startswith("cuda") and not name.startswith("pose_tokenizer."):
-            parameter.data = parameter.data.bfloat16()
+    # created in their own type, or the paper's model would need 34 GB for a moment instead of 17
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(default_dtype(size, device))
+    try:
+        with torch.device(device):
+            model = UniPose(model_config(size), text_tokenizer).eval()
+    finally:
+        torch.set_default_dtype(usual)
+    model.pose_tokenizer.float()
     return model
 
 

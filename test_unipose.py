@@ -10207,6 +10207,20 @@ def test_speed_is_written_with_growth(trained, tmp_path, capsys, monkeypatch):
     assert "naps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_random_model_is_created_in_its_own_type(monkeypatch, dtype):
+    """Only then does it never take more memory than in the end."""
+    monkeypatch.setattr(evaluation, "default_dtype", lambda size, device: dtype)
+
+    model = evaluation.random_model("nano", 0, "cpu")
+
+    for name, parameter in model.named_parameters():
+        is_exact = name.startswith("pose_tokenizer.")
+        assert parameter.dtype == (torch.float32 if is_exact else dtype), name
+    assert model.llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+
+
 # ---- train.py ------------------------------------------------------------------------------------
 SMALL = "--size nano --people 32 --photos 8".split()
 
