@@ -315,9 +315,11 @@ class Engine:
 
     def generate(self, prompts, wants, n):
         """Prompts, and what each wants -> list of Answer; see the function `generate`."""
-        return self.finish(self.answer(prompts, wants, n))
+        # a tenth faster than no_grad; training cannot use its tensors, so `finish` stands outside
+        with torch.inference_mode():
+            rows = self.answer(prompts, wants, n)
+        return self.finish(rows)
 
-    @torch.no_grad()
     def answer(self, prompts, wants, n):
         """Prompts, and what each wants -> list of RowState, n for each prompt."""
         # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,

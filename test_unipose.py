@@ -9529,8 +9529,10 @@ def sim_device():
 
 
 @pytest.fixture
-def sim(sim_device):
+def sim(sim_device, monkeypatch):
     """The device for one test, with nothing counted yet."""
+    # inference mode keeps the views of other classes of tensors from being made
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     # autograd has threads for those devices only that were there at the first backward pass
     with torch.autograd.set_multithreading_enabled(False), SimMode():
         EVENTS.clear()
