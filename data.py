@@ -776,6 +776,9 @@ def save_png(picture, path):
 
 
 # ---- 4. World and Mixture ------------------------------------------------------------------------
+PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
+
+
 class World:
     """The embedded data set: the first n people of a split, and what can be said and shown of them.
 
@@ -791,6 +794,7 @@ class World:
         self.activity = [activity_table().activities[a] for a in activity]
         turns = np.stack([rotation_y(heading) for heading in self.headings])  # (n,3,3)
         self.camera_poses = turn_root(self.poses, torch.tensor(turns))
+        self.pictures = {}                                 # what `image` has drawn
 
     def photo(self, i):
         """The photograph of person i (size,size,3) uint8, and its joints (22,2) in pixels."""
@@ -800,8 +804,15 @@ class World:
         return render_photo(self.camera_poses[i], self.size, look, rng)
 
     def image(self, i):
-        """The photograph of person i, without the joints."""
-        return self.photo(i)[0]
+        """The photograph of person i, without the joints; the first PICTURES_KEPT are drawn once.
+        """
+        i = int(i)
+        if i in self.pictures:
+            return self.pictures[i]
+        picture, _ = self.photo(i)
+        if len(self.pictures) < PICTURES_KEPT:
+            self.pictures[i] = picture
+        return picture
 
     @functools.cached_property
     def codes(self):

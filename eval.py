@@ -7,6 +7,7 @@ Every task is evaluated on people of the test split, whose poses and captions ar
     generated text   precision          share of its statements that are true of the pose
                      recall             share of the reference's statements that it makes too
                      BLEU-4, ROUGE-L    overlap with the wording of the reference
+                     same               share of pairs of equal poses that are told to be equal
     both             R-precision, FID   distances in the space of a separate retrieval model
 
 A caption is a list of statements about joints (captions.py), so whether it is true is measured, not
@@ -43,8 +44,8 @@ from torch import nn
 from tqdm import tqdm
 
 from captions import (
-    VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, statements,
-    view_in,
+    VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, split_sentences,
+    statements, to_text, view_in,
 )
 from data import TASKS, World, records_with_pose, vocabulary
 from sample import DECODINGS, CachedModel, generate, question, validate_decoding
@@ -254,6 +255,12 @@ def view_metrics(texts, views):
     }
 
 
+def says_no_difference(text):
+    """Whether a text says that nothing changes, once or several times, and nothing else."""
+    no_difference = to_text([], None, demand=True)
+    return set(split_sentences(text)) == set(split_sentences(no_difference))
+
+
 # ---- 4. Embeddings: distances in the space of the retrieval model --------------------------------
 def hit_rate(similarity, k):
     """Is the own column of each row (n,n), the diagonal, among the k most similar ones? -> (n,)
@@ -426,12 +433,16 @@ def load_retrieval_model(folder, device="cpu"):
 
 
 # ---- 6. What is asked, and what is true ----------------------------------------------------------
+SAME_EVERY = 33  # of so many pairs the last is a person and itself: 3 %, as in training
+
+
 class EvalSet:
     """n questions of one task over the first 2n people of a world, where every two make a pair.
 
     poses (n,22,3,3): ground truth, in the frame of the answer; sources (n,22,3,3): pose A of the
     pair tasks, else None; texts: n true texts; views: the sides that image captions can name;
-    target: "pose" | "text".
+    same (n,) bool: the questions about a person and itself, every 33rd of those that ask for a
+    text about a pair; target: "pose" | "text".
     """
 
     def __init__(self, world, task, n, seed=0):
@@ -441,11 +452,20 @@ class EvalSet:
         self.target = row.target
         self.seed = seed
 
+        self.same = torch.zeros(n, dtype=torch.bool)
+        if row.pair and row.target == "text":
+            self.same[SAME_EVERY - 1::SAME_EVERY] = True
+
         starts = 2 * torch.arange(n)  # person A, or the only one
-        self.rows = starts + int(row.pair)  # the person that the answer is about
+        rows = []  # the person that the answer is about
+        self.texts = []
+        for k, same in enumerate(self.same.tolist()):
+            rows.append(world.subjects(task, 2 * k, same)[-1])
+            self.texts.append(world.text(task, 2 * k, self.rng(k), same=same))
+
+        self.rows = torch.tensor(rows)
         self.poses = world.poses[self.rows]
         self.sources = world.poses[starts] if row.pair else None
-        self.texts = [world.text(task, 2 * k, self.rng(k)) for k in range(n)]
         self.views = [""] * n
         if row.text == "image_caption":
             self.views = [world.views[i] for i in self.rows]
@@ -462,7 +482,8 @@ class EvalSet:
 
     def question(self, k, model=None):
         """The k-th prompt, in the plain wording that `model` was trained on."""
-        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k))
+        same = bool(self.same[k])
+        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k), same=same)
         return question(self.task, inputs, model)
 
     def facing_front(self, poses):
@@ -485,14 +506,29 @@ class Evaluator(NamedTuple):
         return self.pose_metrics(evalset, pred)
 
     def text_metrics(self, evalset, texts):
-        """Metrics of n generated texts -> {metric: value}."""
-        return {
-            "bleu4": bleu4(texts, evalset.texts),
-            "rouge_l": rouge_l(texts, evalset.texts),
-            **text_statement_metrics(texts, evalset.texts, evalset.poses, evalset.sources),
-            **view_metrics(texts, evalset.views),
+        """Metrics of n generated texts -> {metric: value}.
+
+        Pairs of a person with itself count in same_recognised only: the share whose text says that
+        nothing changes, absent where there are no such pairs. All other figures are about people
+        who differ, and so stay comparable with those of sets without such pairs.
+        """
+        kept = (~evalset.same).nonzero().flatten().tolist()
+        pred = [texts[k] for k in kept]
+        target = [evalset.texts[k] for k in kept]
+        views = [evalset.views[k] for k in kept]
+        poses = evalset.poses[kept]
+        sources = None if evalset.sources is None else evalset.sources[kept]
+        metrics = {
+            "bleu4": bleu4(pred, target),
+            "rouge_l": rouge_l(pred, target),
+            **text_statement_metrics(pred, target, poses, sources),
+            **view_metrics(pred, views),
             **self.retrieval_metrics(evalset, evalset.poses, texts),
         }
+        of_same = [text for text, same in zip(texts, evalset.same) if same]
+        if of_same:
+            metrics["same_recognised"] = float(np.mean([*map(says_no_difference, of_same)]))
+        return metrics
 
     def pose_metrics(self, evalset, poses):
         """Metrics of generated poses (n,22,3,3) -> {metric: value}."""
@@ -519,7 +555,8 @@ class Evaluator(NamedTuple):
         text_vectors = self.retrieval_model.embed_text(ids, mask)                     # (n,d)
         pose_vectors = self.embed_poses(evalset, poses)                               # (n,d)
         if evalset.target == "text":
-            return self.ranking_metrics(pose_vectors, text_vectors)
+            kept = ~evalset.same  # all pairs of a person with itself have the same text
+            return self.ranking_metrics(pose_vectors[kept], text_vectors[kept])
         fid = frechet(pose_vectors, self.embed_poses(evalset, evalset.poses))
         return {**self.ranking_metrics(text_vectors, pose_vectors), "fid": fid}
 
@@ -592,7 +629,8 @@ def baselines(evalset, train_set, model, seed):
     copied = {}  # name -> whose answer is copied
     if row.target == "text":
         rng = np.random.default_rng(seed)
-        copied["random_caption"] = rng.integers(len(train_set.texts), size=len(evalset.texts))
+        different = (~train_set.same).nonzero().flatten().numpy()
+        copied["random_caption"] = rng.choice(different, size=len(evalset.texts))
     if row.inputs == ("text",):
         copied["nearest_caption"] = nearest_by_statements(evalset.texts, train_set.texts)
     if row.inputs == ("image",):
@@ -632,7 +670,11 @@ def upper_bounds(evalset, model, seed):
 
     texts = {}
     for name, poses in bounds.items():
-        plain = true_texts(poses, evalset.sources, seed + 1)
+        sources = evalset.sources
+        if sources is not None:
+            # a person and itself are one pose to the tokenizer, too
+            sources = torch.where(evalset.same[:, None, None, None], poses, sources)
+        plain = true_texts(poses, sources, seed + 1)
         texts[name] = [add_view(view, text) for view, text in zip(evalset.views, plain)]
     return texts
 
@@ -724,7 +766,7 @@ PROTOCOL = """\
 {weights} ({size}): {split} split, {n} questions a task, plain templates, body {body}, seed {seed}
 MPJPE in mm: 22 joints, pelvis at the origin, no alignment; PA: after the best similarity transform
 true: share of statements within the tolerance of the captions; exactly: without it
-recall, F1: of statements
+recall, F1: of statements; same: share of pairs of equal poses that are told to be equal
 - baselines to beat, + upper bounds
 """
 COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the tokenizer
@@ -735,6 +777,7 @@ COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the toke
     "recall": ["recall"],
     "F1": ["f1"],
     "view": ["view_accuracy"],
+    "same": ["same_recognised"],
     "BLEU-4": ["bleu4"],
     "ROUGE-L": ["rouge_l"],
     "R@1/32": ["r_precision"],
@@ -986,6 +1029,25 @@ def check_choice(flag, value, choices):
         raise UserError(f"--{flag} {value} is not one of {', '.join(filter(None, choices))}")
 
 
+def trained_tasks(stages):
+    """The tasks that a model which has been through `stages` can answer, and {why not: the others}.
+
+    Raises UserError if not even its pose tokenizer can be measured. stages: see `require_stages`.
+    """
+    if stages is not None and "tokenizer" not in stages:
+        require_stages(stages, with_images=False)
+
+    trained = []
+    left_out = {}
+    for task, row in TASKS.items():
+        try:
+            require_stages(stages, "image" in row.inputs)
+            trained.append(task)
+        except UserError as reason:
+            left_out.setdefault(str(reason), []).append(task)
+    return trained, left_out
+
+
 @torch.no_grad()
 def write_features(config, retrieval_model, device):
     """Writes the retrieval features (M,d) of the poses of --poses as .npy. Raises UserError."""
@@ -1010,14 +1072,17 @@ def main(argv=None):
     validate(config)
     device = find_device(config.device)
     body = load_body(config.body)
+    tasks = config.tasks or list(TASKS)
+    left_out = {}
     if config.size:
         model = random_model(config.size, config.seed, device)
         retrieval_model = None
     else:
-        if not config.features:
-            tasks = config.tasks or TASKS
-            with_images = any("image" in TASKS[task].inputs for task in tasks)
-            require_stages(read_config(config.weights).get("stages"), with_images)
+        stages = read_config(config.weights).get("stages")
+        if config.tasks or config.speed:
+            require_stages(stages, any("image" in TASKS[task].inputs for task in tasks))
+        elif not config.features:
+            tasks, left_out = trained_tasks(stages)
         model = load(config.weights, device)
         retrieval_model = load_retrieval_model(config.weights)
     validate_decoding(model, *config.decode.split(","))
@@ -1034,10 +1099,11 @@ def main(argv=None):
     else:
         evaluator = Evaluator(body, retrieval_model, model.text_tokenizer)
         report = evaluate(
-            model, evaluator, config.tasks or tuple(TASKS), config.split, config.n, config.decode,
-            config.batch, config.pool, config.seed)
+            model, evaluator, tasks, config.split, config.n, config.decode, config.batch,
+            config.pool, config.seed)
         name = f"random weights, seed {config.seed}" if config.size else config.weights
         lines = [PROTOCOL.format(weights=name, **report), *format_table(report)]
+        lines += [f"not measured: {', '.join(names)}: {why}" for why, names in left_out.items()]
 
     print("\n".join(lines))
     if config.json:

@@ -2003,6 +2003,24 @@ def test_a_photograph_does_not_depend_on_what_was_photographed_before():
     assert np.array_equal(one.image(5), other.image(5))
 
 
+def test_a_photograph_is_drawn_once(monkeypatch):
+    world = data.World("test", 4, size=32)
+    first = world.image(3)
+    monkeypatch.setattr(data, "render_photo", None)
+
+    assert world.image(torch.tensor(3)) is first
+
+
+def test_a_world_keeps_a_limited_number_of_photographs(monkeypatch):
+    monkeypatch.setattr(data, "PICTURES_KEPT", 2)
+    world = data.World("test", 4, size=32)
+
+    pictures = [world.image(i) for i in range(4)]
+
+    assert len(world.pictures) == 2
+    assert np.array_equal(world.image(3), pictures[3])
+
+
 @pytest.mark.parametrize("one, other", itertools.combinations(data.SPLITS, 2))
 def test_splits_share_no_people(one, other):
     poses = data.sample_people(one, 600)[1].flatten(1)
@@ -9724,6 +9742,90 @@ def test_view_metrics_count_only_texts_whose_view_is_defined():
     assert evaluation.view_metrics(["A."], [""]) == {}
 
 
+PAIR_TEXT_TASKS = ["posediff", "imagediff"]
+
+
+@pytest.mark.parametrize("task", PAIR_TEXT_TASKS)
+def test_every_33rd_pair_to_compare_is_a_person_and_itself(world, task):
+    evalset = evaluation.EvalSet(world, task, 70)
+
+    is_equal = (evalset.poses == evalset.sources).flatten(1).all(1)
+    assert evalset.same.nonzero().flatten().tolist() == [32, 65]
+    assert torch.equal(is_equal, evalset.same)
+    assert [evaluation.says_no_difference(text) for text in evalset.texts] == is_equal.tolist()
+
+
+@pytest.mark.parametrize("task", PAIR_TEXT_TASKS)
+def test_the_prompt_of_a_person_and_itself_shows_it_twice(world, task):
+    evalset = evaluation.EvalSet(world, task, 33)
+
+    a, b = [value for kind, value, _ in evalset.question(32) if kind != "text"]
+
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("task", [task for task in data.TASKS if task not in PAIR_TEXT_TASKS])
+def test_no_other_task_asks_about_a_person_and_itself(world, task):
+    assert not evaluation.EvalSet(world, task, 70).same.any()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Keep the pose as it is.", True),
+    ("keep the pose as it is . Keep the pose as it is", True),
+    ("Keep the pose as it is. Raise the left hand.", False),
+    ("Raise the left hand.", False),
+    ("Bla bla.", False),
+    ("", False),
+])
+def test_only_one_sentence_says_that_nothing_changes(text, expected):
+    assert evaluation.says_no_difference(text) == expected
+
+
+@pytest.fixture(scope="module")
+def with_same(world, retrieval_text_tokenizer):
+    """70 pairs to compare, of which two are a person and itself, and what measures answers."""
+    retrieval_model = evaluation.Retrieval(len(retrieval_text_tokenizer), d=32)
+    return types.SimpleNamespace(
+        evalset=evaluation.EvalSet(world, "posediff", 70),
+        evaluator=evaluation.Evaluator(None, retrieval_model, retrieval_text_tokenizer),
+    )
+
+
+def test_the_share_of_recognised_equal_poses_is_a_metric(with_same):
+    texts = list(with_same.evalset.texts)
+    texts[32] = "Raise the left hand."
+
+    metrics = with_same.evaluator.metrics(with_same.evalset, texts)
+
+    assert metrics["same_recognised"] == 0.5
+
+
+def test_answers_about_equal_poses_move_no_other_metric(with_same):
+    texts = list(with_same.evalset.texts)
+    texts[32] = "Raise the left hand."
+
+    right = with_same.evaluator.metrics(with_same.evalset, with_same.evalset.texts)
+    wrong = with_same.evaluator.metrics(with_same.evalset, texts)
+
+    assert {name for name in right if right[name] != wrong[name]} == {"same_recognised"}
+
+
+def test_fewer_than_33_pairs_hold_no_equal_poses_to_recognise(world, with_same):
+    evalset = evaluation.EvalSet(world, "posediff", 32)
+
+    metrics = with_same.evaluator.metrics(evalset, evalset.texts)
+
+    assert "same_recognised" not in metrics
+
+
+def test_the_upper_bounds_recognise_equal_poses(with_same):
+    """Through the tokenizer as well: it writes a person and itself with the same codes."""
+    bounds = evaluation.upper_bounds(with_same.evalset, nano(), seed=0)
+
+    for name, texts in bounds.items():
+        assert evaluation.says_no_difference(texts[32]), name
+
+
 @pytest.fixture(scope="module")
 def gold_metrics():
     """The golden predictions, targets, embeddings and figures, as tensors."""
@@ -9942,6 +10044,50 @@ def test_the_table_has_a_row_for_every_task(report):
 
     for task in data.TASKS:
         assert f"\n{task} " in table
+
+
+@pytest.fixture
+def saved_after(tmp_path):
+    """stages -> the folder of a nano model that has been through them."""
+    def save_after(stages):
+        unipose.save(nano(words=data.vocabulary()), tmp_path / "nano", stages=stages)
+        return str(tmp_path / "nano")
+    return save_after
+
+
+def test_where_only_the_tokenizer_was_trained_it_is_measured_alone(saved_after, tmp_path, capsys):
+    weights = saved_after(["tokenizer"])
+    path = tmp_path / "eval.json"
+
+    evaluation.main(["--weights", weights, "--n=8", "--pool=8", "--json", str(path)])
+
+    report = json.loads(path.read_text())
+    assert report["tokenizer"]["mpjpe"] > 0
+    assert report["tasks"] == {}
+    assert "not measured: pose2text, posediff, text2pose, edit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stages, expected", [
+    (["tokenizer"], []),
+    (["tokenizer", "align"], ["pose2text", "posediff", "text2pose", "edit"]),
+    (["backbones", "tokenizer", "align", "project"], list(data.TASKS)),
+    (None, list(data.TASKS)),
+], ids=str)
+def test_tasks_that_a_model_was_not_trained_for_are_left_out(stages, expected):
+    trained_for, left_out = evaluation.trained_tasks(stages)
+
+    assert trained_for == expected
+    assert sorted([*trained_for, *itertools.chain(*left_out.values())]) == sorted(data.TASKS)
+
+
+def test_a_model_without_a_trained_tokenizer_is_not_measured():
+    refused("has not been through tokenizer", evaluation.trained_tasks, ["backbones"])
+
+
+def test_a_named_task_that_a_model_was_not_trained_for_is_refused(saved_after):
+    weights = saved_after(["tokenizer"])
+
+    refused("align", evaluation.main, ["--weights", weights, "--tasks=edit"])
 
 
 def test_speed_of_a_causal_model_reads_all_codes_of_a_pose(monkeypatch):
