@@ -779,6 +779,20 @@ def save_png(picture, path):
 PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
 
 
+N_HELD_OUT = 2                                             # wordings of an activity, for tests
+
+
+def speculations(activity, split):
+    """The requests that imply the pose of an activity and name neither: a list.
+
+    Their last N_HELD_OUT are those of the split "test", the others of all other splits.
+    """
+    wordings = load_asset("speculative")["activities"][activity]
+    if split == "test":
+        return wordings[-N_HELD_OUT:]
+    return wordings[:-N_HELD_OUT]
+
+
 class World:
     """The embedded data set: the first n people of a split, and what can be said and shown of them.
 
@@ -872,6 +886,15 @@ class World:
         if codes:
             sentences.append(to_text(codes, rng))
         return " ".join(sentences) or self.caption(i, rng)
+
+    def speculation(self, i, rng):
+        """A request for what person i does that never names it: "You just dropped your keys."
+
+        i is even: an edit may have left the activity.
+        """
+        assert i % 2 == 0, f"person {i} is an edit, whose activity is not known"
+        wordings = speculations(self.activity[i], self.split)
+        return wordings[rng.integers(len(wordings))]
 
     def difference(self, i, rng):
         """How to get from person i to its partner, in words."""

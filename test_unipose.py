@@ -2482,6 +2482,84 @@ def test_people_without_a_view_do_not_count_in_the_view_metrics():
     assert evaluation.view_metrics(["A."], [""]) == {}
 
 
+# ---- data.py: requests that never name a pose ----------------------------------------------------
+def stems(text):
+    """The stems of the words of a text that carry its meaning: "sitting on a chair" -> sit, chair."""
+    found = []
+    for word in re.findall(r"[a-z]{2,}", text.lower()):
+        stem = re.sub(r"(ing|ed|s)$", "", word)
+        stem = re.sub(r"([^aeiou])\1$", r"\1", stem)  # "sitt" -> "sit"
+        if word not in ("on", "the", "to", "with", "one"):
+            found.append(stem)
+    return found
+
+
+every_activity = pytest.mark.parametrize("activity", data.activity_table().activities)
+
+
+@every_activity
+def test_an_activity_is_implied_in_six_wordings_for_training_and_two_for_tests(activity):
+    known = data.speculations(activity, "train")
+    held_out = data.speculations(activity, "test")
+
+    assert len(known) >= 6
+    assert len(held_out) == 2
+    assert data.speculations(activity, "val") == known
+
+
+@every_activity
+def test_no_wording_has_a_word_of_the_activity_that_it_implies(activity):
+    for split in ("train", "test"):
+        for text in data.speculations(activity, split):
+            for word in re.findall(r"[a-z]+", text.lower()):
+                assert not word.startswith(tuple(stems(activity))), text
+
+
+@every_activity
+def test_no_wording_says_where_a_part_of_the_body_is(activity):
+    for split in ("train", "test"):
+        for text in data.speculations(activity, split):
+            assert not data.body_parts_in(text), text
+
+
+def test_stems_match_all_forms_of_a_word():
+    assert stems("sitting on the heels") == ["sit", "heel"]
+    assert stems("arms crossed") == ["arm", "cros"]
+
+
+def test_no_wording_implies_two_activities():
+    wordings = []
+    for activity in data.activity_table().activities:
+        wordings += data.speculations(activity, "train")
+        wordings += data.speculations(activity, "test")
+
+    assert len(set(wordings)) == len(wordings)
+
+
+def test_wordings_have_at_most_14_words_and_only_the_marks_that_the_vocabulary_knows():
+    for activity in data.activity_table().activities:
+        for split in ("train", "test"):
+            for text in data.speculations(activity, split):
+                assert len(text.split()) <= 14, text
+                assert re.fullmatch(r"[A-Z][A-Za-z ,]*[.?]", text), text
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_a_person_is_asked_for_by_the_wordings_of_its_activity_and_split(split):
+    world = data.World(split, 40)
+
+    for i in range(0, 40, 2):
+        asked = {world.speculation(i, np.random.default_rng(k)) for k in range(60)}
+        assert asked == set(data.speculations(world.activity[i], split))
+
+
+def test_nobody_is_asked_for_by_an_activity_that_an_edit_may_have_left():
+    world = data.World("train", 4)
+
+    with pytest.raises(AssertionError, match="person 3 is an edit"):
+        world.speculation(3, np.random.default_rng(0))
+
+
 # ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
