@@ -63,11 +63,11 @@ from captions import (
     full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, MAX_BYTES, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write,
-    cli, face_front, file_errors, first_line, forward_kinematics, list_files, list_to_array,
-    load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays, read_pickle,
-    read_torch_file, require_file, run_main, shorten, skip_bad_entry, to_array, to_element,
-    turn_root,
+    JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
+    atomic_write, cli, face_front, file_errors, first_line, forward_kinematics, list_files,
+    list_to_array, load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays,
+    read_pickle, read_torch_file, require_file, run_main, shorten, skip_bad_entry, to_array,
+    to_element, turn_root,
 )
 
 
@@ -702,6 +702,91 @@ def render_photo(rotmat, size, look, rng, body=None):
     return picture, project(joints, vertices, size, zoom, shift)[0]
 
 
+# What an object can hide: the joints of a limb, or those in one half of the person's outline
+LIMB_JOINTS = {
+    "arm": ["shoulder", "elbow", "wrist"],
+    "leg": ["hip", "knee", "ankle", "foot"],
+}
+HALVES = {"upper half": [0, -1], "lower half": [0, 1], "left half": [-1, 0], "right half": [1, 0]}
+HIDDEN_PARTS = ["left arm", "right arm", "left leg", "right leg", *HALVES]
+# Where flesh ends beyond the last joint of a limb: as share of the bone before it
+TIPS = {"head": ("neck", 1.2), "left_wrist": ("left_elbow", 0.7), "left_foot": ("left_ankle", 0.5),
+        "right_wrist": ("right_elbow", 0.7), "right_foot": ("right_ankle", 0.5)}
+FLESH = 0.10                                               # around joints, metres
+
+
+def pixels_per_metre(joints):
+    """The scale of a person, from the joints in a picture (22,2).
+
+    No bone looks longer than it is: the one that looks longest lies in the picture's plane.
+    """
+    rest = rest_joints().numpy()                                              # (22,3)
+    ratios = []
+    for joint, parent in enumerate(PARENTS[1:22], 1):
+        length = np.linalg.norm(rest[joint] - rest[parent])
+        ratios.append(np.linalg.norm(joints[joint] - joints[parent]) / length)
+    return max(ratios)
+
+
+def hide_part(picture, joints, part, rng):
+    """Holds a board or a cushion before a part of a person.
+
+    picture (S,S,3) uint8; joints (22,2), pixels; part: one of HIDDEN_PARTS; rng: of the object.
+    -> picture (S,S,3) uint8, and which joints the object hides (22,) bool; those of other parts
+    that lie behind it are among them.
+    """
+    side, kind = part.split()
+    if part in HALVES:
+        along = joints @ HALVES[part]                                         # (22,)
+        chosen = [JOINTS[j] for j in np.flatnonzero(along > np.median(along))]
+    else:
+        chosen = [f"{side}_{name}" for name in LIMB_JOINTS[kind]]
+
+    points = []
+    for name in chosen:
+        joint = joints[JOINTS.index(name)]
+        points.append(joint)
+        if name in TIPS:
+            before, share = TIPS[name]
+            points.append(joint + share * (joint - joints[JOINTS.index(before)]))
+    points = np.array(points)                                                 # (n,2)
+
+    # the object lies along a limb: axes[0] is the direction in which its points spread most
+    axes = np.eye(2)
+    if part not in HALVES:
+        axes = np.linalg.svd(points - points.mean(0), full_matrices=False)[2]
+    margin = FLESH * pixels_per_metre(joints)
+    low = (points @ axes.T).min(0) - margin                                   # (2,)
+    high = (points @ axes.T).max(0) + margin
+    if part in HALVES:
+        middle = np.median(joints, 0)
+        low = np.where(np.array(HALVES[part]) > 0, middle, low)
+        high = np.where(np.array(HALVES[part]) < 0, middle, high)
+    half = (high - low) / 2
+
+    # |x|^p + |y|^p = 1 is a circle for p = 2 and a square for large p; it goes round the rectangle
+    power = rng.choice([5, 30])                            # a cushion, a board
+    half = half * 2 ** (1 / power)
+
+    def is_within(places):
+        """Which places (...,2) lie in the object's outline."""
+        offset = places @ axes.T - (low + high) / 2
+        return (np.abs(offset / half) ** power).sum(-1) <= 1
+
+    # drawn twice as large and averaged, as people are
+    size = len(picture)
+    steps = np.arange(2 * size) / 2 + 0.25
+    places = np.stack(np.meshgrid(steps, steps), -1)                          # (2S,2S,2)
+    thickness = rng.uniform(0.01, 0.03) * size             # a dark edge, to the right and below
+    canvas = Image.fromarray(picture).resize((2 * size, 2 * size), Image.NEAREST)
+    texture = random_background(rng, 2 * size)
+    edge = Image.fromarray((0.5 * texture).astype(np.uint8))
+    canvas.paste(edge, mask=Image.fromarray(is_within(places - thickness)))
+    canvas.paste(Image.fromarray(texture), mask=Image.fromarray(is_within(places)))
+    hidden = is_within(joints) | is_within(joints - thickness)                # (22,)
+    return np.asarray(canvas.reduce(2)), hidden
+
+
 CELL = 256                                                 # pixels of a cell of a contact sheet
 GAP = 6                                                    # between cells
 INK = (30, 30, 30)
@@ -827,6 +912,16 @@ class World:
         if len(self.pictures) < PICTURES_KEPT:
             self.pictures[i] = picture
         return picture
+
+    def hidden_photo(self, i, part):
+        """The photograph of person i with an object before a part, and which joints it hides.
+
+        part: one of HIDDEN_PARTS. -> picture (size,size,3) uint8, hidden (22,) bool.
+        """
+        row = SPLITS[self.split] + int(i)
+        number = HIDDEN_PARTS.index(part)
+        picture, joints = self.photo(i)
+        return hide_part(picture, joints, part, np.random.default_rng((row, 3, number)))
 
     @functools.cached_property
     def codes(self):

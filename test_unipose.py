@@ -2484,7 +2484,7 @@ def test_people_without_a_view_do_not_count_in_the_view_metrics():
 
 # ---- data.py: requests that never name a pose ----------------------------------------------------
 def stems(text):
-    """The stems of the words of a text that carry its meaning: "sitting on a chair" -> sit, chair."""
+    """The stems of the words that carry meaning: "sitting on a chair" -> sit, chair."""
     found = []
     for word in re.findall(r"[a-z]{2,}", text.lower()):
         stem = re.sub(r"(ing|ed|s)$", "", word)
@@ -2558,6 +2558,85 @@ def test_nobody_is_asked_for_by_an_activity_that_an_edit_may_have_left():
 
     with pytest.raises(AssertionError, match="person 3 is an edit"):
         world.speculation(3, np.random.default_rng(0))
+
+
+# ---- data.py: photographs with a part hidden -----------------------------------------------------
+every_part = pytest.mark.parametrize("part", data.HIDDEN_PARTS)
+
+
+@pytest.fixture(scope="module")
+def hidden_world():
+    """Eight people to be hidden in part."""
+    return data.World("test", 8, size=64)
+
+
+@every_part
+def test_a_hidden_photograph_depends_on_its_person_only(part, hidden_world):
+    picture, hidden = data.World("test", 40, size=64).hidden_photo(5, part)
+
+    again, hidden_again = hidden_world.hidden_photo(5, part)
+
+    assert np.array_equal(picture, again)
+    assert np.array_equal(hidden, hidden_again)
+
+
+@every_part
+def test_a_hidden_photograph_is_the_photograph_but_for_the_object(part, hidden_world):
+    for i in range(8):
+        plain = hidden_world.image(i)
+        picture, _ = hidden_world.hidden_photo(i, part)
+
+        changed = (plain != picture).any(-1).mean()
+        assert 0.01 < changed < 0.7
+
+
+@pytest.mark.parametrize("part, joints", [
+    ("left arm", ["left_shoulder", "left_elbow", "left_wrist"]),
+    ("right arm", ["right_shoulder", "right_elbow", "right_wrist"]),
+    ("left leg", ["left_hip", "left_knee", "left_ankle", "left_foot"]),
+    ("right leg", ["right_hip", "right_knee", "right_ankle", "right_foot"]),
+])
+def test_an_object_before_a_limb_hides_all_its_joints(part, joints, hidden_world):
+    for i in range(8):
+        _, hidden = hidden_world.hidden_photo(i, part)
+
+        assert hidden[joint(*joints)].all()
+
+
+@pytest.mark.parametrize("part, axis, sign", [
+    ("upper half", 1, -1),
+    ("lower half", 1, 1),
+    ("left half", 0, -1),
+    ("right half", 0, 1),
+])
+def test_an_object_before_a_half_hides_the_joints_on_that_side_of_the_middle(
+        part, axis, sign, hidden_world):
+    for i in range(8):
+        _, joints = hidden_world.photo(i)
+        _, hidden = hidden_world.hidden_photo(i, part)
+
+        along = sign * joints[:, axis]
+        assert hidden[along > np.median(along)].all()
+        assert not hidden.all()
+
+
+@every_part
+def test_hidden_joints_lie_on_changed_pixels_and_the_others_do_not(part, hidden_world):
+    """But for the pixels at the edge of the object."""
+    for i in range(8):
+        plain, joints = hidden_world.photo(i)
+        picture, hidden = hidden_world.hidden_photo(i, part)
+
+        x, y = joints.astype(int).clip(0, 63).T
+        is_changed = (plain != picture).any(-1)[y, x]
+        assert is_changed[hidden].mean() > 0.9
+        assert is_changed[~hidden].mean() < 0.25
+
+
+def test_the_scale_of_a_person_is_found_in_a_picture():
+    rest = captions.rest_joints().numpy()
+
+    assert data.pixels_per_metre(50 * rest[:, :2]) == pytest.approx(50, rel=0.02)
 
 
 # ---- data.py: readers, builders, real data in training -------------------------------------------
