@@ -24,7 +24,7 @@ them. Section 7 rebuilds the paper's ImageScript and ImageDiff from any poses.
 
 Letters: M people, C=27 angles of a synthetic person, J=22 joints, V vertices, F faces, S pixels.
 
-Left out: hands, faces, body shapes, motion, and pictures with more than one person.
+Left out: hands, faces, body shapes, motion, and people who hide each other.
 
     python data.py                   # one example of each task, and out/world.png: 32 photographs
     python data.py --speed 10000     # how fast the full captions are, and in how much memory
@@ -615,8 +615,17 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
         dropped = vertices * [1, 0, 1] + [0, lowest, 0]
         draw_shadow(canvas, project(dropped, vertices, side, zoom, shift)[0])
 
-    # triangles that face the camera: counter-clockwise, but y points down in pixels
     pixels, depth = project(vertices, vertices, side, zoom, shift)
+    draw_triangles(canvas, pixels, depth, faces, shaded)
+    return np.asarray(canvas.reduce(2))
+
+
+def draw_triangles(canvas, pixels, depth, faces, colors):
+    """Paints triangles on a PIL picture, the far ones first.
+
+    pixels (V,2) and depth (V,), larger is nearer, of vertices; faces (F,3); colors (V,3) in 0..1.
+    """
+    # triangles that face the camera: counter-clockwise, but y points down in pixels
     triangles = pixels[faces]                                                 # (F,3,2)
     x_1, y_1 = (triangles[:, 1] - triangles[:, 0]).T       # two edges of each
     x_2, y_2 = (triangles[:, 2] - triangles[:, 0]).T
@@ -624,13 +633,12 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
     nearness = depth[faces[visible]].sum(1)
     visible = visible[np.argsort(nearness)]
 
-    rgb = shaded[faces[visible]].mean(1).clip(0, 1)                           # (f,3)
+    rgb = colors[faces[visible]].mean(1).clip(0, 1)                           # (f,3)
     packed = (255 * rgb).astype(int) @ [1, 256, 65536]     # Pillow draws fastest with integers
     polygons = triangles[visible].reshape(-1, 6)
     draw = ImageDraw.Draw(canvas)
     for points, color in zip(polygons.tolist(), packed.tolist()):
         draw.polygon(points, fill=color)
-    return np.asarray(canvas.reduce(2))
 
 
 default_body = functools.cache(load_body)                  # read once
@@ -678,6 +686,12 @@ def random_background(rng, size):
     return (255 * picture).astype(np.uint8)
 
 
+def random_light(rng):
+    """A random direction of the lamp (3,), a unit vector: above, and rather in front."""
+    light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    return light / np.linalg.norm(light)
+
+
 def render_photo(rotmat, size, look, rng, body=None):
     """Photographs one person: rotmat (22,3,3) -> picture (size,size,3) uint8, joints (22,2) pixels.
 
@@ -686,7 +700,7 @@ def render_photo(rotmat, size, look, rng, body=None):
     """
     body = body or default_body()
     zoom = rng.uniform(0.75, 1.0)
-    light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    light = random_light(rng)
     exposure = rng.uniform(0.75, 1.15)
     shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)    # who is small may stand off center
     background = random_background(rng, size)
@@ -696,10 +710,87 @@ def render_photo(rotmat, size, look, rng, body=None):
     joints = joints[0].numpy()                                                # (22,3)
     vertices = vertices[0].numpy()                                            # (V,3)
     colors = body_colors(body, 0, **random_outfit(look)) * exposure           # (V,3)
-    light = light / np.linalg.norm(light)
     picture = render(vertices, body.faces, colors.clip(0, 1), size, background=background,
                      zoom=zoom, shift=shift, floor=floor, light=light)
     return picture, project(joints, vertices, size, zoom, shift)[0]
+
+
+SHIRTS = {                                                 # the colours that questions name
+    "red": (0.80, 0.08, 0.08),
+    "green": (0.10, 0.55, 0.15),
+    "blue": (0.10, 0.22, 0.80),
+    "yellow": (0.95, 0.82, 0.10),
+    "pink": (0.98, 0.50, 0.70),
+    "white": (0.97, 0.97, 0.97),
+    "black": (0.05, 0.05, 0.06),
+}
+
+
+def render_group(rotmat, size, shirts, looks, rng):
+    """Photographs people side by side, from left to right, under one lamp.
+
+    rotmat (n,22,3,3); shirts: n keys of SHIRTS; looks: n RNGs of their other clothes; rng: of
+    light, exposure, background, distances and position. Each is seen as alone in a photograph: the
+    camera is so far away that it does not matter who stands in the middle.
+    -> picture (size,size,3) uint8; boxes (n,4) of the people: left, top, width, height in pixels.
+    """
+    body = default_body()
+    light = random_light(rng)
+    exposure = rng.uniform(0.85, 1.1)
+    background = random_background(rng, size)
+    nearness = rng.uniform(-0.3, 0.3, len(rotmat))                            # (n,) metres
+    gaps = rng.uniform(0.05, 0.3, len(rotmat))
+
+    # places in the picture's plane, metres: the next one begins where the one before ends
+    planes = []
+    shadows = []
+    depths = []
+    colors = []
+    left = 0.0
+    _, all_vertices = body(rotmat)
+    for k, vertices in enumerate(all_vertices.double().numpy()):              # (V,3)
+        center = (vertices.min(0) + vertices.max(0)) / 2
+        plane, depth = view_from_camera(vertices, center)
+        dropped = vertices * [1, 0, 1] + [0, vertices[:, 1].min(), 0]
+        shadow, _ = view_from_camera(dropped, center)
+        lowered = math.sin(PITCH) * nearness[k]            # in the picture, who is nearer
+        origin = np.array([plane[:, 0].min(), plane[:, 1].max() - lowered])
+        place = np.array([left, 0.0])
+        planes.append(plane - origin + place)
+        shadows.append(shadow - origin + place)
+        depths.append(depth + nearness[k])
+        left = planes[-1][:, 0].max() + gaps[k]
+
+        outfit = random_outfit(looks[k]) | {"shirt": np.array(SHIRTS[shirts[k]])}
+        own_colors = body_colors(body, 0, **outfit) * exposure
+        colors.append(shade(vertices, body.faces, own_colors.clip(0, 1), light))
+
+    # the group fills nearly all of the width, unless it is tall
+    everyone = np.concatenate(planes)                                         # (nV,2)
+    low = everyone.min(0)
+    extent = everyone.max(0) - low
+    side = 2 * size                                        # averaged at the end, as in `render`
+    scale = rng.uniform(0.9, 1.0) * side * (np.array([0.95, 0.9]) / extent).min()
+    corner = rng.uniform(0.2, 0.8, 2) * (side - scale * extent)               # (2,)
+
+    def to_pixels(plane):
+        return (plane - low) * scale + corner
+
+    canvas = Image.fromarray(background).resize((side, side))
+    for shadow in shadows:
+        draw_shadow(canvas, to_pixels(shadow))
+    faces = np.asarray(body.faces)
+    n_vertices = len(body.template)
+    all_faces = [faces + k * n_vertices for k in range(len(rotmat))]
+    draw_triangles(canvas, to_pixels(everyone), np.concatenate(depths), np.concatenate(all_faces),
+                   np.concatenate(colors))
+
+    boxes = []
+    for plane in planes:
+        pixels = to_pixels(plane) / 2
+        corner_1 = pixels.min(0)
+        boxes.append([*corner_1, *(pixels.max(0) - corner_1)])
+    return np.asarray(canvas.reduce(2)), np.array(boxes)
 
 
 # What an object can hide: the joints of a limb, or those in one half of the person's outline
@@ -864,6 +955,28 @@ def save_png(picture, path):
 PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
 
 
+PLACES = {                                                 # of n people, from left to right
+    2: ["left", "right"],
+    3: ["left", "middle", "right"],
+    4: ["left", "second from the left", "second from the right", "right"],
+}
+POOL = 64                                                  # rows that have the people of a group
+POOL_STEP = 4                                              # the pool of the next group starts later
+
+
+class Group(NamedTuple):
+    """Some people side by side, from left to right."""
+
+    number: int
+    people: list            # their rows of the world, even: their activities are known
+    shirts: list            # the colours of their shirts, all different
+
+    @property
+    def places(self):
+        """Where each of them is, as the viewer sees it."""
+        return PLACES[len(self.people)]
+
+
 N_HELD_OUT = 2                                             # wordings of an activity, for tests
 
 
@@ -922,6 +1035,33 @@ class World:
         number = HIDDEN_PARTS.index(part)
         picture, joints = self.photo(i)
         return hide_part(picture, joints, part, np.random.default_rng((row, 3, number)))
+
+    @property
+    def n_groups(self):
+        """How many groups the people of this world make."""
+        return max(0, (len(self.poses) - POOL) // POOL_STEP + 1)
+
+    def group(self, k, n):
+        """Group k of n people, 2 to 4: it depends on (split, k, n) only. Raises UserError."""
+        if n not in PLACES or not 0 <= k < self.n_groups:
+            raise UserError(f"there is no group {k} of {n} people: a group has 2 to 4, and the "
+                            f"{len(self.poses)} people of this world make {self.n_groups} groups")
+        rng = np.random.default_rng((SPLITS[self.split] + k, 4, n))
+        people = k * POOL_STEP + 2 * rng.choice(POOL // 2, n, replace=False)
+        shirts = rng.choice(list(SHIRTS), n, replace=False)
+        return Group(k, people.tolist(), shirts.tolist())
+
+    def group_photo(self, group):
+        """The photograph of a group (size,size,3) uint8, and boxes (n,4) of its people.
+
+        Their poses are this world's `camera_poses`. Boxes: left, top, width, height in pixels.
+        """
+        rng = np.random.default_rng((SPLITS[self.split] + group.number, 5, len(group.people)))
+        looks = []
+        for i in group.people:
+            looks.append(np.random.default_rng(((SPLITS[self.split] + i) // 2, 1)))
+        poses = self.camera_poses[group.people]                               # (n,22,3,3)
+        return render_group(poses, self.size, group.shirts, looks, rng)
 
     @functools.cached_property
     def codes(self):

@@ -2643,6 +2643,111 @@ def test_the_scale_of_a_person_is_found_in_a_picture():
     assert data.pixels_per_metre(50 * rest[:, :2]) == pytest.approx(50, rel=0.02)
 
 
+# ---- data.py: groups -----------------------------------------------------------------------------
+every_size = pytest.mark.parametrize("n", [2, 3, 4])
+
+
+@pytest.fixture(scope="module")
+def group_world():
+    """128 people, who make 17 groups."""
+    return data.World("test", 128)
+
+
+@every_size
+def test_a_group_depends_on_its_split_number_and_size_only(group_world, n):
+    larger = data.World("test", 600)
+    other = data.World("val", 128)
+    group = group_world.group(7, n)
+
+    picture, boxes = group_world.group_photo(group)
+    again, boxes_again = larger.group_photo(larger.group(7, n))
+
+    assert larger.group(7, n) == group
+    assert other.group(7, n) != group
+    assert np.array_equal(picture, again)
+    assert np.array_equal(boxes, boxes_again)
+
+
+@every_size
+def test_the_people_of_a_group_are_distinct_and_no_edits_in_shirts_of_different_colours(
+        group_world, n):
+    for k in range(group_world.n_groups):
+        group = group_world.group(k, n)
+
+        assert len(set(group.people)) == len(set(group.shirts)) == len(group.places) == n
+        assert all(i % 2 == 0 and i < 128 for i in group.people)
+        assert set(group.shirts) <= set(data.SHIRTS)
+
+
+@every_size
+def test_the_people_of_a_group_stand_side_by_side_within_the_picture(group_world, n):
+    for k in range(6):
+        _, boxes = group_world.group_photo(group_world.group(k, n))
+
+        left, top, width, height = boxes.T
+        assert (left >= 0).all()
+        assert (top >= 0).all()
+        assert (left + width <= 128).all()
+        assert (top + height <= 128).all()
+        assert (left[1:] >= (left + width)[:-1]).all()
+
+
+def photo_in_shirts(world, *shirts):
+    """The people of a group in other shirts."""
+    group = world.group(3, 2)._replace(shirts=list(shirts))
+    picture, _ = world.group_photo(group)
+    return picture.astype(float)
+
+
+@pytest.mark.parametrize("shirt, other, channel", [
+    ("red", "green", 0),
+    ("green", "blue", 1),
+    ("blue", "red", 2),
+])
+def test_a_shirt_has_the_colour_that_its_word_says(group_world, shirt, other, channel):
+    picture = photo_in_shirts(group_world, shirt, "white")
+    is_shirt = (picture != photo_in_shirts(group_world, other, "white")).any(-1)
+
+    color = picture[is_shirt].mean(0)
+    assert color.argmax() == channel
+    assert color.max() > 1.5 * np.sort(color)[1]
+
+
+def test_shirts_are_worn_in_the_order_of_the_people(group_world):
+    _, boxes = group_world.group_photo(group_world.group(3, 2))
+
+    white = photo_in_shirts(group_world, "white", "red")
+    black = photo_in_shirts(group_world, "black", "red")
+
+    columns = np.flatnonzero((white != black).any((0, 2)))
+    left, _, width, _ = boxes[0]
+    assert left - 1 <= columns.min()
+    assert columns.max() <= left + width + 1
+
+
+@pytest.mark.parametrize("k, n", [(0, 1), (0, 5), (17, 2), (-1, 2)])
+def test_a_group_that_the_world_does_not_hold_is_refused(group_world, k, n):
+    refused(f"no group {k} of {n} people", group_world.group, k, n)
+
+
+def test_a_world_of_few_people_makes_no_group():
+    assert data.World("test", 62).n_groups == 0
+    assert data.World("test", 64).n_groups == 1
+
+
+def test_who_is_nearer_hides_who_is_behind():
+    """Two triangles at one place: the one that is painted last is seen."""
+    canvas = Image.new("RGB", (20, 20))
+    triangle = np.array([[0, 0], [0, 20], [20, 0]], float)
+    pixels = np.concatenate([triangle, triangle])
+    depth = np.array([1, 1, 1, 0, 0, 0])
+    colors = np.repeat([[1, 0, 0], [0, 1, 0]], 3, axis=0)
+
+    data.draw_triangles(canvas, pixels, depth, np.arange(6).reshape(2, 3), colors)
+
+    assert canvas.getpixel((4, 4)) == (255, 0, 0)
+
+
 # ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
