@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 from captions import (
     VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes, full_caption,
-    full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
+    full_captions, is_true, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
     JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
@@ -203,6 +203,7 @@ LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
 # What an edit reads in activities.json in place of a part's own entry
 EDIT_ENTRIES = {"trunk": "edit_trunk", "left_leg": "edit_legs", "right_leg": "edit_legs",
                 "left_arm": "edit_arms", "right_arm": "edit_arms"}
+ALIKE = 15                               # degrees: gestures that differ less look alike
 EDIT_WEIGHTS = {"trunk": 2, "left_leg": 2, "left_arm": 1, "right_arm": 1}   # the right leg stands
 N_EDITS_CDF = (0.10, 0.40)               # P(one part is edited), P(at most two); at most three are
 VIEW_CDF = (0.7, 0.8, 0.9)               # P(front), P(front or right) ...; the rest: left
@@ -348,6 +349,31 @@ class ActivityTable:
         high = bounds[:, 1]
         return low + u[:, 4:] * (high - low)
 
+    def draw_people(self, u):
+        """Random numbers of people who are no edits (M,96) -> activities (M,), angles (M,C)."""
+        activity = np.searchsorted(self.cdf, u[:, U_ACTIVITY], side="right")
+        angles = self.draw(self.fresh_ranges, activity, u[:, U_FRESH])
+        return activity, angles + 4 * u[:, U_NOISE] - 2    # up to 2 degrees of noise
+
+    def looks_like(self, activity, parts, angles):
+        """Could a person of these angles (C,) be of an activity, by the look of some body parts?
+
+        parts: names of BODY_PARTS. Each must be within ALIKE degrees of a gesture of the activity,
+        or all of them of one mirrored.
+        """
+        ranges = self.fresh_ranges[self.activities.index(activity)]
+
+        def is_alike(part, shown):
+            low = ranges[part][:, 0] - ALIKE                                  # (G,c)
+            high = ranges[part][:, 1] + ALIKE
+            values = angles[self.columns[shown]]                              # (c,)
+            is_outside = (values < low) | (values > high)  # false for the NaN of a level foot
+            return bool((~is_outside).all(1).any())
+
+        as_drawn = all(is_alike(part, part) for part in parts)
+        mirrored = all(is_alike(part, other_side(part)) for part in parts)
+        return as_drawn or mirrored
+
     def edit(self, angles, activity, u):
         """Redraws one to three parts of each person, sometimes the head as well.
 
@@ -416,6 +442,12 @@ class ActivityTable:
         return first @ second @ third
 
 
+def other_side(part):
+    """The body part on the other side: "left_leg" -> "right_leg", "trunk" -> "trunk"."""
+    side, _, limb = part.partition("_")
+    return {"left": f"right_{limb}", "right": f"left_{limb}"}.get(side, part)
+
+
 def expand_sets(names, sets):
     """Names of gestures and of sets of gestures -> names of gestures."""
     gestures = []
@@ -442,9 +474,7 @@ def sample_people(split, n):
     even = u[0::2]                                                            # (n/2,96)
     odd = u[1::2]
 
-    activity = np.searchsorted(table.cdf, even[:, U_ACTIVITY], side="right")  # (n/2,)
-    drawn = table.draw(table.fresh_ranges, activity, even[:, U_FRESH])        # (n/2,C)
-    drawn = drawn + 4 * even[:, U_NOISE] - 2               # up to 2 degrees of noise
+    activity, drawn = table.draw_people(even)                                 # (n/2,), (n/2,C)
     edited = table.edit(drawn, activity, odd)                                 # (n/2,C)
     angles = np.stack([drawn, edited], 1)                                     # (n/2,2,C)
     angles = table.apply_joint_limits(angles.reshape(n, -1))                  # (n,C)
@@ -977,7 +1007,37 @@ class Group(NamedTuple):
         return PLACES[len(self.people)]
 
 
+NOBODY = "Nobody in the picture fits."                     # the answer where this is so
+SHARE_OF_TWO = 0.4                                         # of questions: that name two features
+
+
+class Feature(NamedTuple):
+    """Something that a question may say of a person."""
+
+    words: str              # behind "the one": "in the red shirt", "who waves"
+    fits: list              # of which people of the group it is true
+    whoever: str = ""       # behind "whoever": "waves"
+
+
+class Question(NamedTuple):
+    """A question about one person of a group."""
+
+    text: str               # "Estimate the pose of the one in the red shirt."
+    person: int             # the person's place from the left, from 0; -1: nobody fits
+
+
 N_HELD_OUT = 2                                             # wordings of an activity, for tests
+
+
+def ask_about(features, target, rng):
+    """A question for the person with some Features, in words. target: see `World.question`."""
+    grammar = load_asset("questions")
+    first, *others = features
+    who = f"{rng.choice(grammar['heads'])} {first.words}"
+    if first.whoever and rng.random() < 0.5:
+        who = f"whoever {first.whoever}"
+    who = " ".join([who, *[feature.words for feature in others]])
+    return rng.choice(grammar[target]).format(who=who)
 
 
 def speculations(activity, split):
@@ -1062,6 +1122,88 @@ class World:
             looks.append(np.random.default_rng(((SPLITS[self.split] + i) // 2, 1)))
         poses = self.camera_poses[group.people]                               # (n,22,3,3)
         return render_group(poses, self.size, group.shirts, looks, rng)
+
+    @functools.cached_property
+    def angles(self):
+        """The angles of the people who are no edits (n/2,C), as they were drawn."""
+        rows = SPLITS[self.split] + np.arange(0, len(self.poses), 2)
+        return activity_table().draw_people(hash_uniform(rows, N_UNIFORMS))[1]
+
+    def clothes_feature(self, group, shirt, rng):
+        """A shirt as a Feature."""
+        pattern = rng.choice(load_asset("questions")["clothes"])
+        fits = [worn == shirt for worn in group.shirts]
+        return Feature(pattern.format(shirt=shirt), fits)
+
+    def place_feature(self, group, place, rng):
+        """A place as a Feature: left is the viewer's left."""
+        words = rng.choice(load_asset("questions")["places"][place])
+        return Feature(str(words), [taken == place for taken in group.places])
+
+    def activity_feature(self, group, i):
+        """What person i does, as a Feature: it fits all who look alike."""
+        activity = self.activity[i]
+        doing, does, parts = load_asset("questions")["activities"][activity]
+        fits = []
+        for other in group.people:
+            fits.append(activity_table().looks_like(activity, parts, self.angles[other // 2]))
+        return Feature(doing, fits, does)
+
+    def statement_feature(self, group, i, rng):
+        """A statement about the pose of person i as a Feature: "whose left knee is bent".
+
+        It fits all of whom it is true within the tolerance. None if it cannot be said like this.
+        """
+        chosen = choose_codes(eligible_codes(pose_table(), self.codes, i), rng)
+        code = chosen[rng.integers(len(chosen))]
+        sentence = to_text([code], rng)
+        if not sentence.startswith("The ") or sentence.startswith("The person "):
+            return None
+        fits = [is_true(code, self.codes, other)[0] for other in group.people]
+        return Feature("whose " + sentence.removeprefix("The ").rstrip("."), fits)
+
+    def feature(self, group, kind, rng, person=None):
+        """A Feature of a kind, "activity" | "clothes" | "place" | "statement", or None.
+
+        person: of this person of the group. None: of any, or of somebody who is not there.
+        """
+        if person is None and rng.random() < 0.5:
+            person = int(rng.integers(len(group.people)))
+        is_there = person is not None
+        if kind == "clothes":
+            shirt = group.shirts[person] if is_there else rng.choice(list(SHIRTS))
+            return self.clothes_feature(group, shirt, rng)
+        if kind == "place":
+            all_places = list(load_asset("questions")["places"])
+            place = group.places[person] if is_there else rng.choice(all_places)
+            return self.place_feature(group, place, rng)
+
+        stranger = group.number * POOL_STEP + 2 * int(rng.integers(POOL // 2))
+        i = group.people[person] if is_there else stranger
+        if kind == "activity":
+            return self.activity_feature(group, i)
+        return self.statement_feature(group, i, rng)
+
+    def question(self, group, rng, target="pose", absent=False):
+        """A Question about a group that has one answer. rng: of what it asks, and how.
+
+        It says a person's clothes, place, activity, a statement about the pose, or two of these.
+        What it says is true of one person and, as far as can be measured, of nobody else.
+        target: what it asks for, "pose" | "text". absent: nobody fits.
+        """
+        kinds = ["activity", "clothes", "place", "statement"]
+        while True:
+            person = None if absent else int(rng.integers(len(group.people)))
+            n_kinds = 2 if rng.random() < SHARE_OF_TWO else 1
+            chosen = sorted(rng.choice(kinds, n_kinds, replace=False))
+            features = [self.feature(group, kind, rng, person) for kind in chosen]
+            if None in features:
+                continue
+
+            fits = np.all([feature.fits for feature in features], 0)          # (n,)
+            if fits.sum() == (0 if absent else 1):
+                text = ask_about(features, target, rng)
+                return Question(text, -1 if absent else person)
 
     @functools.cached_property
     def codes(self):

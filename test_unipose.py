@@ -2748,6 +2748,212 @@ def test_who_is_nearer_hides_who_is_behind():
     assert canvas.getpixel((4, 4)) == (255, 0, 0)
 
 
+# ---- data.py: questions about a group ------------------------------------------------------------
+@pytest.fixture(scope="module")
+def asked(group_world):
+    """[(group, question), ...]: 300 questions about groups of 2 to 4, each with an answer."""
+    pairs = []
+    for k in range(300):
+        group = group_world.group(k % 17, 2 + k % 3)
+        pairs.append((group, group_world.question(group, np.random.default_rng(k))))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def asked_in_vain(group_world):
+    """The same of questions that nobody fits."""
+    pairs = []
+    for k in range(300):
+        group = group_world.group(k % 17, 2 + k % 3)
+        rng = np.random.default_rng(k)
+        pairs.append((group, group_world.question(group, rng, "text", absent=True)))
+    return pairs
+
+
+def shirt_in(text):
+    """The colour that a question names, or ""."""
+    found = [shirt for shirt in data.SHIRTS if re.search(rf"\b{shirt}\b", text)]
+    return found[0] if found else ""
+
+
+def place_in(text):
+    """The place that a question names, or ""."""
+    found = ""
+    for place, wordings in tokenizer.load_asset("questions")["places"].items():
+        if any(words in text for words in wordings):
+            found = place
+    return found
+
+
+def activity_in(text):
+    """The activity that a question names, or ""."""
+    found = {"": ""}
+    for activity, (doing, does, _) in tokenizer.load_asset("questions")["activities"].items():
+        for words in (f" {doing} ", f" {doing}.", f" {doing}?", f"whoever {does}"):
+            if words in text:
+                found[words] = activity
+    return found[max(found, key=len)]
+
+
+ENDS = ("have", "look like", "holds the limbs", "and describe the pose", "and give me the pose")
+
+
+def statement_in(text):
+    """The codes of the statement that a question makes about a pose: [] if it makes none."""
+    _, _, statement = text.rstrip(".?").partition("whose ")
+    for end in ENDS:
+        statement = statement.removesuffix(f" {end}")
+    return captions.statements(f"The {statement}.") if statement else []
+
+
+def test_a_question_depends_on_its_group_and_generator_only(group_world):
+    group = group_world.group(2, 3)
+
+    question = group_world.question(group, np.random.default_rng(5))
+    again = data.World("test", 200).question(group, np.random.default_rng(5))
+
+    assert again == question
+
+
+def test_what_a_question_says_of_the_clothes_is_true_of_the_answer(asked):
+    named = [(group, question) for group, question in asked if shirt_in(question.text)]
+
+    assert len(named) > 60
+    for group, question in named:
+        assert group.shirts[question.person] == shirt_in(question.text), question.text
+
+
+def test_what_a_question_says_of_the_place_is_true_of_the_answer(asked):
+    named = [(group, question) for group, question in asked if place_in(question.text)]
+
+    assert len(named) > 60
+    for group, question in named:
+        assert group.places[question.person] == place_in(question.text), question.text
+
+
+def test_what_a_question_says_of_the_pose_is_true_of_the_answer(asked, group_world):
+    n_statements = 0
+    for group, question in asked:
+        for code in statement_in(question.text):
+            row = group.people[question.person]
+            assert captions.is_true(code, group_world.codes, row)[1], question.text
+            n_statements += 1
+    assert n_statements > 40
+
+
+def test_a_statement_that_stands_alone_is_true_of_nobody_else(asked, group_world):
+    heads = tuple(f"{head} whose" for head in tokenizer.load_asset("questions")["heads"])
+    n_alone = 0
+    for group, question in asked:
+        if any(head in question.text for head in heads):
+            others = set(group.people) - {group.people[question.person]}
+            for code in statement_in(question.text):
+                n_alone += 1
+                for row in others:
+                    assert not captions.is_true(code, group_world.codes, row)[0], question.text
+    assert n_alone > 10
+
+
+def test_what_a_question_says_of_the_activity_is_true_of_the_answer(asked, group_world):
+    named = [(group, question) for group, question in asked if activity_in(question.text)]
+
+    assert len(named) > 40
+    for group, question in named:
+        activity = group_world.activity[group.people[question.person]]
+        assert activity == activity_in(question.text), question.text
+
+
+def test_who_is_asked_for_stands_in_every_place_about_equally_often(asked):
+    persons = [question.person for group, question in asked if len(group.people) == 2]
+
+    assert set(persons) == {0, 1}
+    assert 0.35 < np.mean(persons) < 0.65
+
+
+def test_nobody_fits_what_is_asked_in_vain(asked_in_vain, group_world):
+    for group, question in asked_in_vain:
+        text = question.text
+        for row, own_shirt, own_place in zip(group.people, group.shirts, group.places):
+            fits = [
+                shirt_in(text) in ("", own_shirt),
+                place_in(text) in ("", own_place),
+                activity_in(text) in ("", group_world.activity[row]),
+            ]
+            for code in statement_in(text):
+                fits.append(captions.is_true(code, group_world.codes, row)[0])
+
+            assert not all(fits), text
+            assert question.person == -1
+
+
+def test_questions_in_vain_are_also_about_what_is_there_but_in_another_person(asked_in_vain):
+    """A shirt and a place that are there, but not together: both must be understood."""
+    mixed = []
+    for group, question in asked_in_vain:
+        is_worn = shirt_in(question.text) in group.shirts
+        if is_worn and place_in(question.text) in group.places:
+            mixed.append(question.text)
+
+    assert len(mixed) >= 5
+
+
+def test_questions_are_short_sentences_of_words_and_the_marks_that_the_vocabulary_knows(
+        asked, asked_in_vain):
+    for _, question in asked + asked_in_vain:
+        assert re.fullmatch(r"[A-Z][A-Za-z -]+[.?]", question.text)
+        assert len(question.text.split()) <= 30
+
+
+@pytest.mark.parametrize("target, start", [
+    ("pose", r"(Estimate|What pose|Show|Which body|Look|Can)"),
+    ("text", r"(Describe|What does|Tell|Which posture|Look|Can)"),
+])
+def test_a_question_asks_for_a_pose_or_for_a_text(group_world, target, start):
+    group = group_world.group(0, 3)
+
+    for k in range(40):
+        question = group_world.question(group, np.random.default_rng(k), target)
+        assert re.match(start, question.text)
+
+
+@every_activity
+def test_questions_have_words_for_an_activity_and_the_parts_that_show_it(activity):
+    doing, does, parts = tokenizer.load_asset("questions")["activities"][activity]
+
+    assert re.fullmatch(r"[A-Za-z -]+", f"{doing} {does}")
+    assert parts
+    assert set(parts) <= set(data.BODY_PARTS)
+
+
+def test_all_people_look_like_their_own_activity():
+    world = data.World("train", 800)
+
+    for i in range(0, 800, 2):
+        assert world.activity_feature(data.Group(0, [i, 0], ["red", "blue"]), i).fits[0]
+
+
+def test_an_activity_fits_all_who_look_alike():
+    """Whoever crosses the arms may also have been told to stand: both just stand."""
+    world = data.World("train", 800)
+    by_activity = {}
+    for i in range(0, 800, 2):
+        by_activity.setdefault(world.activity[i], i)
+    people = [by_activity[name] for name in ("standing", "saluting", "kneeling", "squatting")]
+    group = data.Group(0, people, ["red", "blue", "green", "white"])
+
+    feature = world.activity_feature(group, people[0])
+
+    assert feature.fits == [True, True, False, False]
+    assert (feature.words, feature.whoever) == ("just standing", "just stands")
+
+
+@pytest.mark.parametrize("part, other", [
+    ("left_leg", "right_leg"), ("right_arm", "left_arm"), ("trunk", "trunk"),
+])
+def test_the_other_side_of_a_body_part_is_named(part, other):
+    assert data.other_side(part) == other
+
+
 # ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
