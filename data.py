@@ -1934,6 +1934,7 @@ def check_box(box, size):
 #   pose          (22,3,3) float32, y up; that of a picture is in its camera's frame, +z towards it
 #   texts         a list: they describe `pose`, or how to get from `start` to `pose`
 #   image, box    [file, first byte, number of bytes (-1: all)]; a square [center x, y, side] in it
+#   question      about one of the people in the picture; `pose`, `texts` and `box` are this one's
 #   start         pose A of a pair, if `pose` is B; start_id, start_image: its entry and its picture
 #   together      of a pair: are both poses frames of one sequence? Then B gets the turn that makes
 #                 A face front; else each faces front by itself (PoseFix's rule)
@@ -2260,6 +2261,38 @@ def built_record(row, folder, only_refined):
     return record
 
 
+def read_questions(path, images, skipped):
+    """Questions about pictures: a file of JSON lines, and the folder of its pictures.
+
+    {"image": "a.jpg", "question": "What pose does the one in red have?"}, and what is known of the
+    answer: "pose" of the person who is asked for, as `as_rotations` takes it, with its root in the
+    camera's axes (z ahead, y down); "answer", a text; "box" around this person, [left, top, width,
+    height] in pixels.
+    """
+    for number, line in enumerate(check_file(path).read_bytes().splitlines(), 1):
+        with skip_bad_entry(skipped, f"{path}, line {number}"):
+            row = json.loads(line)
+            if not isinstance(row, dict) or not is_usable_text(row.get("question")):
+                raise UserError("it has no question")
+
+            center = None
+            sides = None
+            if "box" in row:
+                left, top, width, height = map(float, row["box"])
+                center = (left + width / 2, top + height / 2)
+                sides = (width, height)
+            pose = np.array(row["pose"]) if "pose" in row else None
+            image = [pathlib.Path(images) / row["image"], 0, -1]
+            record = picture_record(image, center, sides, pose)
+
+            record["id"] = f"{row['image']}:{number}"
+            record["source"] = pathlib.Path(path).stem
+            record["question"] = row["question"]
+            if "answer" in row:
+                record["texts"] = [row["answer"]]
+            yield record
+
+
 def read_embedded(path, skipped):
     """People of the embedded world, "train:2000", in their camera's frame."""
     split, _, n = path.partition(":")
@@ -2285,6 +2318,7 @@ READERS = {
     "posefix_a": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=AUTOMATIC)),
     "posefix_h": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=HUMAN)),
     "built": Reader("FOLDER", read_built),
+    "questions": Reader("JSONL,IMAGES", read_questions),
     "refined": Reader("FOLDER", functools.partial(read_built, only_refined=True)),
     "world": Reader("SPLIT:N", read_embedded),
 }

@@ -3351,6 +3351,85 @@ def test_a_built_data_set_without_a_decodable_picture_holds_nothing(real, replac
     refused("holds nothing", data.read_records, [real.specs["built"]])
 
 
+def test_questions_are_read_with_what_is_known_of_their_answers(real):
+    first, second = data.read_records([real.specs["questions"]])
+
+    expected = data.pose_from_camera(np.full(66, 0.1), "a pose")
+    assert first["question"] == "What pose has the one in red?"
+    close(torch.tensor(first["pose"]), expected)
+    assert "texts" not in first
+    assert second["texts"] == ["The head is low."]
+    assert "pose" not in second
+    for record in (first, second):
+        assert record["source"] == "rpe"
+        assert record["box"] == [25, 30, 50]
+        assert record["image"] == [str(real.folder / "Bilder/b.jpg"), 0, -1]
+
+
+def test_a_question_may_come_without_an_answer(real, replace):
+    replace(QUESTION_FILE, '{"image": "b.jpg", "question": "Where is Anna?"}')
+
+    [record] = data.read_records([real.specs["questions"]])
+
+    assert record.keys() == {"id", "source", "image", "question"}
+    assert record["id"] == "b.jpg:1"
+
+
+@parametrize("line", {
+    "no JSON": "{",
+    "not an object": "[1]",
+    "an empty line": "",
+    "no question": {"question": None},
+    "an empty question": {"question": " . "},
+    "a question of numbers": {"question": 7},
+    "no picture": {"image": None},
+    "a picture that is absent": {"image": "c.jpg"},
+    "a picture that is a folder": {"image": "."},
+    "one number too few": {"pose": [0.1] * 65},
+    "a pose of words": {"pose": ["a"] * 66},
+    "a pose of null": {"pose": None},
+    "a box of two numbers": {"box": [1, 2]},
+    "a box beside the picture": {"box": [500, 5, 30, 50]},
+    "a box of null": {"box": None},
+    "an answer of null": {"answer": None},
+    "an answer of marks": {"answer": "?"},
+})
+def test_a_bad_line_of_questions_is_skipped_and_counted(real, replace, capsys, line):
+    first, second = question_rows().splitlines()
+    if isinstance(line, dict):
+        line = json.dumps(json.loads(second) | line)
+    replace(QUESTION_FILE, f"{line}\n{first}")
+
+    assert_one_is_skipped(real.specs["questions"], 1, capsys)
+
+
+def test_a_picture_with_a_question_is_an_example_of_no_task_about_one_person(real):
+    for record in data.read_records([real.specs["questions"]]):
+        assert train.tasks_offered(record) == ()
+
+
+def test_groups_of_the_world_can_be_written_as_questions_and_read_back(tmp_path):
+    world = data.World("test", 64)
+    group = world.group(0, 3)
+    picture, boxes = world.group_photo(group)
+    question = world.question(group, np.random.default_rng(0))
+    pose = world.camera_poses[group.people[question.person]]
+    in_camera = tokenizer.turn_root(pose, data.UP_TURNS["camera"])
+    row = {
+        "image": "a.png",
+        "question": question.text,
+        "pose": in_camera.tolist(),
+        "box": boxes[question.person].tolist(),
+    }
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    lay(tmp_path, {"a.jsonl": json.dumps(row)})
+
+    [record] = data.read_records([f"questions:{tmp_path}/a.jsonl,{tmp_path}"])
+
+    assert record["question"] == question.text
+    close(torch.tensor(record["pose"]), pose)
+
+
 @parametrize("texts", {
     "null": None,
     "a number": 5,
@@ -4032,6 +4111,7 @@ PAIRS = "fix/pair_id_2_pose_ids.json"
 POSEFIX_INDEX = V2_INDEX.replace("v2", "fix")
 TAR = "h36m/0.tar"
 BUILT = "built/imagescript.jsonl"
+QUESTION_FILE = "questions/rpe.jsonl"
 MUTATED = {  # data set: those of its files that are damaged
     "amass": [MOTION],
     "amass smplx": ["X/CMU/1/b_stageii.npz"],
@@ -4042,6 +4122,7 @@ MUTATED = {  # data set: those of its files that are damaged
     "evaluation": ["3dpw.npz", "Bilder/b.jpg"],
     "images": ["Bilder/boxes.json", "Bilder/ü.jpg"],
     "built": [BUILT, "built/b.jpg"],
+    "questions": [QUESTION_FILE, "Bilder/b.jpg"],
 }
 
 
@@ -4059,6 +4140,7 @@ def release_specs(folder):
         "evaluation": f"evaluation:{folder}/3dpw.npz,{folder}/Bilder",
         "images": f"images:{folder}/Bilder",
         "built": f"built:{folder}/built",
+        "questions": f"questions:{folder}/{QUESTION_FILE},{folder}/Bilder",
     }
 
 
@@ -4076,6 +4158,7 @@ def release_files(people):
         "Bilder/boxes.json": {"ü.jpg": [10, 5, 30, 50]},
         "built/b.jpg": jpeg(),
         BUILT: built_rows(),
+        QUESTION_FILE: question_rows(),
     }
 
 
@@ -4386,6 +4469,16 @@ def built_rows():
     pose = [0.1] * 66
     row = {"id": "a", "source": "x", "image": "b.jpg", "texts": ["a"], "pose": pose}
     return f"{json.dumps(row)}\n{json.dumps(row)}"
+
+
+def question_rows():
+    """Two questions about one picture: one asks for a pose, one for a text."""
+    box = [10, 5, 30, 50]
+    rows = [
+        {"image": "b.jpg", "question": "What pose has the one in red?", "pose": [0.1] * 66},
+        {"image": "b.jpg", "question": "Describe whoever bows.", "answer": "The head is low."},
+    ]
+    return "\n".join(json.dumps(row | {"box": box}) for row in rows)
 
 
 # ---- tokenizer.py: hostile pickles ---------------------------------------------------------------
