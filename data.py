@@ -756,12 +756,39 @@ SHIRTS = {                                                 # the colours that qu
 }
 
 
+def place_side_by_side(vertices, nearness, gaps):
+    """Sets people up in the picture's plane, each where the one before ends.
+
+    vertices (n,V,3); nearness (n,): metres towards the camera; gaps (n,): metres behind each.
+    Everybody is seen as alone in a photograph: the camera is so far away that it does not matter
+    who stands in the middle. -> their vertices (n,V,2), metres, y down; the same dropped to the
+    floor (n,V,2); depths (n,V).
+    """
+    planes = []
+    shadows = []
+    depths = []
+    left = 0.0
+    for points, near, gap in zip(vertices, nearness, gaps):                   # (V,3)
+        center = (points.min(0) + points.max(0)) / 2
+        plane, depth = view_from_camera(points, center)
+        dropped = points * [1, 0, 1] + [0, points[:, 1].min(), 0]
+        shadow, _ = view_from_camera(dropped, center)
+
+        # the feet of who is nearer are lower in the picture
+        move_x = left - plane[:, 0].min()
+        move_y = math.sin(PITCH) * near - plane[:, 1].max()
+        planes.append(plane + [move_x, move_y])
+        shadows.append(shadow + [move_x, move_y])
+        depths.append(depth + near)
+        left = planes[-1][:, 0].max() + gap
+    return np.stack(planes), np.stack(shadows), np.stack(depths)
+
+
 def render_group(rotmat, size, shirts, looks, rng):
     """Photographs people side by side, from left to right, under one lamp.
 
     rotmat (n,22,3,3); shirts: n keys of SHIRTS; looks: n RNGs of their other clothes; rng: of
-    light, exposure, background, distances and position. Each is seen as alone in a photograph: the
-    camera is so far away that it does not matter who stands in the middle.
+    light, exposure, background, distances and position.
     -> picture (size,size,3) uint8; boxes (n,4) of the people: left, top, width, height in pixels.
     """
     body = default_body()
@@ -771,56 +798,36 @@ def render_group(rotmat, size, shirts, looks, rng):
     nearness = rng.uniform(-0.3, 0.3, len(rotmat))                            # (n,) metres
     gaps = rng.uniform(0.05, 0.3, len(rotmat))
 
-    # places in the picture's plane, metres: the next one begins where the one before ends
-    planes = []
-    shadows = []
-    depths = []
+    _, vertices = body(rotmat)
+    vertices = vertices.double().numpy()                                      # (n,V,3)
     colors = []
-    left = 0.0
-    _, all_vertices = body(rotmat)
-    for k, vertices in enumerate(all_vertices.double().numpy()):              # (V,3)
-        center = (vertices.min(0) + vertices.max(0)) / 2
-        plane, depth = view_from_camera(vertices, center)
-        dropped = vertices * [1, 0, 1] + [0, vertices[:, 1].min(), 0]
-        shadow, _ = view_from_camera(dropped, center)
-        lowered = math.sin(PITCH) * nearness[k]            # in the picture, who is nearer
-        origin = np.array([plane[:, 0].min(), plane[:, 1].max() - lowered])
-        place = np.array([left, 0.0])
-        planes.append(plane - origin + place)
-        shadows.append(shadow - origin + place)
-        depths.append(depth + nearness[k])
-        left = planes[-1][:, 0].max() + gaps[k]
-
-        outfit = random_outfit(looks[k]) | {"shirt": np.array(SHIRTS[shirts[k]])}
-        own_colors = body_colors(body, 0, **outfit) * exposure
-        colors.append(shade(vertices, body.faces, own_colors.clip(0, 1), light))
+    for points, shirt, look in zip(vertices, shirts, looks):
+        outfit = random_outfit(look) | {"shirt": np.array(SHIRTS[shirt])}
+        worn = body_colors(body, 0, **outfit) * exposure                      # (V,3)
+        colors.append(shade(points, body.faces, worn.clip(0, 1), light))
 
     # the group fills nearly all of the width, unless it is tall
-    everyone = np.concatenate(planes)                                         # (nV,2)
-    low = everyone.min(0)
-    extent = everyone.max(0) - low
+    planes, shadows, depths = place_side_by_side(vertices, nearness, gaps)
+    low = planes.min((0, 1))                                                  # (2,)
+    extent = planes.max((0, 1)) - low
     side = 2 * size                                        # averaged at the end, as in `render`
     scale = rng.uniform(0.9, 1.0) * side * (np.array([0.95, 0.9]) / extent).min()
     corner = rng.uniform(0.2, 0.8, 2) * (side - scale * extent)               # (2,)
-
-    def to_pixels(plane):
-        return (plane - low) * scale + corner
+    pixels = (planes - low) * scale + corner                                  # (n,V,2)
+    shadows = (shadows - low) * scale + corner
 
     canvas = Image.fromarray(background).resize((side, side))
     for shadow in shadows:
-        draw_shadow(canvas, to_pixels(shadow))
-    faces = np.asarray(body.faces)
-    n_vertices = len(body.template)
-    all_faces = [faces + k * n_vertices for k in range(len(rotmat))]
-    draw_triangles(canvas, to_pixels(everyone), np.concatenate(depths), np.concatenate(all_faces),
+        draw_shadow(canvas, shadow)
+    first_vertices = vertices.shape[1] * np.arange(len(vertices))             # (n,)
+    faces = np.asarray(body.faces) + first_vertices[:, None, None]            # (n,F,3)
+    draw_triangles(canvas, pixels.reshape(-1, 2), depths.ravel(), faces.reshape(-1, 3),
                    np.concatenate(colors))
 
-    boxes = []
-    for plane in planes:
-        pixels = to_pixels(plane) / 2
-        corner_1 = pixels.min(0)
-        boxes.append([*corner_1, *(pixels.max(0) - corner_1)])
-    return np.asarray(canvas.reduce(2)), np.array(boxes)
+    top_left = pixels.min(1) / 2                                              # (n,2)
+    bottom_right = pixels.max(1) / 2
+    boxes = np.concatenate([top_left, bottom_right - top_left], 1)            # (n,4)
+    return np.asarray(canvas.reduce(2)), boxes
 
 
 # What an object can hide: the joints of a limb, or those in one half of the person's outline
@@ -849,22 +856,20 @@ def pixels_per_metre(joints):
     return max(ratios)
 
 
-def hide_part(picture, joints, part, rng):
-    """Holds a board or a cushion before a part of a person.
+def part_rectangle(joints, part):
+    """A rectangle around a part of a person -> its two directions (2,2), low (2,), high (2,).
 
-    picture (S,S,3) uint8; joints (22,2), pixels; part: one of HIDDEN_PARTS; rng: of the object.
-    -> picture (S,S,3) uint8, and which joints the object hides (22,) bool; those of other parts
-    that lie behind it are among them.
+    joints (22,2), pixels; part: one of HIDDEN_PARTS. low, high: its sides along the directions.
     """
     side, kind = part.split()
     if part in HALVES:
         along = joints @ HALVES[part]                                         # (22,)
-        chosen = [JOINTS[j] for j in np.flatnonzero(along > np.median(along))]
+        names = [JOINTS[j] for j in np.flatnonzero(along > np.median(along))]
     else:
-        chosen = [f"{side}_{name}" for name in LIMB_JOINTS[kind]]
+        names = [f"{side}_{name}" for name in LIMB_JOINTS[kind]]
 
     points = []
-    for name in chosen:
+    for name in names:
         joint = joints[JOINTS.index(name)]
         points.append(joint)
         if name in TIPS:
@@ -872,22 +877,34 @@ def hide_part(picture, joints, part, rng):
             points.append(joint + share * (joint - joints[JOINTS.index(before)]))
     points = np.array(points)                                                 # (n,2)
 
-    # the object lies along a limb: axes[0] is the direction in which its points spread most
+    # along a limb: axes[0] is the direction in which its points spread most
     axes = np.eye(2)
     if part not in HALVES:
         axes = np.linalg.svd(points - points.mean(0), full_matrices=False)[2]
     margin = FLESH * pixels_per_metre(joints)
-    low = (points @ axes.T).min(0) - margin                                   # (2,)
+    low = (points @ axes.T).min(0) - margin
     high = (points @ axes.T).max(0) + margin
+
+    # half a person ends in the middle, without a margin
     if part in HALVES:
         middle = np.median(joints, 0)
         low = np.where(np.array(HALVES[part]) > 0, middle, low)
         high = np.where(np.array(HALVES[part]) < 0, middle, high)
-    half = (high - low) / 2
+    return axes, low, high
+
+
+def hide_part(picture, joints, part, rng):
+    """Holds a board or a cushion before a part of a person.
+
+    picture (S,S,3) uint8; joints (22,2), pixels; part: one of HIDDEN_PARTS; rng: of the object.
+    -> picture (S,S,3) uint8, and which joints the object hides (22,) bool; those of other parts
+    that lie behind it are among them.
+    """
+    axes, low, high = part_rectangle(joints, part)
 
     # |x|^p + |y|^p = 1 is a circle for p = 2 and a square for large p; it goes round the rectangle
     power = rng.choice([5, 30])                            # a cushion, a board
-    half = half * 2 ** (1 / power)
+    half = (high - low) / 2 * 2 ** (1 / power)
 
     def is_within(places):
         """Which places (...,2) lie in the object's outline."""
@@ -1169,17 +1186,19 @@ class World:
         """
         if person is None and rng.random() < 0.5:
             person = int(rng.integers(len(group.people)))
-        is_there = person is not None
+        if person is None:
+            shirt = rng.choice(list(SHIRTS))
+            place = rng.choice(list(load_asset("questions")["places"]))
+            i = group.number * POOL_STEP + 2 * int(rng.integers(POOL // 2))
+        else:
+            shirt = group.shirts[person]
+            place = group.places[person]
+            i = group.people[person]
+
         if kind == "clothes":
-            shirt = group.shirts[person] if is_there else rng.choice(list(SHIRTS))
             return self.clothes_feature(group, shirt, rng)
         if kind == "place":
-            all_places = list(load_asset("questions")["places"])
-            place = group.places[person] if is_there else rng.choice(all_places)
             return self.place_feature(group, place, rng)
-
-        stranger = group.number * POOL_STEP + 2 * int(rng.integers(POOL // 2))
-        i = group.people[person] if is_there else stranger
         if kind == "activity":
             return self.activity_feature(group, i)
         return self.statement_feature(group, i, rng)
