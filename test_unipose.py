@@ -2713,16 +2713,19 @@ def test_a_shirt_has_the_colour_that_its_word_says(group_world, shirt, other, ch
     assert color.max() > 1.5 * np.sort(color)[1]
 
 
-def test_shirts_are_worn_in_the_order_of_the_people(group_world):
-    _, boxes = group_world.group_photo(group_world.group(3, 2))
+def test_shirts_are_worn_by_the_people_in_their_order_and_above_the_trousers(group_world):
+    group = group_world.group(1, 2)  # both stand and wave
+    _, boxes = group_world.group_photo(group)
+    photos = []
+    for shirt in ("white", "black"):
+        picture, _ = group_world.group_photo(group._replace(shirts=[shirt, "red"]))
+        photos.append(picture)
 
-    white = photo_in_shirts(group_world, "white", "red")
-    black = photo_in_shirts(group_world, "black", "red")
-
-    columns = np.flatnonzero((white != black).any((0, 2)))
-    left, _, width, _ = boxes[0]
+    rows, columns = np.nonzero((photos[0] != photos[1]).any(-1))
+    left, top, width, height = boxes[0]
     assert left - 1 <= columns.min()
     assert columns.max() <= left + width + 1
+    assert rows.max() < top + 0.7 * height
 
 
 @pytest.mark.parametrize("k, n", [(0, 1), (0, 5), (17, 2), (-1, 2)])
@@ -2945,6 +2948,26 @@ def test_an_activity_fits_all_who_look_alike():
 
     assert feature.fits == [True, True, False, False]
     assert (feature.words, feature.whoever) == ("just standing", "just stands")
+
+
+def test_an_activity_fits_its_mirror_image_but_not_a_mix_of_both():
+    """Walking: the left leg in front, the right one behind, or the other way round."""
+    table = data.activity_table()
+    world = data.World("train", 800)
+    i = world.activity[0::2].index("walking")
+    left = table.columns["left_leg"]
+    right = table.columns["right_leg"]
+    angles = world.angles[i]
+    mirrored = angles.copy()
+    mirrored[left] = angles[right]
+    mirrored[right] = angles[left]
+    both_in_front = angles.copy()
+    both_in_front[right] = angles[left]
+
+    legs = ["left_leg", "right_leg"]
+    assert table.looks_like("walking", legs, angles)
+    assert table.looks_like("walking", legs, mirrored)
+    assert not table.looks_like("walking", legs, both_in_front)
 
 
 @pytest.mark.parametrize("part, other", [
