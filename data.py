@@ -1000,8 +1000,6 @@ def save_png(picture, path):
 
 # ---- 4. World and Mixture ------------------------------------------------------------------------
 PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
-
-
 PLACES = {                                                 # of n people, from left to right
     2: ["left", "right"],
     3: ["left", "middle", "right"],
@@ -1041,7 +1039,6 @@ class Question(NamedTuple):
 
     text: str               # "Estimate the pose of the one in the red shirt."
     person: int             # the person's place from the left, from 0; -1: nobody fits
-
 
 N_HELD_OUT = 2                                             # wordings of an activity, for tests
 
