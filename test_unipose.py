@@ -10024,6 +10024,43 @@ def test_a_model_that_saw_no_images_refuses_a_file_with_one_before_it_is_loaded(
             tmp_path / "answers.jsonl")
 
 
+# ---- ChatPose beside UniPose ---------------------------------------------------------------------
+@pytest.mark.parametrize("degrees", [0, 1e-4, 1, 90, 179, 179.9999, 180])
+def test_mpjre_is_the_angle_between_two_rotations(degrees):
+    """Near 0 and near 180 degrees as well, where an arc cosine is off by a hundredth."""
+    axis = F.normalize(torch.tensor([1.0, -2, 3], dtype=torch.float64), dim=0)
+    target = poses(1).double()
+    turn = tokenizer.aa_to_matrix(math.radians(degrees) * axis)
+
+    error = evaluation.mpjre(target @ turn, target)
+
+    close(error, torch.tensor([float(degrees)]).double(), atol=1e-5)
+
+
+def test_mpjre_averages_22_rotations_the_root_among_them():
+    target = poses(2)
+    turned = target.clone()
+    turned[0, 0] = tokenizer.rotation_about(1, torch.tensor(math.pi / 2)) @ target[0, 0]
+
+    error = evaluation.mpjre(turned, target)
+
+    close(error, torch.tensor([90 / 22, 0]).double(), atol=1e-4)
+
+
+def test_a_report_has_the_rotation_error_of_every_pose_in_the_json_and_in_the_table():
+    model = nano(words=data.vocabulary())
+    evaluator = evaluation.Evaluator(tokenizer.load_body(), None, model.text_tokenizer)
+
+    report = evaluation.evaluate(model, evaluator, ["text2pose"], n=4, batch=4, pool=4)
+
+    assert report["tasks"]["text2pose"]["ceilings"]["ground_truth"]["mpjre"] < 1e-3
+    assert 20 < report["tasks"]["text2pose"]["mpjre"] < 180
+    assert 20 < report["tokenizer"]["mpjre"] < 180
+    column = evaluation.format_table(report)[0].index("   MPJRE")
+    for line in evaluation.format_table(report)[1:]:
+        assert 0 <= float(line[column:column + 8]) < 180
+
+
 # ---- a GPU, simulated ----------------------------------------------------------------------------
 # Tensors on the device "sim" keep their numbers on the CPU. Like CUDA's they refuse to meet tensors
 # of the CPU, and they count what costs time there, by the rules of CUDA.
