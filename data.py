@@ -24,7 +24,7 @@ them. Section 7 rebuilds the paper's ImageScript and ImageDiff from any poses.
 
 Letters: M people, C=27 angles of a synthetic person, J=22 joints, V vertices, F faces, S pixels.
 
-Left out: hands, faces, body shapes, motion, and pictures with more than one person.
+Left out: hands, faces, body shapes, motion, and people who hide each other.
 
     python data.py                   # one example of each task, and out/world.png: 32 photographs
     python data.py --speed 10000     # how fast the full captions are, and in how much memory
@@ -60,14 +60,14 @@ from tqdm import tqdm
 
 from captions import (
     VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes, full_caption,
-    full_captions, paircodes, pose_table, posecodes, rest_joints, to_text,
+    full_captions, is_true, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
-    JOINTS, MAX_BYTES, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error, atomic_write,
-    cli, face_front, file_errors, first_line, forward_kinematics, list_files, list_to_array,
-    load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays, read_pickle,
-    read_torch_file, require_file, run_main, shorten, skip_bad_entry, to_array, to_element,
-    turn_root,
+    JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
+    atomic_write, cli, face_front, file_errors, first_line, forward_kinematics, list_files,
+    list_to_array, load_asset, load_body, load_json, load_pickle, matrix_to_aa, mirror, read_arrays,
+    read_pickle, read_torch_file, require_file, run_main, shorten, skip_bad_entry, to_array,
+    to_element, turn_root,
 )
 
 
@@ -203,6 +203,7 @@ LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
 # What an edit reads in activities.json in place of a part's own entry
 EDIT_ENTRIES = {"trunk": "edit_trunk", "left_leg": "edit_legs", "right_leg": "edit_legs",
                 "left_arm": "edit_arms", "right_arm": "edit_arms"}
+ALIKE = 15                               # degrees: gestures that differ less look alike
 EDIT_WEIGHTS = {"trunk": 2, "left_leg": 2, "left_arm": 1, "right_arm": 1}   # the right leg stands
 N_EDITS_CDF = (0.10, 0.40)               # P(one part is edited), P(at most two); at most three are
 VIEW_CDF = (0.7, 0.8, 0.9)               # P(front), P(front or right) ...; the rest: left
@@ -348,6 +349,31 @@ class ActivityTable:
         high = bounds[:, 1]
         return low + u[:, 4:] * (high - low)
 
+    def draw_people(self, u):
+        """Random numbers of people who are no edits (M,96) -> activities (M,), angles (M,C)."""
+        activity = np.searchsorted(self.cdf, u[:, U_ACTIVITY], side="right")
+        angles = self.draw(self.fresh_ranges, activity, u[:, U_FRESH])
+        return activity, angles + 4 * u[:, U_NOISE] - 2    # up to 2 degrees of noise
+
+    def looks_like(self, activity, parts, angles):
+        """Could a person of these angles (C,) be of an activity, by the look of some body parts?
+
+        parts: names of BODY_PARTS. Each must be within ALIKE degrees of a gesture of the activity,
+        or all of them of one mirrored.
+        """
+        ranges = self.fresh_ranges[self.activities.index(activity)]
+
+        def is_alike(part, shown):
+            low = ranges[part][:, 0] - ALIKE                                  # (G,c)
+            high = ranges[part][:, 1] + ALIKE
+            values = angles[self.columns[shown]]                              # (c,)
+            is_outside = (values < low) | (values > high)  # false for the NaN of a level foot
+            return bool((~is_outside).all(1).any())
+
+        as_drawn = all(is_alike(part, part) for part in parts)
+        mirrored = all(is_alike(part, other_side(part)) for part in parts)
+        return as_drawn or mirrored
+
     def edit(self, angles, activity, u):
         """Redraws one to three parts of each person, sometimes the head as well.
 
@@ -416,6 +442,12 @@ class ActivityTable:
         return first @ second @ third
 
 
+def other_side(part):
+    """The body part on the other side: "left_leg" -> "right_leg", "trunk" -> "trunk"."""
+    side, _, limb = part.partition("_")
+    return {"left": f"right_{limb}", "right": f"left_{limb}"}.get(side, part)
+
+
 def expand_sets(names, sets):
     """Names of gestures and of sets of gestures -> names of gestures."""
     gestures = []
@@ -442,9 +474,7 @@ def sample_people(split, n):
     even = u[0::2]                                                            # (n/2,96)
     odd = u[1::2]
 
-    activity = np.searchsorted(table.cdf, even[:, U_ACTIVITY], side="right")  # (n/2,)
-    drawn = table.draw(table.fresh_ranges, activity, even[:, U_FRESH])        # (n/2,C)
-    drawn = drawn + 4 * even[:, U_NOISE] - 2               # up to 2 degrees of noise
+    activity, drawn = table.draw_people(even)                                 # (n/2,), (n/2,C)
     edited = table.edit(drawn, activity, odd)                                 # (n/2,C)
     angles = np.stack([drawn, edited], 1)                                     # (n/2,2,C)
     angles = table.apply_joint_limits(angles.reshape(n, -1))                  # (n,C)
@@ -615,8 +645,17 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
         dropped = vertices * [1, 0, 1] + [0, lowest, 0]
         draw_shadow(canvas, project(dropped, vertices, side, zoom, shift)[0])
 
-    # triangles that face the camera: counter-clockwise, but y points down in pixels
     pixels, depth = project(vertices, vertices, side, zoom, shift)
+    draw_triangles(canvas, pixels, depth, faces, shaded)
+    return np.asarray(canvas.reduce(2))
+
+
+def draw_triangles(canvas, pixels, depth, faces, colors):
+    """Paints triangles on a PIL picture, the far ones first.
+
+    pixels (V,2) and depth (V,), larger is nearer, of vertices; faces (F,3); colors (V,3) in 0..1.
+    """
+    # triangles that face the camera: counter-clockwise, but y points down in pixels
     triangles = pixels[faces]                                                 # (F,3,2)
     x_1, y_1 = (triangles[:, 1] - triangles[:, 0]).T       # two edges of each
     x_2, y_2 = (triangles[:, 2] - triangles[:, 0]).T
@@ -624,13 +663,12 @@ def render(vertices, faces, colors, size=256, heading=0.0, background=(236, 236,
     nearness = depth[faces[visible]].sum(1)
     visible = visible[np.argsort(nearness)]
 
-    rgb = shaded[faces[visible]].mean(1).clip(0, 1)                           # (f,3)
+    rgb = colors[faces[visible]].mean(1).clip(0, 1)                           # (f,3)
     packed = (255 * rgb).astype(int) @ [1, 256, 65536]     # Pillow draws fastest with integers
     polygons = triangles[visible].reshape(-1, 6)
     draw = ImageDraw.Draw(canvas)
     for points, color in zip(polygons.tolist(), packed.tolist()):
         draw.polygon(points, fill=color)
-    return np.asarray(canvas.reduce(2))
 
 
 default_body = functools.cache(load_body)                  # read once
@@ -678,6 +716,12 @@ def random_background(rng, size):
     return (255 * picture).astype(np.uint8)
 
 
+def random_light(rng):
+    """A random direction of the lamp (3,), a unit vector: above, and rather in front."""
+    light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    return light / np.linalg.norm(light)
+
+
 def render_photo(rotmat, size, look, rng, body=None):
     """Photographs one person: rotmat (22,3,3) -> picture (size,size,3) uint8, joints (22,2) pixels.
 
@@ -686,7 +730,7 @@ def render_photo(rotmat, size, look, rng, body=None):
     """
     body = body or default_body()
     zoom = rng.uniform(0.75, 1.0)
-    light = rng.normal(size=3) * [1, 0.7, 0.5] + [0, 0.6, 0.8]
+    light = random_light(rng)
     exposure = rng.uniform(0.75, 1.15)
     shift = rng.uniform(-0.5, 0.5, 2) * (1.0 - 0.92 * zoom)    # who is small may stand off center
     background = random_background(rng, size)
@@ -696,10 +740,189 @@ def render_photo(rotmat, size, look, rng, body=None):
     joints = joints[0].numpy()                                                # (22,3)
     vertices = vertices[0].numpy()                                            # (V,3)
     colors = body_colors(body, 0, **random_outfit(look)) * exposure           # (V,3)
-    light = light / np.linalg.norm(light)
     picture = render(vertices, body.faces, colors.clip(0, 1), size, background=background,
                      zoom=zoom, shift=shift, floor=floor, light=light)
     return picture, project(joints, vertices, size, zoom, shift)[0]
+
+
+SHIRTS = {                                                 # the colours that questions name
+    "red": (0.80, 0.08, 0.08),
+    "green": (0.10, 0.55, 0.15),
+    "blue": (0.10, 0.22, 0.80),
+    "yellow": (0.95, 0.82, 0.10),
+    "pink": (0.98, 0.50, 0.70),
+    "white": (0.97, 0.97, 0.97),
+    "black": (0.05, 0.05, 0.06),
+}
+
+
+def place_side_by_side(vertices, nearness, gaps):
+    """Sets people up in the picture's plane, each where the one before ends.
+
+    vertices (n,V,3); nearness (n,): metres towards the camera; gaps (n,): metres behind each.
+    Everybody is seen as alone in a photograph: the camera is so far away that it does not matter
+    who stands in the middle. -> their vertices (n,V,2), metres, y down; the same dropped to the
+    floor (n,V,2); depths (n,V).
+    """
+    planes = []
+    shadows = []
+    depths = []
+    left = 0.0
+    for points, near, gap in zip(vertices, nearness, gaps):                   # (V,3)
+        center = (points.min(0) + points.max(0)) / 2
+        plane, depth = view_from_camera(points, center)
+        dropped = points * [1, 0, 1] + [0, points[:, 1].min(), 0]
+        shadow, _ = view_from_camera(dropped, center)
+
+        # the feet of who is nearer are lower in the picture
+        move_x = left - plane[:, 0].min()
+        move_y = math.sin(PITCH) * near - plane[:, 1].max()
+        planes.append(plane + [move_x, move_y])
+        shadows.append(shadow + [move_x, move_y])
+        depths.append(depth + near)
+        left = planes[-1][:, 0].max() + gap
+    return np.stack(planes), np.stack(shadows), np.stack(depths)
+
+
+def render_group(rotmat, size, shirts, looks, rng):
+    """Photographs people side by side, from left to right, under one lamp.
+
+    rotmat (n,22,3,3); shirts: n keys of SHIRTS; looks: n RNGs of their other clothes; rng: of
+    light, exposure, background, distances and position.
+    -> picture (size,size,3) uint8; boxes (n,4) of the people: left, top, width, height in pixels.
+    """
+    body = default_body()
+    light = random_light(rng)
+    exposure = rng.uniform(0.85, 1.1)
+    background = random_background(rng, size)
+    nearness = rng.uniform(-0.3, 0.3, len(rotmat))                            # (n,) metres
+    gaps = rng.uniform(0.05, 0.3, len(rotmat))
+
+    _, vertices = body(rotmat)
+    vertices = vertices.double().numpy()                                      # (n,V,3)
+    colors = []
+    for points, shirt, look in zip(vertices, shirts, looks):
+        outfit = random_outfit(look) | {"shirt": np.array(SHIRTS[shirt])}
+        worn = body_colors(body, 0, **outfit) * exposure                      # (V,3)
+        colors.append(shade(points, body.faces, worn.clip(0, 1), light))
+
+    # the group fills nearly all of the width, unless it is tall
+    planes, shadows, depths = place_side_by_side(vertices, nearness, gaps)
+    low = planes.min((0, 1))                                                  # (2,)
+    extent = planes.max((0, 1)) - low
+    side = 2 * size                                        # averaged at the end, as in `render`
+    scale = rng.uniform(0.9, 1.0) * side * (np.array([0.95, 0.9]) / extent).min()
+    corner = rng.uniform(0.2, 0.8, 2) * (side - scale * extent)               # (2,)
+    pixels = (planes - low) * scale + corner                                  # (n,V,2)
+    shadows = (shadows - low) * scale + corner
+
+    canvas = Image.fromarray(background).resize((side, side))
+    for shadow in shadows:
+        draw_shadow(canvas, shadow)
+    first_vertices = vertices.shape[1] * np.arange(len(vertices))             # (n,)
+    faces = np.asarray(body.faces) + first_vertices[:, None, None]            # (n,F,3)
+    draw_triangles(canvas, pixels.reshape(-1, 2), depths.ravel(), faces.reshape(-1, 3),
+                   np.concatenate(colors))
+
+    top_left = pixels.min(1) / 2                                              # (n,2)
+    bottom_right = pixels.max(1) / 2
+    boxes = np.concatenate([top_left, bottom_right - top_left], 1)            # (n,4)
+    return np.asarray(canvas.reduce(2)), boxes
+
+
+# What an object can hide: the joints of a limb, or those in one half of the person's outline
+LIMB_JOINTS = {
+    "arm": ["shoulder", "elbow", "wrist"],
+    "leg": ["hip", "knee", "ankle", "foot"],
+}
+HALVES = {"upper half": [0, -1], "lower half": [0, 1], "left half": [-1, 0], "right half": [1, 0]}
+HIDDEN_PARTS = ["left arm", "right arm", "left leg", "right leg", *HALVES]
+# Where flesh ends beyond the last joint of a limb: as share of the bone before it
+TIPS = {"head": ("neck", 1.2), "left_wrist": ("left_elbow", 0.7), "left_foot": ("left_ankle", 0.5),
+        "right_wrist": ("right_elbow", 0.7), "right_foot": ("right_ankle", 0.5)}
+FLESH = 0.10                                               # around joints, metres
+
+
+def pixels_per_metre(joints):
+    """The scale of a person, from the joints in a picture (22,2).
+
+    No bone looks longer than it is: the one that looks longest lies in the picture's plane.
+    """
+    rest = rest_joints().numpy()                                              # (22,3)
+    ratios = []
+    for joint, parent in enumerate(PARENTS[1:22], 1):
+        length = np.linalg.norm(rest[joint] - rest[parent])
+        ratios.append(np.linalg.norm(joints[joint] - joints[parent]) / length)
+    return max(ratios)
+
+
+def part_rectangle(joints, part):
+    """A rectangle around a part of a person -> its two directions (2,2), low (2,), high (2,).
+
+    joints (22,2), pixels; part: one of HIDDEN_PARTS. low, high: its sides along the directions.
+    """
+    side, kind = part.split()
+    if part in HALVES:
+        along = joints @ HALVES[part]                                         # (22,)
+        names = [JOINTS[j] for j in np.flatnonzero(along > np.median(along))]
+    else:
+        names = [f"{side}_{name}" for name in LIMB_JOINTS[kind]]
+
+    points = []
+    for name in names:
+        joint = joints[JOINTS.index(name)]
+        points.append(joint)
+        if name in TIPS:
+            before, share = TIPS[name]
+            points.append(joint + share * (joint - joints[JOINTS.index(before)]))
+    points = np.array(points)                                                 # (n,2)
+
+    # along a limb: axes[0] is the direction in which its points spread most
+    axes = np.eye(2)
+    if part not in HALVES:
+        axes = np.linalg.svd(points - points.mean(0), full_matrices=False)[2]
+    margin = FLESH * pixels_per_metre(joints)
+    low = (points @ axes.T).min(0) - margin
+    high = (points @ axes.T).max(0) + margin
+
+    # half a person ends in the middle, without a margin
+    if part in HALVES:
+        middle = np.median(joints, 0)
+        low = np.where(np.array(HALVES[part]) > 0, middle, low)
+        high = np.where(np.array(HALVES[part]) < 0, middle, high)
+    return axes, low, high
+
+
+def hide_part(picture, joints, part, rng):
+    """Holds a board or a cushion before a part of a person.
+
+    picture (S,S,3) uint8; joints (22,2), pixels; part: one of HIDDEN_PARTS; rng: of the object.
+    -> picture (S,S,3) uint8, and which joints the object hides (22,) bool; those of other parts
+    that lie behind it are among them.
+    """
+    axes, low, high = part_rectangle(joints, part)
+
+    # |x|^p + |y|^p = 1 is a circle for p = 2 and a square for large p; it goes round the rectangle
+    power = rng.choice([5, 30])                            # a cushion, a board
+    half = (high - low) / 2 * 2 ** (1 / power)
+
+    def is_within(places):
+        """Which places (...,2) lie in the object's outline."""
+        offset = places @ axes.T - (low + high) / 2
+        return (np.abs(offset / half) ** power).sum(-1) <= 1
+
+    # drawn twice as large and averaged, as people are
+    size = len(picture)
+    steps = np.arange(2 * size) / 2 + 0.25
+    places = np.stack(np.meshgrid(steps, steps), -1)                          # (2S,2S,2)
+    thickness = rng.uniform(0.01, 0.03) * size             # a dark edge, to the right and below
+    canvas = Image.fromarray(picture).resize((2 * size, 2 * size), Image.NEAREST)
+    texture = random_background(rng, 2 * size)
+    edge = Image.fromarray((0.5 * texture).astype(np.uint8))
+    canvas.paste(edge, mask=Image.fromarray(is_within(places - thickness)))
+    canvas.paste(Image.fromarray(texture), mask=Image.fromarray(is_within(places)))
+    hidden = is_within(joints) | is_within(joints - thickness)                # (22,)
+    return np.asarray(canvas.reduce(2)), hidden
 
 
 CELL = 256                                                 # pixels of a cell of a contact sheet
@@ -777,6 +1000,69 @@ def save_png(picture, path):
 
 # ---- 4. World and Mixture ------------------------------------------------------------------------
 PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
+PLACES = {                                                 # of n people, from left to right
+    2: ["left", "right"],
+    3: ["left", "middle", "right"],
+    4: ["left", "second from the left", "second from the right", "right"],
+}
+POOL = 64                                                  # rows that have the people of a group
+POOL_STEP = 4                                              # the pool of the next group starts later
+
+
+class Group(NamedTuple):
+    """Some people side by side, from left to right."""
+
+    number: int
+    people: list            # their rows of the world, even: their activities are known
+    shirts: list            # the colours of their shirts, all different
+
+    @property
+    def places(self):
+        """Where each of them is, as the viewer sees it."""
+        return PLACES[len(self.people)]
+
+
+NOBODY = "Nobody in the picture fits."                     # the answer where this is so
+SHARE_OF_TWO = 0.4                                         # of questions: that name two features
+
+
+class Feature(NamedTuple):
+    """Something that a question may say of a person."""
+
+    words: str              # behind "the one": "in the red shirt", "who waves"
+    fits: list              # of which people of the group it is true
+    whoever: str = ""       # behind "whoever": "waves"
+
+
+class Question(NamedTuple):
+    """A question about one person of a group."""
+
+    text: str               # "Estimate the pose of the one in the red shirt."
+    person: int             # the person's place from the left, from 0; -1: nobody fits
+
+N_HELD_OUT = 2                                             # wordings of an activity, for tests
+
+
+def ask_about(features, target, rng):
+    """A question for the person with some Features, in words. target: see `World.question`."""
+    grammar = load_asset("questions")
+    first, *others = features
+    who = f"{rng.choice(grammar['heads'])} {first.words}"
+    if first.whoever and rng.random() < 0.5:
+        who = f"whoever {first.whoever}"
+    who = " ".join([who, *[feature.words for feature in others]])
+    return rng.choice(grammar[target]).format(who=who)
+
+
+def speculations(activity, split):
+    """The requests that imply the pose of an activity and name neither: a list.
+
+    Their last N_HELD_OUT are those of the split "test", the others of all other splits.
+    """
+    wordings = load_asset("speculative")["activities"][activity]
+    if split == "test":
+        return wordings[-N_HELD_OUT:]
+    return wordings[:-N_HELD_OUT]
 
 
 class World:
@@ -813,6 +1099,127 @@ class World:
         if len(self.pictures) < PICTURES_KEPT:
             self.pictures[i] = picture
         return picture
+
+    def hidden_photo(self, i, part):
+        """The photograph of person i with an object before a part, and which joints it hides.
+
+        part: one of HIDDEN_PARTS. -> picture (size,size,3) uint8, hidden (22,) bool.
+        """
+        row = SPLITS[self.split] + int(i)
+        number = HIDDEN_PARTS.index(part)
+        picture, joints = self.photo(i)
+        return hide_part(picture, joints, part, np.random.default_rng((row, 3, number)))
+
+    @property
+    def n_groups(self):
+        """How many groups the people of this world make."""
+        return max(0, (len(self.poses) - POOL) // POOL_STEP + 1)
+
+    def group(self, k, n):
+        """Group k of n people, 2 to 4: it depends on (split, k, n) only. Raises UserError."""
+        if n not in PLACES or not 0 <= k < self.n_groups:
+            raise UserError(f"there is no group {k} of {n} people: a group has 2 to 4, and the "
+                            f"{len(self.poses)} people of this world make {self.n_groups} groups")
+        rng = np.random.default_rng((SPLITS[self.split] + k, 4, n))
+        people = k * POOL_STEP + 2 * rng.choice(POOL // 2, n, replace=False)
+        shirts = rng.choice(list(SHIRTS), n, replace=False)
+        return Group(k, people.tolist(), shirts.tolist())
+
+    def group_photo(self, group):
+        """The photograph of a group (size,size,3) uint8, and boxes (n,4) of its people.
+
+        Their poses are this world's `camera_poses`. Boxes: left, top, width, height in pixels.
+        """
+        rng = np.random.default_rng((SPLITS[self.split] + group.number, 5, len(group.people)))
+        looks = []
+        for i in group.people:
+            looks.append(np.random.default_rng(((SPLITS[self.split] + i) // 2, 1)))
+        poses = self.camera_poses[group.people]                               # (n,22,3,3)
+        return render_group(poses, self.size, group.shirts, looks, rng)
+
+    @functools.cached_property
+    def angles(self):
+        """The angles of the people who are no edits (n/2,C), as they were drawn."""
+        rows = SPLITS[self.split] + np.arange(0, len(self.poses), 2)
+        return activity_table().draw_people(hash_uniform(rows, N_UNIFORMS))[1]
+
+    def clothes_feature(self, group, shirt, rng):
+        """A shirt as a Feature."""
+        pattern = rng.choice(load_asset("questions")["clothes"])
+        fits = [worn == shirt for worn in group.shirts]
+        return Feature(pattern.format(shirt=shirt), fits)
+
+    def place_feature(self, group, place, rng):
+        """A place as a Feature: left is the viewer's left."""
+        words = rng.choice(load_asset("questions")["places"][place])
+        return Feature(str(words), [taken == place for taken in group.places])
+
+    def activity_feature(self, group, i):
+        """What person i does, as a Feature: it fits all who look alike."""
+        activity = self.activity[i]
+        doing, does, parts = load_asset("questions")["activities"][activity]
+        fits = []
+        for other in group.people:
+            fits.append(activity_table().looks_like(activity, parts, self.angles[other // 2]))
+        return Feature(doing, fits, does)
+
+    def statement_feature(self, group, i, rng):
+        """A statement about the pose of person i as a Feature: "whose left knee is bent".
+
+        It fits all of whom it is true within the tolerance. None if it cannot be said like this.
+        """
+        chosen = choose_codes(eligible_codes(pose_table(), self.codes, i), rng)
+        code = chosen[rng.integers(len(chosen))]
+        sentence = to_text([code], rng)
+        if not sentence.startswith("The ") or sentence.startswith("The person "):
+            return None
+        fits = [is_true(code, self.codes, other)[0] for other in group.people]
+        return Feature("whose " + sentence.removeprefix("The ").rstrip("."), fits)
+
+    def feature(self, group, kind, rng, person=None):
+        """A Feature of a kind, "activity" | "clothes" | "place" | "statement", or None.
+
+        person: of this person of the group. None: of any, or of somebody who is not there.
+        """
+        if person is None and rng.random() < 0.5:
+            person = int(rng.integers(len(group.people)))
+        if person is None:
+            shirt = rng.choice(list(SHIRTS))
+            place = rng.choice(list(load_asset("questions")["places"]))
+            i = group.number * POOL_STEP + 2 * int(rng.integers(POOL // 2))
+        else:
+            shirt = group.shirts[person]
+            place = group.places[person]
+            i = group.people[person]
+
+        if kind == "clothes":
+            return self.clothes_feature(group, shirt, rng)
+        if kind == "place":
+            return self.place_feature(group, place, rng)
+        if kind == "activity":
+            return self.activity_feature(group, i)
+        return self.statement_feature(group, i, rng)
+
+    def question(self, group, rng, target="pose", absent=False):
+        """A Question about a group that has one answer. rng: of what it asks, and how.
+
+        It says a person's clothes, place, activity, a statement about the pose, or two of these.
+        What it says is true of one person and, as far as can be measured, of nobody else.
+        target: what it asks for, "pose" | "text". absent: nobody fits.
+        """
+        kinds = ["activity", "clothes", "place", "statement"]
+        while True:
+            person = None if absent else int(rng.integers(len(group.people)))
+            n_kinds = 2 if rng.random() < SHARE_OF_TWO else 1
+            chosen = sorted(rng.choice(kinds, n_kinds, replace=False))
+            features = [self.feature(group, kind, rng, person) for kind in chosen]
+            if None in features:
+                continue
+
+            fits = np.all([feature.fits for feature in features], 0)          # (n,)
+            if fits.sum() == (0 if absent else 1):
+                text = ask_about(features, target, rng)
+                return Question(text, -1 if absent else person)
 
     @functools.cached_property
     def codes(self):
@@ -872,6 +1279,15 @@ class World:
         if codes:
             sentences.append(to_text(codes, rng))
         return " ".join(sentences) or self.caption(i, rng)
+
+    def speculation(self, i, rng):
+        """A request for what person i does that never names it: "You just dropped your keys."
+
+        i is even: an edit may have left the activity.
+        """
+        assert i % 2 == 0, f"person {i} is an edit, whose activity is not known"
+        wordings = speculations(self.activity[i], self.split)
+        return wordings[rng.integers(len(wordings))]
 
     def difference(self, i, rng):
         """How to get from person i to its partner, in words."""
@@ -1534,6 +1950,7 @@ def check_box(box, size):
 #   pose          (22,3,3) float32, y up; that of a picture is in its camera's frame, +z towards it
 #   texts         a list: they describe `pose`, or how to get from `start` to `pose`
 #   image, box    [file, first byte, number of bytes (-1: all)]; a square [center x, y, side] in it
+#   question      about one of the people in the picture; `pose`, `texts` and `box` are this one's
 #   start         pose A of a pair, if `pose` is B; start_id, start_image: its entry and its picture
 #   together      of a pair: are both poses frames of one sequence? Then B gets the turn that makes
 #                 A face front; else each faces front by itself (PoseFix's rule)
@@ -1860,6 +2277,38 @@ def built_record(row, folder, only_refined):
     return record
 
 
+def read_questions(path, images, skipped):
+    """Questions about pictures: a file of JSON lines, and the folder of its pictures.
+
+    {"image": "a.jpg", "question": "What pose does the one in red have?"}, and what is known of the
+    answer: "pose" of the person who is asked for, as `as_rotations` takes it, with its root in the
+    camera's axes (z ahead, y down); "answer", a text; "box" around this person, [left, top, width,
+    height] in pixels.
+    """
+    for number, line in enumerate(check_file(path).read_bytes().splitlines(), 1):
+        with skip_bad_entry(skipped, f"{path}, line {number}"):
+            row = json.loads(line)
+            if not isinstance(row, dict) or not is_usable_text(row.get("question")):
+                raise UserError("it has no question")
+
+            center = None
+            sides = None
+            if "box" in row:
+                left, top, width, height = map(float, row["box"])
+                center = (left + width / 2, top + height / 2)
+                sides = (width, height)
+            pose = np.array(row["pose"]) if "pose" in row else None
+            image = [pathlib.Path(images) / row["image"], 0, -1]
+            record = picture_record(image, center, sides, pose)
+
+            record["id"] = f"{row['image']}:{number}"
+            record["source"] = pathlib.Path(path).stem
+            record["question"] = row["question"]
+            if "answer" in row:
+                record["texts"] = [row["answer"]]
+            yield record
+
+
 def read_embedded(path, skipped):
     """People of the embedded world, "train:2000", in their camera's frame."""
     split, _, n = path.partition(":")
@@ -1885,6 +2334,7 @@ READERS = {
     "posefix_a": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=AUTOMATIC)),
     "posefix_h": Reader("RELEASE,AMASS", functools.partial(read_posescript, patterns=HUMAN)),
     "built": Reader("FOLDER", read_built),
+    "questions": Reader("JSONL,IMAGES", read_questions),
     "refined": Reader("FOLDER", functools.partial(read_built, only_refined=True)),
     "world": Reader("SPLIT:N", read_embedded),
 }

@@ -3,6 +3,7 @@
 Every task is evaluated on people of the test split, whose poses and captions are known:
 
     generated pose   MPJPE, PA-MPJPE    how far the joints are off, in mm
+                     MPJRE              how far their rotations are off, in degrees
                      statements         share of the caption's statements that hold for the pose
     generated text   precision          share of its statements that are true of the pose
                      recall             share of the reference's statements that it makes too
@@ -101,6 +102,23 @@ def similarity_align(pred, target):
 def pa_mpjpe(pred, target):
     """MPJPE after the best similarity transform per sample. (B,J,3) metres -> (B,) mm."""
     return 1000 * (similarity_align(pred, target) - target).norm(dim=-1).mean(-1)
+
+
+def mpjre(pred, target):
+    """Mean per-joint rotation error: the angle between predicted and true rotation of each joint.
+
+    pred, target: (B,22,3,3), relative to the parent joint; the root's, of the whole person, counts
+    as one of the 22. Returns (B,) degrees. Papers print it times 100 without a unit, probably from
+    radians: their 10.4 would be 6 degrees.
+    """
+    between = pred.double() @ target.double().mT                                      # (B,22,3,3)
+    cosine = (between.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2                     # (B,22)
+
+    # the skew part is 2 sin(angle) times the axis; acos alone loses half of the digits at 0 and pi
+    skew = between - between.mT
+    axis = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)       # (B,22,3)
+    angle = torch.atan2(axis.norm(dim=-1) / 2, cosine)                                # (B,22)
+    return angle.rad2deg().mean(-1)
 
 
 # ---- 2. Texts: overlap with the wording of the reference -----------------------------------------
@@ -538,6 +556,7 @@ class Evaluator(NamedTuple):
         return {
             "mpjpe": mpjpe(joints, target).mean().item(),
             "pa_mpjpe": pa_mpjpe(joints, target).mean().item(),
+            "mpjre": mpjre(poses, evalset.poses).mean().item(),
             **pose_statement_metrics(evalset.texts, evalset.facing_front(poses), evalset.sources),
             **self.retrieval_metrics(evalset, poses, evalset.texts),
         }
@@ -725,6 +744,7 @@ def evaluate_tokenizer(model, evaluator, evalset):
     return {
         "mpjpe": metrics["mpjpe"],
         "pa_mpjpe": metrics["pa_mpjpe"],
+        "mpjre": metrics["mpjre"],
         "active": (usage > 0).double().mean().item(),
         "perplexity": torch.special.entr(usage).sum().exp().item(),
         "statements_kept": metrics["statement_accuracy"],
@@ -765,6 +785,7 @@ def evaluate(model, evaluator, tasks=tuple(TASKS), split="test", n=512, decode="
 PROTOCOL = """\
 {weights} ({size}): {split} split, {n} questions a task, plain templates, body {body}, seed {seed}
 MPJPE in mm: 22 joints, pelvis at the origin, no alignment; PA: after the best similarity transform
+MPJRE in degrees: mean angle between the rotations of 22 joints, the root among them, no alignment
 true: share of statements within the tolerance of the captions; exactly: without it
 recall, F1: of statements; same: share of pairs of equal poses that are told to be equal
 - baselines to beat, + upper bounds
@@ -772,6 +793,7 @@ recall, F1: of statements; same: share of pairs of equal poses that are told to 
 COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the tokenizer
     "MPJPE": ["mpjpe"],
     "PA": ["pa_mpjpe"],
+    "MPJRE": ["mpjre"],
     "true": ["statement_accuracy", "precision", "statements_kept"],
     "exactly": ["statement_accuracy_exact", "precision_exact", "statements_kept_exact"],
     "recall": ["recall"],
@@ -792,7 +814,7 @@ def format_cell(heading, metrics):
         if isinstance(value, list):
             value = value[0] if value else None  # R-precision: of the best one
         if value is not None:
-            digits = 1 if heading in ("MPJPE", "PA") else 3
+            digits = 1 if heading in ("MPJPE", "PA", "MPJRE") else 3
             return f"{value:>8.{digits}f}"
     return " " * 8
 

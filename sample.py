@@ -315,9 +315,11 @@ class Engine:
 
     def generate(self, prompts, wants, n):
         """Prompts, and what each wants -> list of Answer; see the function `generate`."""
-        return self.finish(self.answer(prompts, wants, n))
+        # a tenth faster than no_grad; training cannot use its tensors, so `finish` stands outside
+        with torch.inference_mode():
+            rows = self.answer(prompts, wants, n)
+        return self.finish(rows)
 
-    @torch.no_grad()
     def answer(self, prompts, wants, n):
         """Prompts, and what each wants -> list of RowState, n for each prompt."""
         # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,
@@ -1422,8 +1424,8 @@ def score(task, answer, target, poses, body):
 def read_motions(config):
     """--pose and --every -> what is asked of each frame, a list of Question. Raises UserError.
 
-    One motion is described frame by frame; of two, each frame of the second is set against the
-    frame of the same number of the first.
+    One motion is described frame by frame; of two, A and B, each frame of A is told how to become
+    the frame of B with the same number: an attempt comes before its model.
     """
     motions = []
     rates = []
@@ -1656,7 +1658,7 @@ class Config:
     up: str = ""  # up in --pose: y | z | camera (y down, z ahead); empty: as the kind of file says
     task: str = ""  # needed for one picture only: image2text or image2pose
     ask: str = ""  # your own words, with <image>, <pose> or <caption> in the place of each input
-    every: int = None  # describe every so many frames of the motion in --pose; of two, B beside A
+    every: int = None  # describe every so many frames of a motion in --pose; of two: A's way to B
     jsonl: str = ""  # a file of questions, one JSON object a line; needs --out ANSWERS.jsonl
     batch: int = 16  # how many questions of --jsonl, or frames of --every, are answered together
     weights: str = TINY  # a trained folder, or the official release's `cache`

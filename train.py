@@ -177,8 +177,11 @@ def tasks_offered(record):
     """The tasks that a record of `data.read_records` can be an example of.
 
     A picture with both texts and a pose is for tasks that use all three, and for those about the
-    picture and its texts, not for those that leave the texts out.
+    picture and its texts, not for those that leave the texts out. A picture with a question is for
+    none: it shows several people.
     """
+    if "question" in record:
+        return ()
     held = set()
     for kind, key in (("image", "image"), ("text", "texts"), ("pose", "pose")):
         if key in record:
