@@ -1001,7 +1001,7 @@ class Curve(NamedTuple):
 
 
 STRAIGHT = 0.15  # times that are no further off a line than this are called straight
-BATCH = "a small batch waits for the weights as one row does, and a large one outgrows the caches"
+BATCH = "a small batch waits for the weights as one row does, a large one for memory of the system"
 PROMPT = "each token attends to all before it, so a long prompt costs more a token"
 
 
