@@ -101,6 +101,11 @@ SLOT = re.compile(r"(<\w+>)")                              # where a template ta
 N_TEMPLATES = 200                                          # per task, as in the paper
 
 
+def answerable(tasks, pose_head):
+    """Those of some tasks that a model of this pose head takes: without codes it reads no poses."""
+    return [task for task in tasks if pose_head == "codes" or "pose" not in TASKS[task].inputs]
+
+
 def slots(task):
     """The slots of a task's templates, in order: ["<poseA>", "<poseB>"] for posediff."""
     inputs = TASKS[task].inputs

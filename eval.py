@@ -48,7 +48,7 @@ from captions import (
     VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, split_sentences,
     statements, to_text, view_in,
 )
-from data import TASKS, Mixture, World, records_with_pose, vocabulary
+from data import TASKS, Mixture, World, answerable, records_with_pose, vocabulary
 from sample import DECODINGS, CachedModel, generate, question, validate_decoding
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, load_body,
@@ -56,8 +56,8 @@ from tokenizer import (
 )
 from unipose import (
     PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, Row, UniPose, collate, default_dtype, find_device, load,
-    load_strictly, model_config, read_config, read_tensors, require_stages, trainable,
-    word_tokenizer,
+    load_strictly, model_config, read_config, read_tensors, require_codes, require_stages,
+    trainable, word_tokenizer,
 )
 
 
@@ -677,13 +677,15 @@ def round_trip(model, poses):
 
 def upper_bounds(evalset, model, seed):
     """name -> answers that no model of pose tokens can beat: the truth, and the truth through the
-    tokenizer.
+    tokenizer, where the model has one.
 
     For texts: another true text with another seed, which is the BLEU and the recall of a perfect
     model.
     """
-    _, decoded = round_trip(model, evalset.poses)
-    bounds = {"tokenizer": decoded, "ground_truth": evalset.poses}
+    bounds = {}
+    if model.has_codes:
+        _, bounds["tokenizer"] = round_trip(model, evalset.poses)
+    bounds["ground_truth"] = evalset.poses
     if evalset.target == "pose":
         return bounds
 
@@ -700,7 +702,9 @@ def upper_bounds(evalset, model, seed):
 
 # ---- 8. The whole report -------------------------------------------------------------------------
 def answer_all(model, evalset, decode, batch):
-    """The model's answers to an EvalSet: poses (n,22,3,3) or a list of n texts."""
+    """The model's answers to an EvalSet: poses (n,22,3,3) or a list of n texts, and how many lack
+    a pose that was asked for: a model that writes poses as text may write none. The pose at rest
+    stands in for these."""
     n = len(evalset.texts)
     answers = []
     for start in progress_bar(range(0, n, batch), f"{evalset.task}: {decode}"):
@@ -708,8 +712,11 @@ def answer_all(model, evalset, decode, batch):
         answers += generate(model, prompts, [evalset.target] * len(prompts), decode=decode)
 
     if evalset.target == "pose":
-        return torch.stack([answer.pose for answer in answers])
-    return [answer.text for answer in answers]
+        rest = torch.eye(3).expand(22, 3, 3)
+        poses = [rest if answer.pose is None else answer.pose for answer in answers]
+        n_missing = sum(answer.pose is None for answer in answers)
+        return torch.stack(poses), n_missing
+    return [answer.text for answer in answers], 0
 
 
 def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
@@ -720,7 +727,10 @@ def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
 
     metrics = {}
     for decode in decodings:
-        metrics[decode] = evaluator.metrics(evalset, answer_all(model, evalset, decode, batch))
+        answers, n_missing = answer_all(model, evalset, decode, batch)
+        metrics[decode] = evaluator.metrics(evalset, answers)
+        if model.config["pose_head"] == "text":
+            metrics[decode]["no_pose"] = n_missing
 
     first, *others = decodings
     report = {**metrics[first], "decode": first}
@@ -766,14 +776,17 @@ def evaluate(model, evaluator, tasks=tuple(TASKS), split="test", n=512, decode="
 
     report = {
         "size": model.config["size"],
+        "pose_head": model.config["pose_head"],
         "seed": seed,
         "split": split,
         "n": n,
         "body": evaluator.body.name,
         "decode": decode,
-        "tokenizer": evaluate_tokenizer(model, evaluator, EvalSet(world, "text2pose", n, seed)),
-        "tasks": {},
     }
+    if model.has_codes:
+        evalset = EvalSet(world, "text2pose", n, seed)
+        report["tokenizer"] = evaluate_tokenizer(model, evaluator, evalset)
+    report["tasks"] = {}
     for task in tasks:
         evalset = EvalSet(world, task, n, seed)
         train_set = EvalSet(train_world, task, pool, seed)
@@ -807,6 +820,9 @@ COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the toke
 }
 
 
+SYSTEMS = {"codes": "UniPose", "mlp": "ChatPose", "text": "in words"}  # pose head -> whose it is
+
+
 def format_cell(heading, metrics):
     """The value of one column, 8 characters wide; blank where a row has none."""
     for name in COLUMNS[heading]:
@@ -821,11 +837,14 @@ def format_cell(heading, metrics):
 
 def format_table(report):
     """The report as aligned lines: for each task the model, then its baselines and upper bounds."""
-    tokenizer = report["tokenizer"]
-    rows = [("tokenizer", f"{tokenizer['active']:.0%} codes active", tokenizer)]
+    rows = []
+    system = SYSTEMS[report["pose_head"]]
+    if "tokenizer" in report:
+        tokenizer = report["tokenizer"]
+        rows.append(("tokenizer", f"{tokenizer['active']:.0%} codes active", tokenizer))
     for task, metrics in report["tasks"].items():
-        rows.append((task, f"UniPose {metrics['decode']}", metrics))
-        for group, mark in (("decoding", "UniPose"), ("baselines", "-"), ("ceilings", "+")):
+        rows.append((task, f"{system} {metrics['decode']}", metrics))
+        for group, mark in (("decoding", system), ("baselines", "-"), ("ceilings", "+")):
             for name, group_metrics in metrics.get(group, {}).items():
                 rows.append(("", f"{mark} {name}", group_metrics))
 
@@ -913,16 +932,18 @@ def most_tokens(model, target, decode="argmax"):
     """How many tokens an answer may have: an untrained model does not know when to stop."""
     if target == "text":
         return 160
-    if decode == "ar" or model.config["attn"] == "causal":
-        return model.pose_tokenizer.n_tokens + 3  # <p>, its codes, </p> and </s>
+    one_by_one = decode == "ar" or model.config["attn"] == "causal"
+    if one_by_one or model.config["pose_head"] == "text":
+        return model.pose_length + 3  # <p>, its codes or words, </p> and </s>
     return 3
 
 
 def measure_speed(model, seed=0, repeats=7):
     """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every
-    task's latency."""
+    task's latency. A model without codes has its latencies only."""
     world = World("test", 2, model.vision.clip_size)
-    evalsets = {task: EvalSet(world, task, 1, seed) for task in TASKS}
+    tasks = answerable(TASKS, model.config["pose_head"])
+    evalsets = {task: EvalSet(world, task, 1, seed) for task in tasks}
 
     row = model.encode(evalsets["text2pose"].question(0, model))
     prompt = CachedModel(model, 1)
@@ -937,17 +958,25 @@ def measure_speed(model, seed=0, repeats=7):
         generate(model, prompts, [target], decode=decode, max_new=max_new)
         return time.perf_counter() - start
 
-    pose_ms = median_ms(
-        repeats,
-        parallel=lambda: pose_seconds(model, prompt, stepwise=False),
-        one_by_one=lambda: pose_seconds(model, prompt, stepwise=True),
-    )
-    answer_ms = median_ms(
-        repeats,
-        parallel=lambda: answer_seconds("text2pose"),
-        one_by_one=lambda: answer_seconds("text2pose", "ar"),
-    )
-    per_task = {task: functools.partial(answer_seconds, task) for task in TASKS}
+    times = {}
+    if model.has_codes:
+        pose_ms = median_ms(
+            repeats,
+            parallel=lambda: pose_seconds(model, prompt, stepwise=False),
+            one_by_one=lambda: pose_seconds(model, prompt, stepwise=True),
+        )
+        answer_ms = median_ms(
+            repeats,
+            parallel=lambda: answer_seconds("text2pose"),
+            one_by_one=lambda: answer_seconds("text2pose", "ar"),
+        )
+        times = {
+            "pose_ms": pose_ms,
+            "pose_ratio": pose_ms["one_by_one"] / pose_ms["parallel"],
+            "answer_ms": answer_ms,
+            "answer_ratio": answer_ms["one_by_one"] / answer_ms["parallel"],
+        }
+    per_task = {task: functools.partial(answer_seconds, task) for task in tasks}
     latency_ms = median_ms(repeats, **per_task)
 
     read_each_step = [*model.llm.model.layers.parameters(), model.llm.lm_head.weight]
@@ -955,16 +984,13 @@ def measure_speed(model, seed=0, repeats=7):
     bytes_per_s = copy_speed(model.device)
     return {
         "prompt_tokens": len(row.ids),
-        "pose_tokens": model.pose_tokenizer.n_tokens,
+        "pose_tokens": model.vocab.n_tokens,
         "latency_ms": latency_ms,
         "llm_gb": llm_bytes / 1e9,
         "copy_gb_per_s": bytes_per_s / 1e9,
         "read_once_ms": 1000 * llm_bytes / bytes_per_s,
         "peak_memory_gb": peak_memory(model.device) / 1e9,
-        "pose_ms": pose_ms,
-        "pose_ratio": pose_ms["one_by_one"] / pose_ms["parallel"],
-        "answer_ms": answer_ms,
-        "answer_ratio": answer_ms["one_by_one"] / answer_ms["parallel"],
+        **times,
     }
 
 
@@ -978,6 +1004,9 @@ def format_speed(figures):
         "pose": "the pose, from the cached prompt",
         "answer": "the whole answer, prompt included",
     }
+    if "pose_ms" not in figures:  # of a model without codes
+        labels = {}
+        lines = ["{prompt_tokens} tokens before an answer, median ms".format(**figures)]
     for key, label in labels.items():
         times = figures[f"{key}_ms"]
         ratio = figures[f"{key}_ratio"]
@@ -1208,19 +1237,22 @@ def check_choice(flag, value, choices):
         raise UserError(f"--{flag} {value} is not one of {', '.join(filter(None, choices))}")
 
 
-def trained_tasks(stages):
+def trained_tasks(stages, pose_head="codes"):
     """The tasks that a model which has been through `stages` can answer, and {why not: the others}.
 
-    Raises UserError if not even its pose tokenizer can be measured. stages: see `require_stages`.
+    Raises UserError if not even its pose tokenizer can be measured. stages, pose_head: see
+    `require_stages`.
     """
-    if stages is not None and "tokenizer" not in stages:
+    if stages is not None and pose_head == "codes" and "tokenizer" not in stages:
         require_stages(stages, with_images=False)
 
     trained = []
     left_out = {}
     for task, row in TASKS.items():
         try:
-            require_stages(stages, "image" in row.inputs)
+            require_stages(stages, "image" in row.inputs, pose_head)
+            if "pose" in row.inputs:
+                require_codes(pose_head)
             trained.append(task)
         except UserError as reason:
             left_out.setdefault(str(reason), []).append(task)
@@ -1257,11 +1289,17 @@ def main(argv=None):
         model = random_model(config.size, config.seed, device)
         retrieval_model = None
     else:
-        stages = read_config(config.weights).get("stages")
+        notes = read_config(config.weights)
+        stages = notes.get("stages")
+        pose_head = notes["pose_head"]
         if config.tasks or config.speed:
-            require_stages(stages, any("image" in TASKS[task].inputs for task in tasks))
+            tasks = config.tasks or answerable(TASKS, pose_head)
+            with_images = any("image" in TASKS[task].inputs for task in tasks)
+            require_stages(stages, with_images, pose_head)
+            if any("pose" in TASKS[task].inputs for task in tasks):
+                require_codes(pose_head)
         elif not config.features:
-            tasks, left_out = trained_tasks(stages)
+            tasks, left_out = trained_tasks(stages, pose_head)
         model = load(config.weights, device)
         retrieval_model = load_retrieval_model(config.weights)
     validate_decoding(model, *config.decode.split(","))

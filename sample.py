@@ -71,7 +71,7 @@ from PIL import Image
 
 from captions import check_text
 from data import (
-    HEAD, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, as_rotations, body_colors,
+    HEAD, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable, as_rotations, body_colors,
     contact_sheet, default_body, draw_pose, open_picture, project, read_frames, read_pose,
     render_template, save_png, split_pose_path, square, templates, to_rgb, upright_reading,
     uprightness, vertex_normals, write_pose,
@@ -83,8 +83,8 @@ from tokenizer import (
     validate_folder, validate_writable,
 )
 from unipose import (
-    Row, collate, find_device, float_mask, load, mixed_mask, normalise_text, read_config,
-    require_stages, set_threads,
+    POSE_CHARACTERS, Row, collate, find_device, float_mask, load, mixed_mask, normalise_text,
+    read_config, read_pose_words, require_codes, require_stages, set_threads,
 )
 
 
@@ -95,7 +95,7 @@ class Answer:
 
     text: str                       # "" if it holds none
     pose: torch.Tensor | None       # (22,3,3) rotation matrices
-    codes: list                     # the code words of the pose
+    codes: list                     # the code words of the pose, if the model has any
     ids: list                       # every token of the answer, in order
     finished: bool                  # it ended with </s>, not at the length limit
 
@@ -143,6 +143,8 @@ class RowState:
     ids: list = field(default_factory=list)
     codes: list = field(default_factory=list)
     probs: torch.Tensor | None = None   # (N,K) under the queries, for soft decoding
+    words: list = field(default_factory=list)   # the pose as text, if the model writes it so
+    pose: torch.Tensor | None = None    # (22,3,3)
 
 
 # ---- 2. Decoding ---------------------------------------------------------------------------------
@@ -277,7 +279,12 @@ DECODINGS = ("argmax", "soft", "ar")
 
 
 def validate_decoding(model, *decodings):
-    """Raises UserError if a decoding needs queries and the model has none."""
+    """Raises UserError if a decoding needs codes or queries and the model has none."""
+    for decode in decodings:
+        if decode != "argmax" and not model.has_codes:
+            head = model.config["pose_head"]
+            raise UserError(f"--decode {decode} is about codes, and this model has none: it was "
+                            f"trained with --pose_head {head}; use --decode argmax")
     if "soft" in decodings and model.config["attn"] == "causal":
         raise UserError("--decode soft needs the queries of a model trained with --attn mixed, and "
                         "this one is causal; use --decode argmax")
@@ -289,7 +296,9 @@ class Engine:
     decode: "argmax" takes the best code of each query (the paper), "soft" averages the codebook
     under each query's distribution, "ar" decodes one code a step. A model trained with --attn
     causal has no queries and always decodes one code a step. Any other model was never trained on
-    its own codes, so with it "ar" serves to measure time only.
+    its own codes, so with it "ar" serves to measure time only. Models without codes have one way:
+    with --pose_head mlp the hidden state of one query gives the rotations, at any temperature; with
+    text a pose is written one character a step.
     temperature: 0 is greedy. max_tokens: a row stops after so many tokens at the latest.
     """
 
@@ -304,8 +313,10 @@ class Engine:
 
         self.vocab = model.vocab
         self.eos = model.text_tokenizer.eos_token_id
-        self.n_tokens = model.pose_tokenizer.n_tokens
-        self.code_by_code = decode == "ar" or model.config["attn"] == "causal"
+        self.n_tokens = self.vocab.n_tokens
+        self.writes_poses = model.config["pose_head"] == "text"
+        self.code_by_code = (
+            decode == "ar" or model.config["attn"] == "causal" or self.writes_poses)
         assert not (self.code_by_code and decode == "soft"), "soft decoding needs queries"
         self.allowed = self.allowed_tokens()
 
@@ -380,6 +391,10 @@ class Engine:
         allowed[State.OPEN, vocab.p_open] = True
         allowed[State.IN_POSE, vocab.pose0:vocab.p_open] = True
         allowed[State.POSE_FULL, vocab.p_close] = True
+        if self.writes_poses:
+            characters = self.model.text_tokenizer.convert_tokens_to_ids(list(POSE_CHARACTERS))
+            allowed[State.IN_POSE, characters] = True
+            allowed[State.IN_POSE, vocab.p_close] = True
         return allowed.to(self.model.device)
 
     def new_row(self, want):
@@ -461,18 +476,29 @@ class Engine:
             row.codes.append(token - vocab.pose0)
             if len(row.codes) == self.n_tokens:
                 row.state = State.POSE_FULL
+        elif row.state is State.IN_POSE:
+            row.words.append(token)
 
         if token == self.eos or len(row.ids) >= self.max_tokens:
             row.state = State.DONE
 
     def decode_queries(self, rows, states):
-        """Samples all codes of every pose whose queries and </p> were read last. states (B,q,D)."""
+        """Samples all codes of every pose whose queries and </p> were read last. states (B,q,D).
+
+        With --pose_head mlp the only query of each gives its rotations.
+        """
         opened = [i for i, row in enumerate(rows) if row.state is State.IN_POSE]
         if self.code_by_code or not opened:
             return
 
         vocab = self.vocab
         queries = states[opened, -1 - self.n_tokens:-1]                         # (R,N,D)
+        if self.model.pose_mlp:
+            for i, pose in zip(opened, self.model.read_poses(queries[:, 0])):
+                rows[i].pose = pose                                             # (22,3,3)
+                self.append_token(rows[i], vocab.p_close)
+            return
+
         code_head = self.model.llm.lm_head.weight[vocab.pose0:vocab.p_open]     # (K,D)
         logits = queries @ code_head.T                                          # (R,N,K)
         codes = sample_token(logits, self.temperature, self.generator)          # (R,N)
@@ -497,7 +523,7 @@ class Engine:
         said = said[..., :self.vocab.n_text].argmax(-1).tolist()
 
         for i, row in enumerate(rows):
-            if row.state is not State.TEXT_ONLY or not row.codes:
+            if row.state is not State.TEXT_ONLY or self.vocab.p_close not in row.ids:
                 continue
             if said[i] == self.suffix:
                 room = self.max_tokens - len(row.ids)
@@ -509,14 +535,25 @@ class Engine:
         return hidden
 
     def finish(self, rows):
-        """Rows -> their Answers: codes become rotations, ids become text."""
-        poses = self.decode_poses([row for row in rows if len(row.codes) == self.n_tokens])
+        """Rows -> their Answers: codes become rotations, ids become text.
+
+        A pose that a model wrote as text, but not as `pose_words` does, is none.
+        """
+        if self.model.has_codes:
+            self.decode_poses([row for row in rows if len(row.codes) == self.n_tokens])
         answers = []
         for row in rows:
-            text_ids = [i for i in row.ids if i < self.vocab.n_text and i != self.eos]
+            ids = row.ids
+            if row.words:
+                words = self.model.text_tokenizer.convert_ids_to_tokens(row.words)
+                if self.vocab.p_close in ids:
+                    row.pose = read_pose_words("".join(words))
+                start = ids.index(self.vocab.p_open)
+                ids = ids[:start] + ids[start + 1 + len(words):]
+            text_ids = [i for i in ids if i < self.vocab.n_text and i != self.eos]
             answers.append(Answer(
                 text=self.model.decode_text(text_ids),
-                pose=poses.pop(0) if len(row.codes) == self.n_tokens else None,
+                pose=None if row.pose is None else row.pose.cpu().clone(),
                 codes=row.codes,
                 ids=row.ids,
                 finished=row.ids[-1] == self.eos,
@@ -524,16 +561,17 @@ class Engine:
         return answers
 
     def decode_poses(self, rows):
-        """Rows with all their codes -> list of poses (22,3,3)."""
+        """Gives rows with all their codes the poses (22,3,3) that these stand for."""
         if not rows:
-            return []
+            return
         if self.decode == "soft":
             probs = torch.stack([row.probs for row in rows])                    # (R,N,K)
             poses = self.model.pose_tokenizer.decode_soft(probs)                # (R,22,3,3)
         else:
             codes = torch.tensor([row.codes for row in rows], device=self.model.device)  # (R,N)
             poses = self.model.pose_tokenizer.decode(codes)                     # (R,22,3,3)
-        return list(poses.cpu())
+        for row, pose in zip(rows, poses):
+            row.pose = pose
 
 
 def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None,
@@ -550,9 +588,10 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     not been trained for such prompts.
     """
     kinds = {kind for prompt in prompts for kind, _, _ in prompt}
-    require_stages(model.stages, with_images="image" in kinds)
+    require_stages(model.stages, "image" in kinds, model.config["pose_head"])
     if not max_new:
         max_new = 160 if model.is_word_level else 512
+        max_new = max(max_new, model.pose_length + 4)   # <p>, </p>, perhaps a space, and </s>
     engine = Engine(model, decode, temperature, generator, max_new)
     return engine.generate(prompts, wants or [None] * len(prompts), n)
 
@@ -699,7 +738,8 @@ def validate_length(model, text):
     n = len(model.text_ids(text))
     longest = model.llm.config.max_position_embeddings
     # beside the text a sequence may hold two pictures, poses, and the answer
-    reserved = 2 * model.vision.n_patches + 4 * model.pose_tokenizer.n_tokens
+    n_poses = 4 if model.has_codes else 1
+    reserved = 2 * model.vision.n_patches + n_poses * model.pose_length
     if n + reserved > longest:
         raise UserError(f"--text has {n} words and marks, and the model reads {longest} tokens in "
                         "all; shorten it")
@@ -1358,12 +1398,13 @@ def encode_array(array, dtype):
 
 # ---- 7. The tour ---------------------------------------------------------------------------------
 def tour(model, body, config):
-    """Answers all seven tasks in one batch: task k about the k-th pair of the test split."""
+    """Answers all its tasks in one batch: task k about the k-th pair of the test split."""
+    tasks = answerable(TASKS, model.config["pose_head"])
     world = World("test", 2 * len(TASKS), model.vision.clip_size)
     out = pathlib.Path(config.out)
     questions = []
     targets = []
-    for k, task in enumerate(TASKS):
+    for k, task in enumerate(tasks):
         rng = np.random.default_rng((0, 2 * k))
         *inputs, target = world.example(task, 2 * k, rng)
         questions.append(Question(task, inputs, TASKS[task].target))
@@ -1394,7 +1435,7 @@ def tour(model, body, config):
 
     path = out / f"{numbered('tour', next_number(out, 'tour'))}.png"
     save_png(contact_sheet([sheet_row(*row, body) for row in rows]), path)
-    print(f"\nseven answers in {seconds:.1f} s, as one batch; look at {path}")
+    print(f"\n{len(tasks)} answers in {seconds:.1f} s, as one batch; look at {path}")
     show_rows(rows, body, config)
 
 
@@ -1777,11 +1818,12 @@ def answer_question(model, body, config, question):
 
     out = pathlib.Path(config.out)
     number = next_number(out, question.name)
+    missing = "(no pose)" if question.want == "pose" else ""
     results = []
     for k, answer in enumerate(answers):
         results.append((f"answer {k + 1}" if config.n > 1 else "answer", answer.value))
         if answer.pose is None:
-            print(answer.text)
+            print(answer.text or missing)
         else:
             path = out / f"{numbered(question.name, number + k)}.npz"
             write_pose(path, answer.pose)
@@ -1853,7 +1895,9 @@ def main(argv=None):
         if not lines:
             print(f"{config.out} holds an answer to every question")
             return
-    require_stages(notes.get("stages"), with_images)
+    require_stages(notes.get("stages"), with_images, notes["pose_head"])
+    if config.pose:
+        require_codes(notes["pose_head"])
     set_threads(config.threads, notes)
 
     model = load(config.weights, device)

@@ -6358,7 +6358,7 @@ def test_a_config_that_does_not_fit_is_refused(nano_checkpoint, tmp_path, path, 
     refused(message, unipose.load, folder)
 
 
-@pytest.mark.parametrize("key", unipose.MODEL_KEYS)
+@pytest.mark.parametrize("key", sorted({*unipose.MODEL_KEYS} - {*unipose.NEWER_ENTRIES}))
 def test_a_config_without_an_entry_is_refused(nano_checkpoint, tmp_path, key):
     description = read_description(nano_checkpoint)
     del description["config"][key]
@@ -10059,6 +10059,466 @@ def test_a_report_has_the_rotation_error_of_every_pose_in_the_json_and_in_the_ta
     column = evaluation.format_table(report)[0].index("   MPJRE")
     for line in evaluation.format_table(report)[1:]:
         assert 0 <= float(line[column:column + 8]) < 180
+
+
+def chatpose(**changes):
+    """An untrained nano ChatPose that knows a few words; its head is not at rest."""
+    model = nano(pose_head="mlp", vision="clip", lora_on="qv", **changes)
+    torch.nn.init.normal_(model.pose_mlp[-1].weight, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def trained_chatpose(tmp_path_factory):
+    """The folder of a nano ChatPose that went through a few steps of all its stages."""
+    out = tmp_path_factory.mktemp("chatpose") / "nano"
+    train.main(["--stage=all", "--size=nano", "--pose_head=mlp", "--people=16", "--steps=3",
+                f"--out={out}"])
+    return out
+
+
+READ_WITHOUT_CODES = ["text2pose", "image2pose", "image2text", "imagediff"]
+
+
+def test_chatpose_has_one_query_and_no_codes_in_its_vocabulary():
+    vocab = chatpose().vocab
+
+    assert (vocab.codes, vocab.n_tokens) == (0, 1)
+    assert vocab.size == vocab.n_text + 5  # <p> </p> <img> </img> and the query
+
+
+def test_chatpose_answers_a_pose_by_one_query_between_its_marks():
+    model = chatpose()
+
+    row = model.encode(QUESTIONS["text2pose"])
+
+    v = model.vocab
+    eos = model.text_tokenizer.eos_token_id
+    assert row.ids[-4:] == [v.p_open, v.query0, v.p_close, eos]
+    assert row.block == [-1] * (len(row.ids) - 3) + [0, -1, -1]
+    assert row.labels[-5:] == [v.p_open, -100, -100, eos, -100]
+    assert torch.equal(torch.stack(row.poses), A[None])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_knows_which_query_stands_for_which_pose(side):
+    model = chatpose()
+    rows = [model.encode(QUESTIONS[task]) for task in READ_WITHOUT_CODES]
+
+    batch = unipose.collate(rows, side)
+
+    assert torch.equal(batch["poses"], torch.stack([A, B]))
+    queries = batch["ids"].flatten() == model.vocab.query0
+    assert batch["queries"].tolist() == queries.nonzero().flatten().tolist()
+
+
+def test_the_loss_of_chatpose_is_that_of_words_and_a_tenth_of_the_l1_of_body_and_root():
+    """By hand, of one pose: <p> and </s> are predicted, </p> counts as well."""
+    model = chatpose()
+    batch = unipose.collate([model.encode(QUESTIONS["text2pose"])])
+    h = reread(model, batch)[0]
+    target = batch["labels"][0]
+    words = F.cross_entropy(model.llm.lm_head(h), target, ignore_index=-100, reduction="sum")
+    sixd = model.pose_mlp(h[-3]).view(22, 6)
+    error = (tokenizer.sixd_to_matrix(sixd) - A).abs()
+
+    loss, logs = model(batch)
+
+    rotations = 0.1 * error[1:].mean() + 0.1 * error[0].mean()
+    assert logs["terms"] == 3
+    close(loss, (words + unipose.WORDS_PER_POSE * rotations) / 3)
+    close(logs["body_l1"][0], error[1:].mean().detach())
+    close(logs["root_l1"][0], error[0].mean().detach())
+
+
+def test_with_so_many_words_a_pose_the_loss_of_chatpose_is_that_of_its_paper(monkeypatch):
+    """1.0 x the mean over words + 0.1 x the mean over the poses of a batch, body and root."""
+    model = chatpose()
+    batch = unipose.collate([model.encode(QUESTIONS[task]) for task in READ_WITHOUT_CODES])
+    _, logs = model(batch)
+    monkeypatch.setattr(unipose, "WORDS_PER_POSE", logs["terms"] / 2)
+
+    loss, logs = model(batch)
+
+    batch["poses"] = None
+    words, _ = model(batch)
+    body, n = logs["body_l1"]
+    root, _ = logs["root_l1"]
+    close(loss, words + 0.1 * body / n + 0.1 * root / n)
+
+
+def test_a_batch_without_poses_has_the_loss_of_its_words():
+    model = chatpose()
+
+    loss, logs = model(batch_of(model, "image2text"))
+
+    assert loss.isfinite()
+    assert logs["body_l1"] == logs["root_l1"] == (0, 0)  # of no pose
+
+
+@pytest.mark.parametrize("n_parts", [2, 4])
+def test_the_gradient_of_chatpose_is_the_same_however_its_batch_is_cut(n_parts):
+    model = chatpose().train()
+    sequences = [model.encode(QUESTIONS[task]) for task in READ_WITHOUT_CODES]
+    run = train.StageRun({"model": model}, lambda rows, step: model(
+        unipose.collate([sequences[k] for k in rows])))
+    config = train.Config(stage="instruct", size="nano", device="cpu")
+    learning = train.freeze(dataclasses.replace(config, lora_r=0), run.modules)
+
+    def gradient(accumulate):
+        model.zero_grad()
+        logs, terms = train.compute_gradient(
+            run, learning, 0, 4, dataclasses.replace(config, accumulate=accumulate))
+        return logs, terms, {name: p.grad for name, p in learning.items()}
+
+    logs, terms, whole = gradient(1)
+    parts_logs, parts_terms, parts = gradient(n_parts)
+
+    assert parts_terms == terms
+    assert parts_logs == pytest.approx(logs, rel=1e-5)
+    assert "pose_mlp.2.weight" in whole
+    for name in whole:
+        close(parts[name], whole[name], rtol=1e-4)
+
+
+def test_chatpose_learns_a_pose_by_heart():
+    model = chatpose()
+    batch = batch_of(model, "text2pose", "image2pose")
+
+    _, logs = learn(lambda: model(batch), model.parameters(), steps=120, lr=5e-3)
+
+    body, n = logs["body_l1"]
+    assert body / n < 0.1  # 0.6 before
+
+
+@pytest.mark.parametrize("task", ["text2pose", "image2pose"])
+def test_chatpose_answers_the_pose_that_its_training_compares(task):
+    model = chatpose()
+    batch = batch_of(model, task)
+    h = reread(model, batch).flatten(0, 1)
+
+    [answer] = sample.generate(model, [PROMPTS[task]], ["pose"])
+
+    close(answer.pose, model.read_poses(h[batch["queries"]])[0].detach(), atol=1e-4)
+
+
+def test_a_trained_chatpose_answers_texts_and_pictures_with_poses(trained_chatpose):
+    model = unipose.load(trained_chatpose)
+    prompts = [PROMPTS["text2pose"], PROMPTS["image2pose"]]
+
+    together = sample.generate(model, prompts, ["pose", "pose"])
+
+    for prompt, answer in zip(prompts, together):
+        [alone] = sample.generate(model, [prompt], ["pose"])
+        assert answer.codes == []
+        close(answer.pose @ answer.pose.mT, torch.eye(3).expand(22, 3, 3))
+        close(answer.pose, alone.pose)
+
+
+def test_chatpose_answers_texts_and_poses_in_one_batch_as_it_does_alone(trained_chatpose):
+    model = unipose.load(trained_chatpose)
+    prompts = [PROMPTS["image2text"], PROMPTS["text2pose"]]
+
+    described, posed = sample.generate(model, prompts, ["text", "pose"])
+
+    assert described.pose is None
+    assert described.ids == sample.generate(model, prompts[:1], ["text"])[0].ids
+    assert posed.ids == sample.generate(model, prompts[1:], ["pose"])[0].ids
+
+
+def test_chatpose_may_decide_for_itself_to_answer_a_pose():
+    model = chatpose()
+    learn(lambda: model(batch_of(model, "text2pose")), model.parameters(), steps=40, lr=5e-3)
+
+    [free] = sample.generate(model, [PROMPTS["text2pose"]])
+    [asked] = sample.generate(model, [PROMPTS["text2pose"]], ["pose"])
+
+    assert free.ids == asked.ids
+    close(free.pose, asked.pose)
+
+
+@pytest.mark.parametrize("task", ["pose2text", "posediff", "edit"])
+def test_chatpose_is_shown_no_pose(task):
+    refused("--pose_head mlp answers with poses, but it reads none", sample.generate, chatpose(),
+            [PROMPTS[task]])
+
+
+def test_the_command_line_shows_chatpose_no_pose(trained_chatpose, tmp_path):
+    data.write_pose(tmp_path / "pose.npz", A)
+    flags = [f"--pose={tmp_path / 'pose.npz'}", f"--out={tmp_path}"]
+
+    refused("but it reads none", sample.main, [f"--weights={trained_chatpose}", *flags])
+
+
+def test_an_evaluation_refuses_a_task_that_shows_chatpose_a_pose(trained_chatpose):
+    refused("but it reads none", evaluation.main, [f"--weights={trained_chatpose}", "--tasks=edit"])
+
+
+@pytest.mark.parametrize("decode", ["soft", "ar"])
+def test_no_decoding_of_codes_is_asked_of_chatpose(trained_chatpose, decode):
+    refused(f"--decode {decode} is about codes, and this model has none", evaluation.main,
+            [f"--weights={trained_chatpose}", f"--decode={decode}"])
+
+
+def test_an_evaluation_of_chatpose_has_no_row_of_codes(trained_chatpose, tmp_path, capsys):
+    evaluation.main([f"--weights={trained_chatpose}", "--n=2", "--pool=2", "--batch=2",
+                     f"--json={tmp_path / 'report.json'}"])
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["tasks"]) == set(READ_WITHOUT_CODES)
+    assert "tokenizer" not in report
+    assert report["tasks"]["text2pose"]["mpjre"] > 0
+    assert "text2pose   ChatPose argmax" in capsys.readouterr().out
+
+
+def test_the_tour_of_chatpose_leaves_out_the_tasks_that_show_it_a_pose(
+        trained_chatpose, tmp_path, capsys):
+    sample.main([f"--weights={trained_chatpose}", f"--out={tmp_path}"])
+
+    assert "\n4 answers" in capsys.readouterr().out
+
+
+def test_a_saved_chatpose_is_loaded_as_it_was(tmp_path):
+    model = chatpose()
+    model.grow_lora()
+    batch = batch_of(model, "text2pose", "image2pose")
+
+    unipose.save(model, tmp_path)
+    loaded = unipose.load(tmp_path)
+
+    assert loaded.config == model.config
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "codebook" in name]
+    assert torch.equal(loaded(batch)[0], model(batch)[0])
+
+
+def test_chatpose_has_no_pose_tokenizer_to_load(trained_chatpose):
+    refused("holds a model without codes", tokenizer.load_pose_tokenizer, trained_chatpose)
+
+
+def test_a_checkpoint_older_than_the_pose_heads_has_codes(nano_checkpoint, tmp_path):
+    description = read_description(nano_checkpoint)
+    for entry in unipose.NEWER_ENTRIES:
+        del description["config"][entry]
+    folder = copy_described(nano_checkpoint, tmp_path / "w", description)
+
+    assert unipose.read_config(folder)["pose_head"] == "codes"
+    assert unipose.load(folder).config["lora_on"] == "all"
+
+
+def test_adapters_on_qv_are_those_of_queries_and_values():
+    adapters = chatpose(lora=True)
+
+    names = {name.split(".")[-2] for name in adapters_of(adapters)}
+    assert names == {"q_proj", "v_proj"}
+    assert len(adapters_of(adapters)) == 2 * 2 * adapters.llm.config.num_hidden_layers
+
+
+def test_the_paper_size_of_chatpose_is_llava_with_13_billion_parameters(capsys):
+    """LLaVA-1.5-13B has 13.35e9 with CLIP; ours are a head and five tokens more."""
+    model = unipose.untrained("paper", "mlp")
+
+    table = {part: (n, n_lora) for part, n, n_lora in unipose.parameter_table(model)}
+
+    assert "pose tokenizer" not in table
+    assert "pose ViT" not in table
+    assert table["pose MLP"][0] == 5120 * 5120 + 5120 + 5120 * 132 + 132
+    assert table["all"][1] == 40 * 2 * 8 * (5120 + 5120)
+    assert table["all"][0] == pytest.approx(13.38e9, rel=1e-3)
+
+
+def test_chatpose_has_defaults_of_its_own_which_are_flags():
+    plain = unipose.model_config("paper", pose_head="mlp")
+    other = unipose.model_config("paper", pose_head="mlp", vision="both", lora_on="all")
+
+    assert (plain["vision"], plain["lora_on"]) == ("clip", "qv")
+    assert (plain["lora_r"], plain["lora_alpha"]) == (8, 16)
+    assert (other["vision"], other["lora_on"]) == ("both", "all")
+
+
+def test_a_codes_model_is_what_it_was_without_a_pose_head():
+    config = unipose.model_config("paper")
+
+    assert (config["vision"], config["pose_head"], config["lora_on"]) == ("both", "codes", "all")
+    assert config["lora_r"] == 64
+
+
+@pytest.mark.parametrize("attn", ["causal", "mixed_all"])
+def test_an_attention_over_codes_is_refused_without_codes(attn):
+    with pytest.raises(tokenizer.UserError, match=f"attn {attn} is about codes"):
+        chatpose(attn=attn)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--stage=tokenizer", "--pose_head=mlp"], "so there is no tokenizer to train"),
+    (["--stage=align", "--pose_head=codes"], "holds a model of --pose_head mlp"),
+    (["--stage=align", "--pose_head=both"], "--pose_head both is not one of codes, mlp, text"),
+    (["--stage=align", "--lora_on=k"], "--lora_on k is not one of all, qv"),
+])
+def test_training_refuses_what_a_pose_head_has_not(trained_chatpose, tmp_path, flags, message):
+    folders = [f"--init={trained_chatpose}", f"--out={tmp_path / 'out'}"]
+
+    refused(message, train.main, ["--size=nano", *flags, *folders])
+
+
+def test_weights_of_unipose_do_not_become_a_chatpose(tmp_path):
+    unipose.save(nano(words=data.vocabulary()), tmp_path / "codes", stages=["tokenizer", "align"],
+                 seconds={}, commands={}, body="")
+
+    refused("holds a model of --pose_head codes", train.main,
+            ["--size=nano", "--stage=align", "--pose_head=mlp", f"--init={tmp_path / 'codes'}",
+             f"--out={tmp_path / 'out'}"])
+
+
+def test_a_chatpose_is_trained_further_without_naming_its_pose_head(trained_chatpose, tmp_path):
+    train.main(["--size=nano", "--stage=instruct", "--people=16", "--steps=1",
+                f"--init={trained_chatpose}", f"--out={tmp_path / 'out'}"])
+
+    config = unipose.read_config(tmp_path / "out")
+    assert config["pose_head"] == "mlp"
+    assert config["stages"] == ["backbones", "retrieval", "align", "project", "instruct"]
+
+
+def test_a_mixture_for_chatpose_has_no_task_that_shows_it_a_pose():
+    for stage in ("align", "project", "instruct"):
+        tasks = train.STAGES[stage].tasks
+
+        assert set(data.answerable(tasks, "mlp")) <= set(READ_WITHOUT_CODES)
+        assert data.answerable(tasks, "codes") == list(tasks)
+
+
+DIGITS = [*WORDS, *unipose.POSE_CHARACTERS.replace(",", "")]
+
+
+def writer(**changes):
+    """An untrained nano model that writes its poses as text."""
+    return nano(pose_head="text", vision="clip", lora_on="qv", words=DIGITS, **changes)
+
+
+def test_a_pose_in_words_names_three_angles_of_each_joint():
+    pose = torch.eye(3).repeat(22, 1, 1)
+    pose[18] = tokenizer.rotation_about(0, torch.tensor(math.radians(-92)))
+
+    numbers = unipose.pose_words(pose).split(",")
+
+    assert numbers[54:57] == ["-90", "0", "0"]
+    assert len(numbers) == 66
+
+
+def test_a_pose_read_from_its_words_is_off_by_their_rounding():
+    original = poses(8)
+
+    back = torch.stack([unipose.read_pose_words(unipose.pose_words(pose)) for pose in original])
+
+    assert evaluation.mpjre(back, original).max() < 0.75 * unipose.STEP
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    ",".join(["0"] * 65),
+    ",".join(["0"] * 67),
+    ",".join(["0"] * 65 + [""]),
+    ",".join(["0"] * 65 + ["-"]),
+    ",".join(["0"] * 65 + ["5-5"]),
+    ",".join(["0"] * 65 + ["185"]),
+    ",".join(["0"] * 65 + ["1000"]),
+], ids=str)
+def test_words_that_are_no_pose_are_none(text):
+    assert unipose.read_pose_words(text) is None
+
+
+def test_a_pose_in_words_is_predicted_character_by_character():
+    model = writer()
+
+    row = model.encode(QUESTIONS["text2pose"])
+
+    v = model.vocab
+    start = row.ids.index(v.p_open)
+    written = model.text_tokenizer.convert_ids_to_tokens(row.ids[start + 1:-2])
+    assert "".join(written) == unipose.pose_words(A)
+    assert row.ids[-2:] == [v.p_close, model.text_tokenizer.eos_token_id]
+    assert row.labels[start - 1:-1] == row.ids[start:]
+    assert set(row.block) == {-1}
+
+
+def test_a_model_that_learned_a_pose_in_words_by_heart_writes_it():
+    model = writer()
+    straight = torch.eye(3).repeat(22, 1, 1)
+    question = [*PROMPTS["text2pose"], ("pose", straight, True)]
+    batch = unipose.collate([model.encode(question)])
+    learn(lambda: model(batch), model.parameters(), steps=60, lr=1e-2)
+
+    for wants in (["pose"], None):
+        [answer] = sample.generate(model, [PROMPTS["text2pose"]], wants)
+
+        assert answer.ids == batch["ids"][0, -len(answer.ids):].tolist()
+        close(answer.pose, straight)
+        assert (answer.text, answer.finished) == ("", True)
+
+
+def test_an_answer_that_is_cut_within_the_words_of_a_pose_has_none():
+    [answer] = sample.generate(writer(), [PROMPTS["text2pose"]], ["pose"], max_new=10)
+
+    assert answer.pose is None
+    assert answer.text == ""
+
+
+def test_a_model_that_writes_poses_is_trained_and_its_malformed_answers_are_counted(tmp_path):
+    train.main(["--stage=align", "--size=nano", "--pose_head=text", "--people=16", "--steps=2",
+                f"--out={tmp_path / 'out'}"])
+
+    evaluation.main([f"--weights={tmp_path / 'out'}", "--tasks=text2pose", "--n=2", "--pool=2",
+                     "--batch=2", f"--json={tmp_path / 'report.json'}"])
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tasks"]["text2pose"]["no_pose"] == 2
+
+
+def test_a_text_tokenizer_without_digits_writes_no_poses():
+    with pytest.raises(tokenizer.UserError, match="lacks 0 1 2 3 4 5 6 7 8 9 -"):
+        nano(pose_head="text")
+
+
+def test_chatpose_starts_from_downloaded_backbones(tmp_path):
+    """Of word pieces an answer is `▁`, the pose, and ` . `."""
+    downloads(tmp_path)
+    config = unipose.model_config("nano", pose_head="mlp")
+
+    model = unipose.base_model(config, tmp_path / "llm", tmp_path / "clip", tmp_path / "vit")
+
+    loss, logs = model(unipose.collate([model.encode(QUESTIONS["text2pose"])]))
+    assert loss.isfinite()
+    assert logs["body_l1"][1] == 1
+    [answer] = sample.generate(model, [PROMPTS["text2pose"]], ["pose"])
+    assert answer.pose.shape == (22, 3, 3)
+
+
+def train_chatpose_on(folder, table):
+    """One step of align on real data -> the rows of its log."""
+    path = lay(folder, {"data.json": {"align": table}}) / "data.json"
+    train.main(["--stage=align", "--size=nano", "--pose_head=mlp", "--people=16", "--steps=1",
+                f"--data={path}", f"--out={folder / 'out'}"])
+    return train.read_log(folder / "out")["align"]
+
+
+def test_chatpose_learns_from_real_poses_with_texts(real, tmp_path):
+    rows = train_chatpose_on(tmp_path, {real.specs["posescript v2"]: 1})
+
+    assert rows[-1]["body_l1"] > 0
+
+
+def test_chatpose_learns_nothing_from_pairs_of_real_poses(real, tmp_path):
+    refused("offers nothing in its train split for text2pose", train_chatpose_on, tmp_path,
+            {real.specs["posefix"]: 1})
+
+
+def test_an_untrained_chatpose_starts_at_the_pose_at_rest():
+    """From anywhere else a joint may end at half a turn, a local minimum of the loss."""
+    model = nano(pose_head="mlp")
+
+    answers = sample.generate(model, [PROMPTS["text2pose"]], ["pose"])
+
+    rest = torch.eye(3).expand(1, 22, 3, 3)
+    assert evaluation.mpjre(answers[0].pose[None], rest) < 1e-3
 
 
 # ---- a GPU, simulated ----------------------------------------------------------------------------

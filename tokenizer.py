@@ -1774,6 +1774,9 @@ def load_pose_tokenizer(folder):
 
     config, _, shapes = read_checkpoint(folder)
     where = f"the config of {folder}:"
+    if config.get("pose_head", "codes") != "codes":
+        raise UserError(f"{folder} holds a model without codes, so it has no pose tokenizer; name "
+                        "one of --pose_head codes")
     sizes = config.get("tokenizer")
     check_entries({"tokenizer": sizes}, {"tokenizer": TOKENIZER_ENTRIES}, where)
     with as_user_error(f"{folder} holds no complete pose tokenizer (", "); copy or train it again"):

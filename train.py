@@ -18,6 +18,11 @@ nothing else about it. The samples of a step are a function of (seed, step), so 
 bit-identical to an uninterrupted one. The gradient of a step is the mean over all labels of its
 batch, however the batch is split: into --accumulate parts, or over the processes of torchrun.
 
+The baseline of the paper is a flag: --pose_head mlp trains ChatPose, which answers a pose by one
+hidden state and reads none. It goes through the same stages with the same steps, less the tokenizer
+and the tasks that show a pose; `model_config` has what else follows. Its align learns text2pose
+only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can.
+
 Left out: sharding (each process holds the whole model), and validation during training (eval.py).
 
 Letters: B samples of a batch, J=22 joints, N codes of a pose, C numbers of a code, P patches of an
@@ -28,6 +33,7 @@ image, Dv channels of a patch, D width of the LLM.
     python train.py --stage align --out out/tiny --resume        # continue after an interruption
     python train.py --stage all --out out/causal --attn causal   # an ablation (paper Table 7)
     python train.py --stage project,instruct --vision clip --init out/tiny --out out/clip  # branch
+    python train.py --stage all --out out/chatpose --pose_head mlp   # another system, ChatPose
     torchrun --nproc_per_node=4 train.py --stage all --out out/tiny             # four GPUs
 """
 import contextlib
@@ -55,8 +61,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from data import (
-    CELL, N_TEMPLATES, PICTURE_SIZE, TASKS, Mixture, World, contact_sheet, crop_picture,
-    read_records, render_template, save_png, task_values, templates, vocabulary,
+    CELL, N_TEMPLATES, PICTURE_SIZE, TASKS, Mixture, World, answerable, contact_sheet,
+    crop_picture, read_records, render_template, save_png, task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
@@ -64,10 +70,10 @@ from tokenizer import (
     load_json, matrix_to_sixd, mirror, progress_bar, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
-    CHECKPOINT_FILES, CHOICES, EXACT, RETRIEVAL_PREFIX, SIZES, TRAINABLE, DualVision, UniPose,
-    adapts_llm, base_model, cast_frozen, collate, default_dtype, find_device, load, make_projector,
-    merge_lora, model_config, provenance, read_config, read_tensors, save, set_threads, trainable,
-    word_tokenizer,
+    CHECKPOINT_FILES, CHOICES, EXACT, POSE_CHARACTERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
+    WITHOUT_CODES, DualVision, UniPose, adapts_llm, base_model, cast_frozen, collate, default_dtype,
+    find_device, load, make_projector, merge_lora, model_config, provenance, read_config,
+    read_tensors, save, set_threads, trainable, word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -164,9 +170,11 @@ class Config:
     people: int = 0  # synthetic people; 0: as in N_PEOPLE
     photos: int = 0  # how many of them are photographed; 0: as in N_PEOPLE
     attn: str = ""  # mixed (paper) | mixed_all | causal; empty: the checkpoint's, or mixed
-    vision: str = ""  # both (paper) | clip | pose; empty: the checkpoint's, or both
+    vision: str = ""  # both (paper) | clip | pose; empty: the checkpoint's, or its head's
     projector: str = ""  # mlp (release) | linear (paper's formula); empty: the checkpoint's, or mlp
+    pose_head: str = ""  # codes | mlp (ChatPose) | text; empty: the checkpoint's, or codes
     lora_r: int = -1  # rank of LoRA; 0: train all LLM weights; -1: the checkpoint's, or as in SIZES
+    lora_on: str = ""  # all | qv: queries and values; empty: the checkpoint's, or its head's
     body: str = ""  # SMPL, SMPL-H or SMPL-X file for the losses on joints and vertices; empty: ours
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
     part_noise: bool = None  # tokenizer: disturb parts of the input only; default: at size paper
@@ -297,7 +305,8 @@ class RealData:
 
 # ---- 3. Outputs of frozen parts, computed once ---------------------------------------------------
 class FeatureCache:
-    """Codes and image features of all synthetic people, computed on first use.
+    """Codes (of a model without codes: rotations) and image features of all synthetic people,
+    computed on first use.
 
     Stands in for a World in `World.example(cache=...)`: `poses`, `camera_poses` and `image(i)` are
     what the frozen parts of the model make of the World's. One cache serves a whole run, because no
@@ -352,6 +361,8 @@ class FeatureCache:
         return np.stack(pictures), torch.tensor(np.stack(keypoints), dtype=torch.float32)
 
     def _encode(self, poses):
+        if not self.model.has_codes:
+            return poses  # the rotations themselves are learned
         return self.model.pose_tokenizer.encode(poses.to(self.model.device))
 
     def _see(self, pictures):
@@ -630,13 +641,16 @@ def language(model, retrieval_model, cache, config):
 
     The rows of a batch are padded to the longest. So that there is little to pad, the rows of
     MEGABATCH steps are sorted by length and cut into batches, which come in random order.
+
+    A model without codes learns rotations beside the words, and no task that shows it a pose.
     """
     stage = STAGES[config.stage]
+    tasks = answerable(stage.tasks, config.pose_head)
     real = cache.real_data.get(config.stage)
     mixture = real or Mixture(
-        stage.tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+        tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
     if not real:
-        cache.compute(stage.tasks)  # now: later the model is in training mode
+        cache.compute(tasks)  # now: later the model is in training mode
     if config.compile:
         model.llm.model.compile(dynamic=True)  # in place: parameters keep their names
     _, batch, _ = schedule_of(config)
@@ -693,16 +707,18 @@ def lr_at(step, steps, peak):
 def prepare_lora(config, model):
     """Gives the LLM adapters of rank --lora_r, in place, before a stage that trains it by LoRA.
 
-    Adapters of another rank are folded into the weights that they adapt.
+    Adapters of another rank, or on other projections, are folded into the weights that they adapt.
     """
     rank = model.config["lora_r"] if model.config["lora"] else 0
-    if not adapts_llm(config.stage, config.size) or rank == config.lora_r:
+    stays = rank == config.lora_r and model.config["lora_on"] == config.lora_on
+    if stays or not adapts_llm(config.stage, config.size):
         return
     if rank:
         merge_lora(model.llm.model.layers)
         model.config["lora"] = False
 
     model.config["lora_r"] = config.lora_r
+    model.config["lora_on"] = config.lora_on
     if config.lora_r:
         torch.manual_seed(config.seed)  # a stage must not depend on what ran before it
         model.grow_lora()
@@ -1141,7 +1157,8 @@ def wait_for_first(model, out):
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
     "stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
-    "attn", "vision", "projector", "lora_r", "body", "root_noise", "part_noise",
+    "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "body", "root_noise",
+    "part_noise",
 )
 
 
@@ -1276,6 +1293,10 @@ def validate_stages(config):
 
     for stage in stages_to_run(config):
         row = STAGES[stage]
+        if stage == "tokenizer" and config.pose_head in WITHOUT_CODES:
+            raise UserError(
+                f"--pose_head {config.pose_head} has no codes, so there is no tokenizer to train; "
+                "leave tokenizer out of --stage")
         if column(config.size) not in row.schedule:
             raise UserError(
                 f"--size {config.size} has no stage {stage}; give --llm and --pose_vit instead")
@@ -1296,6 +1317,8 @@ def stages_to_run(config):
         named = config.stage.split(",")
         return [stage for stage in STAGES if stage in named]
     stages = [stage for stage, row in STAGES.items() if column(config.size) in row.schedule]
+    if config.pose_head in WITHOUT_CODES:
+        stages.remove("tokenizer")
     if config.llm and "backbones" in stages:
         stages.remove("backbones")
     return stages
@@ -1306,12 +1329,25 @@ def fill_defaults(config):
     people, photos = N_PEOPLE[column(config.size)]
     config.people = config.people or people
     config.photos = config.photos or min(photos, config.people)
-    config.out = config.out or f"out/{config.size}"
     if config.part_noise is None:
         config.part_noise = config.size == "paper"
     if not config.device and process_count() > 1 and torch.cuda.is_available():
         config.device = f"cuda:{os.environ['LOCAL_RANK']}"
     config.device = find_device(config.device)
+
+
+def fill_pose_head(config):
+    """Replaces an empty --out by its default, and an empty --pose_head by the checkpoint's.
+
+    Which stages there are depends on it. Raises UserError.
+    """
+    config.out = config.out or f"out/{config.size}"
+    if config.pose_head:
+        return
+    config.pose_head = "codes"
+    for folder in (config.init, config.out):
+        if folder and has_checkpoint(folder):
+            config.pose_head = read_config(folder)["pose_head"]
 
 
 def read_real_data(config):
@@ -1329,7 +1365,10 @@ def read_real_data(config):
     for stage in stages_to_run(config):
         if stage in table:
             row = STAGES[stage]
-            real_data[stage] = RealData(table[stage], row.tasks, config.seed, row.n_templates)
+            tasks = row.tasks
+            if stage != "retrieval":  # which is a model of its own
+                tasks = answerable(tasks, config.pose_head)
+            real_data[stage] = RealData(table[stage], tasks, config.seed, row.n_templates)
     if "retrieval" in real_data:
         for task in STAGES["retrieval"].tasks:
             real_data["retrieval"].draw(0, task)  # each batch needs both: find out now
@@ -1409,6 +1448,7 @@ def prepare_model(config, out, real_data):
     notes = {"stages": [], "seconds": {}, "commands": {}, "body": ""}
     if config.init or is_own:
         notes |= read_config(folder)
+        validate_pose_head(config, notes, folder)
         validate_needs(config, notes["stages"], folder)
         validate_checkpoint(config, notes, folder)
         if is_own:
@@ -1416,6 +1456,7 @@ def prepare_model(config, out, real_data):
         # what a later stage trains further is not rounded before it
         exact = f"{EXACT}|{TRAINABLE['instruct']}"
         model = load(folder, dtype=default_dtype(config.size, config.device), exact=exact)
+        config.lora_on = config.lora_on or model.config["lora_on"]
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
             change_projector(config, model)
@@ -1427,13 +1468,23 @@ def prepare_model(config, out, real_data):
             notes["stages"] = ["backbones"]
         validate_needs(config, notes["stages"], folder)
         model = new_model(config, real_data)
+        config.lora_on = model.config["lora_on"]
         retrieval_model = None
 
-    for name in CHOICES:
+    for name in ("attn", "vision", "projector", "pose_head"):
         setattr(config, name, model.config[name])
     if config.lora_r < 0:
         config.lora_r = model.config["lora_r"]
     return model, retrieval_model or new_retrieval_model(model, config), notes
+
+
+def validate_pose_head(config, notes, folder):
+    """Checks that a checkpoint is of the system that is to be trained. Raises UserError."""
+    if notes["pose_head"] != config.pose_head:
+        raise UserError(
+            f"{folder} holds a model of --pose_head {notes['pose_head']}, whose weights are of no "
+            f"use to one of --pose_head {config.pose_head}; train that one from the start, with "
+            "another --out and without --init")
 
 
 def validate_needs(config, trained, folder):
@@ -1442,6 +1493,8 @@ def validate_needs(config, trained, folder):
     missing = []
     for stage in running:
         for need in STAGES[stage].needs:
+            if need == "tokenizer" and config.pose_head in WITHOUT_CODES:
+                continue
             if need not in running and need not in trained:
                 missing.append(need)
     if not missing:
@@ -1466,6 +1519,7 @@ def validate_checkpoint(config, notes, folder):
     first_uses = {"attn": "align", "vision": "project", "projector": "project"}
     if notes["lora"]:
         first_uses["lora_r"] = "align" if adapts_llm("align", config.size) else "instruct"
+        first_uses["lora_on"] = first_uses["lora_r"]
     trained_anew = stages_to_run(config)
     for name, first in first_uses.items():
         wanted = getattr(config, name)
@@ -1496,7 +1550,7 @@ def change_projector(config, model):
 def new_model(config, real_data):
     """A model of random weights, or one around the backbones of --llm and --pose_vit."""
     torch.manual_seed(config.seed)
-    chosen = {name: getattr(config, name) or choices[0] for name, choices in CHOICES.items()}
+    chosen = {name: getattr(config, name) for name in CHOICES if getattr(config, name)}
     sizes = model_config(config.size, **chosen)
     if config.llm:
         dtype = default_dtype(config.size, config.device)
@@ -1504,7 +1558,10 @@ def new_model(config, real_data):
     texts = []  # the vocabulary of an embedded size must contain all words of the data
     for real in real_data.values():
         texts += real.texts()
-    return UniPose(sizes, word_tokenizer(vocabulary(texts)))
+    words = vocabulary(texts)
+    if config.pose_head == "text":
+        words += POSE_CHARACTERS
+    return UniPose(sizes, word_tokenizer(words))
 
 
 def new_retrieval_model(model, config):
@@ -1524,7 +1581,7 @@ def run_stage(config, model, retrieval_model, cache, notes, out):
     # the small networks start close to a solution; a stage that is trained again keeps its weights
     torch.manual_seed(config.seed)
     if config.size != "paper" and config.stage not in notes["stages"]:
-        if config.stage == "align":
+        if config.stage == "align" and model.has_codes:
             init_code_embeddings(model)
         if config.stage == "project" and "project" not in cache.real_data:
             init_projector_scale(model, cache.features)
@@ -1604,6 +1661,7 @@ def exclusive(out):
 def main(argv=None):
     """Trains the stages of --stage one after the other."""
     config = cli(Config, argv)
+    fill_pose_head(config)
     validate(config)
     fill_defaults(config)
     set_threads(config.threads, SIZES[config.size])

@@ -49,10 +49,10 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenizer import (
-    DESCRIPTION, TINY, TOKENIZER_ENTRIES, PoseTokenizer, TokenizerConfig, UserError, as_user_error,
-    atomic_write, check_entries, cli, delete_leftovers, file_errors, first_line, is_allowed,
-    is_tensor, map_tensor, read_checkpoint, read_header, read_json, read_torch_file, run_main,
-    shorten,
+    DESCRIPTION, TINY, TOKENIZER_ENTRIES, PoseTokenizer, TokenizerConfig, UserError, aa_to_matrix,
+    as_user_error, atomic_write, check_entries, cli, delete_leftovers, file_errors, first_line,
+    is_allowed, is_tensor, map_tensor, matrix_to_aa, matrix_to_sixd, read_checkpoint, read_header,
+    read_json, read_torch_file, run_main, shorten, sixd_to_matrix,
 )
 
 # ---- 1. Sizes ------------------------------------------------------------------------------------
@@ -171,32 +171,67 @@ SIZES = {
         "lora_alpha": 16,
     },
 }
+# What a pose head without codes puts in the place of the entries of a size: at the paper's the LLM
+# of ChatPose, LLaVA-1.5-13B, and its adapters. The embedded sizes stay: they compare the systems.
+CHATPOSE = {
+    "paper": {
+        "llm": {
+            "model_type": "llama",
+            "hidden_size": 5120,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 40,
+            "intermediate_size": 13824,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+        },
+        "lora_r": 8,
+        "lora_alpha": 16,
+    },
+}
 PAPER_TEXT = 32000  # text tokens of the Mistral vocabulary; smaller models count their own words
 CHOICES = {  # ablations; the first choice is the default, the paper's (`projector`: the release's)
     "attn": ("mixed", "mixed_all", "causal"),
     "vision": ("both", "clip", "pose"),
     "projector": ("mlp", "linear"),
+    "pose_head": ("codes", "mlp", "text"),
+    "lora_on": ("all", "qv"),
 }
+WITHOUT_CODES = CHOICES["pose_head"][1:]
+# entries that older checkpoints lack, and what they mean without them
+NEWER_ENTRIES = {"pose_head": "codes", "lora_on": "all"}
 
 
-def model_config(size, projector="mlp", vision="both", attn="mixed"):
+def model_config(size, projector="mlp", vision="", attn="mixed", pose_head="codes", lora_on=""):
     """The plain dict that describes a model, written to config.json: an entry of SIZES, `size`, and
 
     prompt_style  the wording of the prompts that the model was trained on, which sample.py uses:
                   "templates", ours, or "released", the official (both: assets/instructions.json)
     projector     "mlp" as released, "linear" as in the paper's formula
-    vision        which encoders see an image: "both", "clip" or "pose"
+    vision        which encoders see an image: "both" (default), "clip" (of ChatPose) or "pose"
     attn          which poses are bidirectional, see `encode_segments`
+    pose_head     how a pose is answered: "codes", N of them (UniPose), "mlp", the rotations that
+                  an MLP makes of one hidden state (ChatPose), or "text", angles as words, see
+                  `pose_words` (an ablation of ChatPose); only a model of codes reads poses, too
+    lora_on       which projections of a layer LoRA adapts: "all" (default) or "qv", those of
+                  queries and values (of ChatPose)
     lora          whether the layers of the LLM carry LoRA adapters
     """
+    is_chatpose = pose_head != "codes"
+    sizes = dict(SIZES[size])
+    if is_chatpose:
+        sizes |= CHATPOSE.get(size, {})
     return {
         "size": size,
         "prompt_style": "templates",
         "projector": projector,
-        "vision": vision,
+        "vision": vision or ("clip" if is_chatpose else "both"),
         "attn": attn,
+        "pose_head": pose_head,
+        "lora_on": lora_on or ("qv" if is_chatpose else "all"),
         "lora": False,
-        **SIZES[size],
+        **sizes,
     }
 
 
@@ -319,6 +354,8 @@ def find_misfit(config):
 
     if config["lora"] and not config["lora_r"]:
         return "lora needs a lora_r above 0"
+    if config["pose_head"] != "codes" and config["attn"] != "mixed":
+        return f"attn {config['attn']} is about codes, and pose_head {config['pose_head']} has none"
     return ""
 
 
@@ -352,6 +389,7 @@ class Row:
     block       b where the token belongs to the b-th bidirectional pose, -1 where it is causal
     code_index  i where the token is the i-th code of a pose that is read, else -1
     images      features (P,Dv), which fill the placeholders in order
+    poses       rotations (22,3,3) that the blocks stand for, if the model has no codes
     """
 
     def __init__(self):
@@ -360,6 +398,7 @@ class Row:
         self.block = []
         self.code_index = []
         self.images = []
+        self.poses = []
 
     def add(self, token, predicted=False, label=IGNORE_INDEX, block=-1, code_index=-1):
         """predicted: the position before predicts this token; label: what this token predicts."""
@@ -374,8 +413,9 @@ class Row:
 def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches, attn="mixed"):
     """Segments -> Row.
 
-    segments: tuples (kind, value, is_target) of kind "text" (a string), "pose" (N codes), "image"
-    (features (P,Dv)) or "ids" (text, tokenized already). Everything before the first target is the
+    segments: tuples (kind, value, is_target) of kind "text" (a string), "pose" (N codes, or if the
+    model has none the rotations (22,3,3) of a target, which become one query), "image" (features
+    (P,Dv)) or "ids" (text, tokenized already). Everything before the first target is the
     prompt, which stands between prompt_marks, the ids of `[INST]` and of `[/INST]`; the targets end
     with eos. A row without targets stops where the answer begins.
 
@@ -414,7 +454,14 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
                 n_blocks += 1
 
             row.add(vocab.p_open, predicted=is_target)
-            for i, code in enumerate(torch.as_tensor(value).tolist()):
+            value = torch.as_tensor(value)
+            if value.is_floating_point():
+                row.poses.append(value)
+                row.add(vocab.query0, block=block)
+                codes = []
+            else:
+                codes = value.tolist()
+            for i, code in enumerate(codes):
                 token = vocab.pose0 + code
                 if is_query:
                     row.add(vocab.query0 + i, label=token, block=block)
@@ -430,9 +477,10 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
 def collate(rows, side="right"):
     """Rows -> a batch: ids, labels, block, code_index and valid (B,T), images (n,P,Dv) or None.
 
-    valid is False where a row is padded; images are those of all rows, in order. labelled and
-    patches: where there is a label or an image patch, as indices into B*T; found here, because a
-    GPU that searches its own memory has to be waited for. side: where the padding goes, "right" to
+    valid is False where a row is padded; images are those of all rows, in order, and so are poses
+    (n,22,3,3), None for a model of codes. labelled, patches and queries: where there is a label, an
+    image patch or the query of one of `poses`, as indices into B*T; found here, because a GPU that
+    searches its own memory has to be waited for. side: where the padding goes, "right" to
     train, "left" to answer, so that all answers start in one column.
     """
     length = max(len(row.ids) for row in rows)
@@ -445,18 +493,22 @@ def collate(rows, side="right"):
     for row in rows:
         for features in row.images:
             images.append(torch.as_tensor(features).float())
+    poses = [pose.cpu().float() for row in rows for pose in row.poses]
 
     ids = torch.tensor([pad(row.ids, 0) for row in rows])
     labels = torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows])
+    block = torch.tensor([pad(row.block, -1) for row in rows])
     return {
         "ids": ids,
         "labels": labels,
         "labelled": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
         "patches": (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1),
-        "block": torch.tensor([pad(row.block, -1) for row in rows]),
+        "queries": (block.flatten() >= 0).nonzero().squeeze(1) if poses else None,
+        "block": block,
         "code_index": torch.tensor([pad(row.code_index, -1) for row in rows]),
         "valid": torch.tensor([pad([True] * len(row.ids), False) for row in rows]),
         "images": torch.stack(images) if images else None,
+        "poses": torch.stack(poses) if poses else None,
     }
 
 
@@ -620,16 +672,17 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, A), B)
 
 
-def add_lora(model, r, alpha):
+def add_lora(model, r, alpha, on="all"):
     """Replaces every nn.Linear below `model` by a LoRALinear, in place, as `peft` does.
 
-    UniPose adapts all seven projections of every LLM layer, as the official adapter does.
+    UniPose adapts all seven projections of every LLM layer, as the official adapter does; on "qv":
+    those of queries and values only, as in ChatPose and in the paper of LoRA.
     """
     for name, child in model.named_children():
-        if isinstance(child, nn.Linear):
+        if not isinstance(child, nn.Linear):
+            add_lora(child, r, alpha, on)
+        elif on == "all" or name in ("q_proj", "v_proj"):
             setattr(model, name, LoRALinear(child, r, alpha))
-        else:
-            add_lora(child, r, alpha)
 
 
 def merge_lora(model):
@@ -762,6 +815,59 @@ def make_projector(kind, width, llm_width):
     return nn.Sequential(nn.Linear(width, llm_width), nn.GELU(), nn.Linear(llm_width, llm_width))
 
 
+STEP = 5  # degrees that the angles of a pose in words are rounded to
+POSE_CHARACTERS = "0123456789-,"  # of a pose in words; each is a token
+LONGEST_WORDS = len(",".join(["-180"] * 66))
+
+
+def require_pose_characters(text_tokenizer):
+    """Raises UserError if a pose in words would hold unknown ones."""
+    vocabulary = text_tokenizer.get_vocab()
+    missing = [character for character in POSE_CHARACTERS if character not in vocabulary]
+    if missing:
+        raise UserError(f"the text tokenizer lacks {' '.join(missing)}, in which --pose_head text "
+                        "writes poses; train another --pose_head, or start from another --llm")
+
+
+def pose_words(rotmat):
+    """A pose (22,3,3) -> the three axis-angle components of each joint, in degrees: "0,-15,90,..."
+
+    Whole degrees, rounded to STEP.
+    """
+    degrees = matrix_to_aa(rotmat.double()).rad2deg().flatten()                      # (66,)
+    steps = (degrees / STEP).round().int()
+    return ",".join(str(STEP * number) for number in steps.tolist())
+
+
+def read_pose_words(text):
+    """The reverse of `pose_words` -> (22,3,3), or None if these are not the words of a pose."""
+    numbers = text.split(",")
+    if len(numbers) != 66 or not all(re.fullmatch(r"-?[0-9]{1,3}", n) for n in numbers):
+        return None
+    degrees = torch.tensor([float(number) for number in numbers])                    # (66,)
+    if degrees.abs().max() > 180:
+        return None
+    return aa_to_matrix(degrees.deg2rad().view(22, 3))                               # (22,3,3)
+
+
+WORDS_PER_POSE = 100  # about as many as a batch of `instruct` has for each pose, see `forward`
+
+
+def make_pose_mlp(llm_width):
+    """The hidden state of a query -> 22 rotations in 6D: ChatPose's head, without its two hands.
+
+    It starts at the pose at rest (not in ChatPose): from anywhere the L1 loss of a joint may get
+    caught at half a turn, where every small step makes it larger, and a small model may get rid of
+    random rotations by turning all its ReLUs off.
+    """
+    mlp = nn.Sequential(nn.Linear(llm_width, llm_width), nn.ReLU(), nn.Linear(llm_width, 22 * 6))
+    rest = matrix_to_sixd(torch.eye(3).expand(22, 3, 3))                             # (22,6)
+    with torch.no_grad():
+        mlp[-1].weight.zero_()
+        mlp[-1].bias.copy_(rest.flatten())
+    return mlp
+
+
 # ---- 6. UniPose ----------------------------------------------------------------------------------
 class UniPose(nn.Module):
     """Pose tokenizer, two vision encoders, projector, and a Hugging Face Llama or Mistral.
@@ -780,25 +886,42 @@ class UniPose(nn.Module):
         if text:  # only `word_tokenizer` has a word for this mark
             self.is_word_level = text.convert_tokens_to_ids("[inst]") != text.unk_token_id
 
-        self.pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+        self.has_codes = config["pose_head"] == "codes"
+        self.pose_tokenizer = None
+        n_codes = 0
+        n_queries = 1 if config["pose_head"] == "mlp" else 0
+        if self.has_codes:
+            self.pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+            n_codes = self.pose_tokenizer.config.codes
+            n_queries = self.pose_tokenizer.n_tokens
         self.vision = DualVision(config["clip"], config["pose_vit"], config["vision"])
 
         n_text = len(text) if text else PAPER_TEXT
-        n_codes = self.pose_tokenizer.config.codes
-        self.vocab = Vocab(n_text, n_codes, self.pose_tokenizer.n_tokens)
+        self.vocab = Vocab(n_text, n_codes, n_queries)
         special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False)
         llm = dict(vocab_size=self.vocab.size, **special, **config["llm"])
         self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm))
 
         llm_width = self.llm.config.hidden_size
         self.projector = make_projector(config["projector"], self.vision.width, llm_width)
+        if config["pose_head"] == "text" and text:
+            require_pose_characters(text)
+        self.pose_mlp = None
+        if config["pose_head"] == "mlp":
+            self.pose_mlp = make_pose_mlp(llm_width)
         if config["lora"]:
-            add_lora(self.llm.model.layers, config["lora_r"], config["lora_alpha"])
+            self.add_adapters()
+
+    def add_adapters(self):
+        """Gives the layers of the LLM the LoRA adapters that the config describes."""
+        config = self.config
+        add_lora(
+            self.llm.model.layers, config["lora_r"], config["lora_alpha"], config["lora_on"])
 
     def grow_lora(self):
         """Freezes the layers of the LLM and gives them LoRA adapters, unless they have some."""
         if not self.config["lora"]:
-            add_lora(self.llm.model.layers, self.config["lora_r"], self.config["lora_alpha"])
+            self.add_adapters()
             self.config["lora"] = True
 
     @property
@@ -812,14 +935,18 @@ class UniPose(nn.Module):
         """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
         prompts: lists of segments. Values that are prepared already (integer codes, features of
-        rank 2) stay as they are.
+        rank 2) stay as they are, and so do the target poses of --pose_head mlp; those of text
+        become words. Raises UserError if a model without codes is shown a pose.
         """
         poses = {}  # (index of the prompt, index of the segment): value
         pictures = {}
         for i, segments in enumerate(prompts):
-            for k, (kind, value, _) in enumerate(segments):
+            for k, (kind, value, is_target) in enumerate(segments):
                 is_tensor = torch.is_tensor(value)
-                if kind == "pose" and is_tensor and value.is_floating_point():
+                if kind == "pose" and not self.has_codes:
+                    if not is_target:
+                        require_codes(self.config["pose_head"])
+                elif kind == "pose" and is_tensor and value.is_floating_point():
                     poses[i, k] = value
                 elif kind == "image" and not (is_tensor and value.dim() == 2):
                     pictures[i, k] = value
@@ -830,10 +957,25 @@ class UniPose(nn.Module):
             ready |= zip(poses, self.pose_tokenizer.encode(rotmat).tolist())         # N codes each
 
         prepared = [list(segments) for segments in prompts]
+        if self.config["pose_head"] == "text":
+            prepared = [[self.in_words(segment) for segment in row] for row in prepared]
         for (i, k), value in ready.items():
             kind, _, is_target = prepared[i][k]
             prepared[i][k] = (kind, value, is_target)
         return prepared
+
+    def in_words(self, segment):
+        """A segment of a model that writes poses as text: a target pose becomes ids."""
+        kind, value, is_target = segment
+        if kind != "pose":
+            return segment
+        ids = self.text_tokenizer.convert_tokens_to_ids(list(pose_words(value)))
+        return "ids", [self.vocab.p_open, *ids, self.vocab.p_close], is_target
+
+    @property
+    def pose_length(self):
+        """How many tokens stand between <p> and </p>, at most."""
+        return LONGEST_WORDS if self.config["pose_head"] == "text" else self.vocab.n_tokens
 
     def see(self, pictures):
         """Pictures -> their features, (P,Dv) each; by 32, which bounds the memory it takes."""
@@ -976,7 +1118,7 @@ class UniPose(nn.Module):
         """
         embed_tokens = self.llm.model.embed_tokens
         x = embed_tokens(ids.clamp(min=0))                                           # (B,T,D)
-        if self.config["code_positions"]:
+        if self.config["code_positions"] and self.has_codes:
             queries = embed_tokens(self.vocab.query0 + code_index.clamp(min=0))      # (B,T,D)
             x = x + queries * (code_index >= 0)[..., None]
 
@@ -997,25 +1139,48 @@ class UniPose(nn.Module):
         output = self.llm.model(None, mask, positions, cache, x, use_cache=cache is not None)
         return output.last_hidden_state
 
+    def read_poses(self, h):
+        """Hidden states (n,D) of queries -> poses (n,22,3,3), of a model of --pose_head mlp."""
+        sixd = self.pose_mlp(h.to(self.pose_mlp[0].weight.dtype)).float()            # (n,132)
+        return sixd_to_matrix(sixd.unflatten(-1, (22, 6)))                           # (n,22,3,3)
+
+    def rotation_loss(self, h, target):
+        """Queries (n,D) against poses (n,22,3,3) -> (sum of the losses of n poses, logs).
+
+        The loss of a pose is the mean L1 distance of the entries of its 21 body rotations, and that
+        of its root, 0.1 each (ChatPose).
+        """
+        distance = (self.read_poses(h) - target).abs()                               # (n,22,3,3)
+        root = distance[:, 0].mean((1, 2)).sum()
+        body = distance[:, 1:].mean((1, 2, 3)).sum()
+        n = len(target)
+        logs = {"body_l1": (body.detach(), n), "root_l1": (root.detach(), n)}
+        return 0.1 * body + 0.1 * root, logs
+
     def forward(self, batch):
         """A batch of `collate` -> (loss, logs): the mean cross-entropy over labelled positions.
 
         As in the official loss, the `</p>` of a target pose counts in the mean although no position
         predicts it. logs: "terms", the number of terms of that mean; "pose_acc" and "text_acc", a
         pair each: how many codes or words are right, of how many.
+
+        With --pose_head mlp the loss of the poses is added (see `rotation_loss`). ChatPose takes
+        its mean over the poses of a batch, beside the mean over words. Both cannot be summed over
+        the parts of a split batch, so a pose counts as WORDS_PER_POSE words instead: the same in a
+        batch that has so many words for each pose.
         """
         batch = {name: value.to(self.device) for name, value in batch.items() if value is not None}
         valid = batch["valid"]
         positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
         mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
         x = self.embed(
-            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])  # (B,T,D)
-        h = self.hidden(x, mask, positions)                                          # (B,T,D)
+            batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])
+        h = self.hidden(x, mask, positions).flatten(0, 1)                            # (B*T,D)
 
         # logits are wide and most positions have no label: lm_head runs on the others only
         labels = batch["labels"].flatten()[batch["labelled"]]                        # (n,)
-        h = h.flatten(0, 1)[batch["labelled"]].to(self.llm.lm_head.weight.dtype)     # (n,D)
-        logits = self.llm.lm_head(h).float()                                         # (n,vocab)
+        predicting = h[batch["labelled"]].to(self.llm.lm_head.weight.dtype)          # (n,D)
+        logits = self.llm.lm_head(predicting).float()                                # (n,vocab)
 
         n_poses = (labels == self.vocab.p_open).sum()
         terms = len(labels) + n_poses
@@ -1028,6 +1193,12 @@ class UniPose(nn.Module):
             "pose_acc": ((is_right & is_code).sum(), is_code.sum()),
             "text_acc": ((is_right & ~is_code).sum(), (~is_code).sum()),
         }
+        if self.pose_mlp:  # the processes of torchrun add up the same logs, poses or not
+            logs |= {"body_l1": (0.0, 0), "root_l1": (0.0, 0)}
+        if "poses" in batch:
+            pose_loss, pose_logs = self.rotation_loss(h[batch["queries"]], batch["poses"])
+            loss = loss + WORDS_PER_POSE * pose_loss / terms
+            logs |= pose_logs
         return loss, logs
 
 
@@ -1039,9 +1210,9 @@ TRAINABLE = {
     "backbones": r"vision\.",
     "tokenizer": r"pose_tokenizer\.",
     "retrieval": r"retrieval\.",  # the retrieval model of eval.py
-    "align": LORA_PARAMETERS,
+    "align": LORA_PARAMETERS + r"|pose_mlp\.",
     "project": r"projector\.",
-    "instruct": LORA_PARAMETERS + r"|projector\.",
+    "instruct": LORA_PARAMETERS + r"|pose_mlp\.|projector\.",
 }
 
 
@@ -1149,9 +1320,19 @@ def read_config(folder):
     """
     if is_official(folder):
         return official_config(folder)
-    config, _, _ = read_checkpoint(folder)
-    validate_config(config, f"the config of {folder}")
+    config, _, _ = read_description(folder)
     return config
+
+
+def read_description(folder):
+    """Of a checkpoint its config, checked, its text tokenizer, and {name: shape} of its tensors.
+
+    Raises UserError.
+    """
+    config, text, shapes = read_checkpoint(folder)
+    config = NEWER_ENTRIES | config
+    validate_config(config, f"the config of {folder}")
+    return config, text, shapes
 
 
 def read_tensors(path):
@@ -1203,8 +1384,7 @@ def load(folder, device="cpu", dtype=None, exact=EXACT):
     if is_official(folder):
         return load_official(folder, device, dtype or default_dtype("paper", device), exact)
 
-    config, text, shapes = read_checkpoint(folder)
-    validate_config(config, f"the config of {folder}")
+    config, text, shapes = read_description(folder)
     dtype = dtype or default_dtype(config["size"], device)
     text = restore_text_tokenizer(text, folder)
     path = pathlib.Path(folder) / "model.safetensors"
@@ -1286,16 +1466,16 @@ def kinds_of_parts(description):
     return kinds
 
 
-def require_stages(stages, with_images):
+def require_stages(stages, with_images, pose_head="codes"):
     """Raises UserError unless a model that has been through `stages` can answer.
 
     Questions of texts and poses need `align`, those with images `project` as well; a stage that is
     trained again takes the later ones off the list. stages: None for a model whose history is not
-    known, which is never refused.
+    known, which is never refused. pose_head: of its config.
     """
     if stages is None:
         return
-    needed = ["tokenizer", "align"]
+    needed = ["tokenizer", "align"] if pose_head == "codes" else ["align"]
     kind = "questions"
     if with_images:
         needed += ["backbones", "project"]
@@ -1305,6 +1485,14 @@ def require_stages(stages, with_images):
         raise UserError(
             f"the model cannot answer {kind}: it has not been through {', '.join(missing)}, or not "
             "again since an earlier stage was repeated; train it further with train.py")
+
+
+def require_codes(pose_head):
+    """Raises UserError if a model with this pose head cannot be shown a pose."""
+    if pose_head != "codes":
+        raise UserError(
+            f"a model of --pose_head {pose_head} answers with poses, but it reads none; ask it "
+            "with texts and pictures, or ask a model of --pose_head codes")
 
 
 def set_threads(n, config):
@@ -1849,10 +2037,14 @@ def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
 
     for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
         tensors[name] = extend_vocabulary(tensors[name], model.vocab)
-    pose_tokenizer = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
-    projector = make_projector(
-        config["projector"], model.vision.width, model.llm.config.hidden_size)
-    for prefix, untrained in {"pose_tokenizer.": pose_tokenizer, "projector.": projector}.items():
+    llm_width = model.llm.config.hidden_size
+    parts = {}
+    if model.has_codes:
+        parts["pose_tokenizer."] = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+    if model.pose_mlp:
+        parts["pose_mlp."] = make_pose_mlp(llm_width)
+    parts["projector."] = make_projector(config["projector"], model.vision.width, llm_width)
+    for prefix, untrained in parts.items():
         tensors |= {prefix + name: value for name, value in untrained.state_dict().items()}
     return assign_weights(model, tensors, where, dtype=dtype)
 
@@ -1880,11 +2072,19 @@ def write_llm(model, folder):
 
 # ---- 9. Look at it -------------------------------------------------------------------------------
 def parameter_table(model):
-    """Rows (part, parameters, of them in LoRA) of the parts of a model; the last row is the sum."""
-    parts = {
-        "pose tokenizer": model.pose_tokenizer,
-        "CLIP": model.vision.clip,
-        "pose ViT": model.vision.pose_vit,
+    """Rows (part, parameters, of them in LoRA) of the parts of a model; the last row is the sum.
+
+    A ChatPose with one eye has a pose ViT which nobody asks; it is not counted.
+    """
+    parts = {}
+    if model.has_codes:
+        parts["pose tokenizer"] = model.pose_tokenizer
+    if model.pose_mlp:
+        parts["pose MLP"] = model.pose_mlp
+    parts["CLIP"] = model.vision.clip
+    if model.has_codes or model.vision.which != "clip":
+        parts["pose ViT"] = model.vision.pose_vit
+    parts |= {
         "projector": model.projector,
         "embeddings": model.llm.model.embed_tokens,
         "LLM layers": model.llm.model.layers,
@@ -1929,6 +2129,8 @@ def memory_table(model, tokens=1024):
         "instruct": activations * tokens + tokens ** 2,
         "answer": keys_and_values * tokens,
     }
+    if not model.has_codes:
+        del numbers["tokenizer"]
 
     rows = []
     has_adapters = False
@@ -1960,6 +2162,7 @@ class Config:
     """Draw the mask, count the parameters of a model and its memory; or convert a checkpoint."""
     weights: str = TINY  # a trained folder: count its parameters, or convert it
     size: str = ""  # nano | tiny | paper: count this size instead, with 32,000 text tokens
+    pose_head: str = "codes"  # of --size: codes (UniPose) | mlp (ChatPose) | text
     half: str = ""  # write the folder --weights here in float16, LoRA merged
     merge: str = ""  # write the LLM of --weights here as a plain Hugging Face folder, LoRA merged
 
@@ -1993,12 +2196,15 @@ def copy_half(source, target):
     print(f"wrote {target}: {n_bytes / 1e6:.1f} MB")
 
 
-def untrained(size):
+def untrained(size, pose_head="codes"):
     """A model of one of SIZES without weights, which takes no memory. Raises UserError."""
     if size not in SIZES:
         raise UserError(f"--size {size} is not one of {', '.join(SIZES)}")
+    if pose_head not in CHOICES["pose_head"]:
+        raise UserError(
+            f"--pose_head {pose_head} is not one of {', '.join(CHOICES['pose_head'])}")
     with torch.device("meta"):
-        model = UniPose(model_config(size))
+        model = UniPose(model_config(size, pose_head=pose_head))
         if model.config["lora_r"]:
             model.grow_lora()
     return model
@@ -2016,7 +2222,8 @@ def draw_mask():
 def print_parameters(model):
     """Prints the vocabulary of a model and the parameters of its parts."""
     v = model.vocab
-    print(f"\nvocabulary  text 0..{v.n_text - 1} | pose {v.pose0}..{v.p_open - 1} | "
+    codes = f"pose {v.pose0}..{v.p_open - 1} | " if model.has_codes else ""
+    print(f"\nvocabulary  text 0..{v.n_text - 1} | {codes}"
           f"<p> {v.p_open} </p> {v.p_close} | <img> {v.img_open} </img> {v.img_close} | "
           f"queries {v.query0}..{v.size - 1}\n")
     print(f"{'part':<16}{'parameters':>16}{'of them LoRA':>16}")
@@ -2041,7 +2248,7 @@ def main():
         require_other(config.weights, config.merge, "--merge")
         write_llm(load(config.weights), config.merge)
     else:
-        model = untrained(config.size) if config.size else load(config.weights)
+        model = untrained(config.size, config.pose_head) if config.size else load(config.weights)
         draw_mask()
         print_parameters(model)
         if config.size:
