@@ -1153,7 +1153,7 @@ class UniPose(nn.Module):
         distance = (self.read_poses(h) - target).abs()                               # (n,22,3,3)
         root = distance[:, 0].mean((1, 2)).sum()
         body = distance[:, 1:].mean((1, 2, 3)).sum()
-        n = len(target)
+        n = root.new_tensor(len(target))
         logs = {"body_l1": (body.detach(), n), "root_l1": (root.detach(), n)}
         return 0.1 * body + 0.1 * root, logs
 
@@ -1194,7 +1194,8 @@ class UniPose(nn.Module):
             "text_acc": ((is_right & ~is_code).sum(), (~is_code).sum()),
         }
         if self.pose_mlp:  # the processes of torchrun add up the same logs, poses or not
-            logs |= {"body_l1": (0.0, 0), "root_l1": (0.0, 0)}
+            nothing = (loss.new_zeros(()), loss.new_zeros(()))
+            logs |= {"body_l1": nothing, "root_l1": nothing}
         if "poses" in batch:
             pose_loss, pose_logs = self.rotation_loss(h[batch["queries"]], batch["poses"])
             loss = loss + WORDS_PER_POSE * pose_loss / terms
