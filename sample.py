@@ -1743,8 +1743,8 @@ def validate_outputs(config, questions, body):
     """
     if config.jsonl:
         if not config.out.endswith(".jsonl"):
-            raise UserError(f"--out {config.out} is no file for the answers of --jsonl; give one whose "
-                            "name ends in .jsonl: --out ANSWERS.jsonl")
+            raise UserError(f"--out {config.out} is no file for the answers of --jsonl; give a "
+                            "name that ends in .jsonl: --out ANSWERS.jsonl")
         validate_writable("--out", config.out)
     elif config.every is None:
         validate_folder("--out", config.out)
