@@ -1784,7 +1784,8 @@ def validate_outputs(config, questions, body):
     """
     if config.jsonl:
         if not config.out.endswith(".jsonl"):
-            raise UserError("--jsonl needs a file for the answers: --out ANSWERS.jsonl")
+            raise UserError(f"--out {config.out} is no file for the answers of --jsonl; give a "
+                            "name that ends in .jsonl: --out ANSWERS.jsonl")
         validate_writable("--out", config.out)
     elif config.every is None:
         validate_folder("--out", config.out)

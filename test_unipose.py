@@ -12744,7 +12744,7 @@ MISTAKES = {  # script and flags: what must be said
     "sample --jsonl no.jsonl --out new.jsonl": "no.jsonl cannot be read",
     "sample --jsonl 'empty weights' --out new.jsonl": "name a file",
     "sample --jsonl empty.jsonl --out new.jsonl": "empty.jsonl is empty",
-    "sample --jsonl questions.jsonl": "needs a file for the answers: --out ANSWERS.jsonl",
+    "sample --jsonl questions.jsonl": "is no file for the answers",
     "sample --jsonl questions.jsonl --out fine.png/new.jsonl": "fine.png is a file",
     "sample --jsonl questions.jsonl --out questions.jsonl": "is no file of answers",
     "sample --jsonl questions.jsonl --out notes.jsonl": "is no file of answers",
