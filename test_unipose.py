@@ -10018,7 +10018,8 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
 def test_a_model_that_saw_no_images_refuses_a_file_with_one_before_it_is_loaded(
         many, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "load", None)
-    monkeypatch.setattr(sample, "read_config", lambda folder: {"stages": ["tokenizer", "align"]})
+    notes = {"stages": ["tokenizer", "align"], "pose_head": "codes"}
+    monkeypatch.setattr(sample, "read_config", lambda folder: notes)
 
     refused("questions with images", ask_main, "--jsonl", many, "--out",
             tmp_path / "answers.jsonl")
@@ -11475,7 +11476,7 @@ def test_which_parameters_learn_follows_from_stage_size_and_lora(
 def test_a_stage_trains_what_the_memory_table_counts(size, stage):
     with torch.device("meta"):
         model = unipose.UniPose(unipose.model_config(size))
-        config = train.Config(stage=stage, size=size, lora_r=model.config["lora_r"])
+        config = train.Config(stage=stage, size=size, lora_r=model.config["lora_r"], lora_on="all")
         train.prepare_lora(config, model)
 
     learning = train.freeze(config, {"model": model})
@@ -12068,7 +12069,7 @@ def test_training_a_stage_again_outdates_the_stages_that_build_on_it(trained, tm
 
 def test_init_names_one_folder_and_a_comma_is_part_of_its_name(trained, tmp_path):
     folder = shutil.copytree(trained[0], tmp_path / "a,b")
-    config = nano_config(stage="instruct", init=str(folder))
+    config = nano_config(stage="instruct", init=str(folder), pose_head="codes")
 
     model, _, notes = train.prepare_model(config, tmp_path / "out", {})
 

@@ -645,7 +645,7 @@ def language(model, retrieval_model, cache, config):
     A model without codes learns rotations beside the words, and no task that shows it a pose.
     """
     stage = STAGES[config.stage]
-    tasks = answerable(stage.tasks, config.pose_head)
+    tasks = answerable(stage.tasks, model.config["pose_head"])
     real = cache.real_data.get(config.stage)
     mixture = real or Mixture(
         tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
