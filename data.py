@@ -85,9 +85,11 @@ class Task(NamedTuple):
     typed: str = ""         # the method that writes it in training prompts, if it is another one
     frame: str = "body"     # poses face +z ("body") or stand as the camera sees them ("camera")
     pair: bool = False      # about person A and the edit of A, person B; the target is about B
+    group: bool = False     # about one of several people: its text is a question that says whom
+    turn: bool = False      # a turn of a conversation, after those of `World.history`
 
 
-# UniPose table 1: comprehension, generation, editing
+# The first seven are those of UniPose's table 1: comprehension, generation, editing
 TASKS = {
     "pose2text": Task(("pose",), "text"),
     "posediff": Task(("pose", "pose"), "text", text="difference", pair=True),
@@ -96,7 +98,21 @@ TASKS = {
     "text2pose": Task(("text",), "pose", typed="user_prompt"),
     "image2pose": Task(("image",), "pose", frame="camera"),
     "edit": Task(("pose", "text"), "pose", text="difference", pair=True),
+
+    # text-enhanced pose estimation (UniPose figure 5): no stage trains it
+    "image_text2pose": Task(("image", "text"), "pose", frame="camera"),
+
+    # what thought is asked for, learned in the stage `reason`: reasoning-based pose estimation
+    # (UniPose appendix D), speculative pose generation (ChatPose), conversation
+    "reason": Task(("image", "text"), "pose", text="question", frame="camera", group=True),
+    "reason_text": Task(("image", "text"), "text", text="question", group=True),
+    "speculate": Task(("text",), "pose", text="speculation"),
+    "chat_edit": Task(("text",), "pose", text="difference", pair=True, turn=True),
+    "chat_describe": Task((), "text", turn=True),
+    "chat_compare": Task((), "text", text="difference", pair=True, turn=True),
 }
+SEVEN = tuple(TASKS)[:7]
+REASONING = tuple(TASKS)[8:]                               # the tasks of the stage `reason`
 SLOT = re.compile(r"(<\w+>)")                              # where a template takes an input
 N_TEMPLATES = 200                                          # per task, as in the paper
 
@@ -139,10 +155,13 @@ def tidy_sentence(text):
 
 @functools.cache
 def templates(task):
-    """The 200 distinct instructions of a task, a tuple; the first is the plain one.
+    """The distinct instructions of a task, a tuple; the first is the plain one.
 
+    There are 200 of each of the seven tasks, fewer where the text itself says what is asked for.
     assets/instructions.json holds a grammar, a few patterns per task (see `expand_pattern`).
     """
+    if task == "speculate":                                # asked as any text is
+        task = "text2pose"
     grammar = load_asset("instructions")
     row = grammar["tasks"][task]
     expanded = []
@@ -1298,6 +1317,15 @@ class World:
         """How to get from person i to its partner, in words."""
         return difference(self.pairs[i % 2], i // 2, rng)
 
+    def group_of(self, i):
+        """The group that a question about person i is about: of 2, 3 or 4 people in turn."""
+        number, extra = divmod(i // 2, 3)
+        return self.group(number % max(1, self.n_groups), 2 + extra)
+
+    def group_image(self, i):
+        """The photograph of that group (size,size,3) uint8."""
+        return self.group_photo(self.group_of(i))[0]
+
     def subjects(self, task, i, same=False):
         """The people that a task is about: (i,), or i and its partner. same: i and itself."""
         if not TASKS[task].pair:
@@ -1319,14 +1347,55 @@ class World:
             return to_text([], rng, demand=True)           # that nothing changes
         return getattr(self, method)(i, rng)
 
+    def history(self, task, i, rng, reads_poses=True):
+        """The turns before a turn of a conversation about person i: a list of (task, person).
+
+        The first makes, describes or estimates a pose, and further ones edit and compare, so that
+        there are two to four turns in all. reads_poses: whether a pose can be shown to the model.
+        """
+        openings = ["text2pose", "image2pose"]
+        if reads_poses:
+            openings.append("pose2text")
+        start = i
+        later = []
+        if task == "chat_compare":
+            later = [("chat_edit", i)]
+        elif rng.random() < 0.5:
+            # an edit leads to person i
+            start = i ^ 1
+            later = [("chat_edit", start)]
+            if rng.random() < 0.5:
+                later.append(("chat_compare", start))
+        return [(str(rng.choice(openings)), start), *later]
+
+    def group_example(self, task, i, rng, training=False, cache=None, absent=False):
+        """The picture of a group, a question about one of its people, and the answer.
+
+        absent: nobody fits, which is the answer then. Else it is a pose in the camera's frame, or a
+        text, by target of the task. training, cache: see `example`.
+        """
+        source = cache or self
+        group = self.group_of(i)
+        target = TASKS[task].target
+        text, person = self.question(group, rng, target, absent)
+        answer = NOBODY
+        if not absent and target == "pose":
+            answer = source.camera_poses[group.people[person]]
+        elif not absent:
+            answer = self.image_caption(group.people[person], None if training else rng)
+        return [source.group_image(i), text, answer]
+
     def example(self, task, i, rng, training=False, cache=None, same=False):
         """The inputs of a task about person i, in order, then its target.
 
         rng: of the wording of texts. training: prompts vary as people type them; targets have one
         fixed wording, because the input does not tell which one was drawn. cache: replaces this
         world's `poses`, `camera_poses` and `image`, for example by codes and image features.
-        same: a pair task is about person i and itself, who do not differ.
+        same: a pair task is about person i and itself, who do not differ, and a question about a
+        group is about nobody in it.
         """
+        if TASKS[task].group:
+            return self.group_example(task, i, rng, training, cache, absent=same)
         source = cache or self
         subjects = self.subjects(task, i, same)
 
@@ -1344,43 +1413,78 @@ class World:
 
 
 SHARE_OF_SAME = 0.03                                       # of pair tasks: a person and itself
+SHARE_OF_ABSENT = 0.1                                      # of questions about a group: nobody fits
 
 
 class Mixture:
     """Training examples of some tasks without end: mixture[k] -> (task, segments).
 
     Example k depends on (seed, k) only. In 3 % of the pair tasks a person is compared with itself,
-    or a model would find differences everywhere. cache: see `World.example`. templates: how many of
-    the 200 instructions are used (1: the plain one). photos: how many of the people image tasks are
-    about (0: all).
+    or a model would find differences everywhere, and 10 % of the questions about a group fit
+    nobody. A turn of a conversation comes after earlier turns: segments of the kind "turn", whose
+    values are segments. cache: see `World.example`. templates: how many of the instructions are
+    used (1: the plain one). photos: how many of the people image tasks are about (0: all).
+    reads_poses: see `World.history`.
     """
 
-    def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0):
+    def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0,
+                 reads_poses=True):
         self.tasks = list(tasks)
         self.seed = seed
         self.world = world
         self.cache = cache
         self.templates = templates
         self.photos = photos or len(world.poses)
+        self.reads_poses = reads_poses
 
     def __getitem__(self, k):
         rng = np.random.default_rng((self.seed, k))
         task = self.tasks[rng.integers(len(self.tasks))]
+        row = TASKS[task]
         n_people = len(self.world.poses)
-        if "image" in TASKS[task].inputs:
+        if "image" in row.inputs or row.turn:
             n_people = self.photos
         i = int(rng.integers(n_people))
-        template = templates(task)[rng.integers(self.templates)]
+        if task == "speculate":
+            i -= i % 2                                     # the activity of an edit is not known
 
-        same = np.random.default_rng((self.seed, k, 1)).random() < SHARE_OF_SAME
+        share = SHARE_OF_ABSENT if row.group else SHARE_OF_SAME
+        same = np.random.default_rng((self.seed, k, 1)).random() < share
+        if not row.turn:
+            return task, self.segments(task, i, rng, same)
+
+        segments = []
+        for past, person in self.world.history(task, i, rng, self.reads_poses):
+            segments.append(("turn", self.segments(past, person, rng, is_past=True), False))
+        return task, [*segments, *self.segments(task, i, rng)]
+
+    def segments(self, task, i, rng, same=False, is_past=False):
+        """An example of a task about person i in one of the instructions: a list of segments.
+
+        is_past: a later turn is about its answer, so a pose faces front whatever the task says.
+        """
+        choices = templates(task)[:self.templates]
+        template = choices[rng.integers(len(choices))]
         values = self.world.example(task, i, rng, training=True, cache=self.cache, same=same)
-        return task, render_template(task, values, template)
+        if is_past and TASKS[task].frame == "camera":
+            values[-1] = (self.cache or self.world).poses[i]
+        return render_template(task, values, template)
+
+
+def words_in(grammar):
+    """All sentences and phrases of a grammar in assets/: the strings in its lists and dicts."""
+    if isinstance(grammar, str):
+        return [re.sub(r"{\w+}|_", " ", grammar)]
+    if isinstance(grammar, dict):
+        grammar = [*grammar, *[value for key, value in grammar.items() if key != "about"]]
+    return [line for part in grammar for line in words_in(part)]
 
 
 def vocabulary(texts=()):
     """All words and punctuation marks of templates, captions and `texts`: sorted, lower case."""
     lines = [*activity_table().activities, *texts]
     lines += [add_view(view) for view in VIEWS]
+    lines += [NOBODY, *words_in(load_asset("questions")), *words_in(load_asset("speculative"))]
     for task in TASKS:
         lines += [SLOT.sub(" ", line) for line in templates(task)]
     words = re.findall(r"[^\s.,?]+|[.,?]", " ".join(lines).lower())

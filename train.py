@@ -61,7 +61,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from data import (
-    CELL, N_TEMPLATES, PICTURE_SIZE, TASKS, Mixture, World, answerable, contact_sheet,
+    CELL, N_TEMPLATES, PICTURE_SIZE, REASONING, SEVEN, TASKS, Mixture, World, answerable, contact_sheet,
     crop_picture, read_records, render_template, save_png, task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
@@ -77,8 +77,8 @@ from unipose import (
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
-IMAGE_TASKS = tuple(task for task, row in TASKS.items() if "image" in row.inputs)
-POSE_TASKS = tuple(task for task in TASKS if task not in IMAGE_TASKS)
+IMAGE_TASKS = tuple(task for task in SEVEN if "image" in TASKS[task].inputs)
+POSE_TASKS = tuple(task for task in SEVEN if task not in IMAGE_TASKS)
 
 
 class Stage(NamedTuple):
@@ -126,10 +126,17 @@ STAGES = {
     ),
     # image tasks are drawn three times as often: so far the LLM was frozen when it saw images
     "instruct": Stage(
-        tasks=(*TASKS, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"),
+        tasks=(*SEVEN, *IMAGE_TASKS, *IMAGE_TASKS, "posediff", "imagediff"),
         needs=("project",),
         n_templates=N_TEMPLATES,
         schedule={"nano": (30, 8, 1e-3), "tiny": (22_000, 8, 1.5e-3), "paper": (1_900, 32, 5e-5)},
+    ),
+    # the seven tasks stay in the mixture, or they would be forgotten
+    "reason": Stage(
+        tasks=(*REASONING, "reason", "reason_text", *SEVEN),
+        needs=("instruct",),
+        n_templates=N_TEMPLATES,
+        schedule={"nano": (30, 8, 1e-3), "tiny": (12_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
     ),
 }
 
@@ -157,10 +164,11 @@ class Config:
     pose_vit: str = ""  # checkpoint of HMR2 or TokenHMR, or folder of a VitPoseBackbone
     resume: bool = False  # continue the interrupted run in --out; skip stages that are done
     seed: int = 0  # every random number of the run follows from it
+    tasks: str = ""  # of the tasks of a stage only these, separated by commas; empty: all
     steps: int = 0  # steps of the stage; 0: as in STAGES
     batch: int = 0  # samples of a step; 0: as in STAGES
     lr: float = 0.0  # peak learning rate; 0: as in STAGES
-    accumulate: int = 1  # split each batch into so many parts to save memory; same gradient
+    accumulate: int = 0  # split each batch into so many parts, same gradient; 0: see parts_of
     checkpointing: bool = False  # recompute activations backwards: less memory, a third more time
     compile: bool = False  # compile the layers of the LLM: half a minute first, then a sixth faster
     save_every: int = 500  # steps between two states to resume from
@@ -324,13 +332,20 @@ class FeatureCache:
     def compute(self, tasks):
         """Fills the tables that these tasks read: accessing a cached property computes it."""
         self.poses
-        if set(tasks) & set(IMAGE_TASKS):
+        if any("image" in TASKS[task].inputs or TASKS[task].turn for task in tasks):
             self.camera_poses
             self.features
+        if any(TASKS[task].group for task in tasks):
+            self.group_features
 
     def image(self, i):
         """Features (P,Dv) of the photograph of person i."""
         return self.features[i]
+
+    def group_image(self, i):
+        """Features (P,Dv) of the photograph of the group that a question about person i is about.
+        """
+        return self.group_features[i // 2]
 
     @cached_property
     def poses(self):
@@ -348,6 +363,14 @@ class FeatureCache:
         """Features (n_photos,P,Dv) of the photographs, float16 to save memory."""
         pictures, _ = self.photos
         return self._in_batches(self._see, pictures, "image features")
+
+    @cached_property
+    def group_features(self):
+        """Features (n_photos/2,P,Dv) of the photographs of groups, float16."""
+        pictures = []
+        for i in progress_bar(range(0, self.n_photos, 2), "photographs of groups", not is_first()):
+            pictures.append(self.world.group_image(i))
+        return self._in_batches(self._see, np.stack(pictures), "features of groups")
 
     @cached_property
     def photos(self):
@@ -636,19 +659,45 @@ def init_projector_scale(model, features):
 MEGABATCH = 8  # batches of `language` whose rows are sorted by length together
 
 
+def cut_by_length(rows, batch, rng):
+    """The rows of MEGABATCH steps, shortest first -> the same rows, batch by batch.
+
+    A batch is half short rows and half long ones, each of similar length, so that its parts hold
+    little padding. Batches of one length each would save as much, but learn worse: the held-out
+    loss of align after 1,200 steps is 1.728 and 1.641 then (seeds 0 and 1), 1.723 and 1.631 with
+    halves, 1.719 and 1.632 with unsorted batches.
+    """
+    short = batch // 2
+    long = batch - short
+    n_short = MEGABATCH * short
+    mixed = []
+    for i, j in zip(rng.permutation(MEGABATCH), rng.permutation(MEGABATCH)):
+        mixed += rows[i * short:(i + 1) * short]
+        mixed += rows[n_short + j * long:n_short + (j + 1) * long]
+    return mixed
+
+
+def tasks_of(config):
+    """The tasks that a stage learns: of those in STAGES what the model can answer, and --tasks."""
+    tasks = answerable(STAGES[config.stage].tasks, config.pose_head)
+    if config.tasks:
+        tasks = [task for task in tasks if task in config.tasks.split(",")]
+    return tasks
+
+
 def language(model, retrieval_model, cache, config):
     """align, project and instruct: cross-entropy of words and codes, over a mixture of tasks.
 
-    The rows of a batch are padded to the longest. So that there is little to pad, the rows of
-    MEGABATCH steps are sorted by length and cut into batches, which come in random order.
+    The rows of a part of a batch are padded to the longest; see `cut_by_length`.
 
     A model without codes learns rotations beside the words, and no task that shows it a pose.
     """
     stage = STAGES[config.stage]
-    tasks = answerable(stage.tasks, model.config["pose_head"])
+    tasks = tasks_of(config)
     real = cache.real_data.get(config.stage)
     mixture = real or Mixture(
-        tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos)
+        tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos,
+        reads_poses=model.has_codes)
     if not real:
         cache.compute(tasks)  # now: later the model is in training mode
     if config.compile:
@@ -665,11 +714,8 @@ def language(model, retrieval_model, cache, config):
     @lru_cache(1)
     def megabatch(i):
         """The rows of samples i * size to (i + 1) * size, batch by batch."""
-        by_length = encode(range(i * size, (i + 1) * size))
-        rows = []
-        for k in np.random.default_rng((config.seed, i)).permutation(MEGABATCH):
-            rows += by_length[k * batch:(k + 1) * batch]
-        return rows
+        rng = np.random.default_rng((config.seed, i))
+        return cut_by_length(encode(range(i * size, (i + 1) * size)), batch, rng)
 
     def rows_of(samples):
         if real:  # a megabatch would have every process open the pictures of all others
@@ -685,7 +731,7 @@ def language(model, retrieval_model, cache, config):
 # stage -> function of (model, retrieval model, cache, config) that returns its StageRun
 STAGE_RUNS = {
     "backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
-    "align": language, "project": language, "instruct": language,
+    "align": language, "project": language, "instruct": language, "reason": language,
 }
 
 
@@ -754,15 +800,25 @@ def is_first():
     return process_rank() == 0
 
 
+def parts_of(config):
+    """How many parts a batch is split into: --accumulate, or 2 of sequences, long and short ones.
+    """
+    if config.accumulate:
+        return config.accumulate
+    _, batch, _ = schedule_of(config)
+    reads_sequences = STAGE_RUNS[config.stage] is language
+    return 2 if reads_sequences and batch % (2 * process_count()) == 0 else 1
+
+
 def split_batch(run, step, batch, config):
-    """This process's share of the rows of a step, in --accumulate parts of similar rows."""
+    """This process's share of the rows of a step, in parts of similar rows."""
     rank = process_rank()
     count = process_count()
     if STAGES[config.stage].needs_full_batch:  # the first process trains it alone
         rank = 0
         count = 1
     rows = run.rows(range(step * batch + rank, (step + 1) * batch, count))
-    size = len(rows) // config.accumulate
+    size = len(rows) // parts_of(config)
     return [rows[start:start + size] for start in range(0, len(rows), size)]
 
 
@@ -1156,7 +1212,7 @@ def wait_for_first(model, out):
 
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
-    "stage", "size", "seed", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
+    "stage", "size", "seed", "tasks", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
     "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "body", "root_noise",
     "part_noise",
 )
@@ -1249,7 +1305,7 @@ def load_state(run, learning, optimisers, config, out):
 
 # ---- 8. Runs -------------------------------------------------------------------------------------
 MINIMUM = {
-    "steps": 0, "batch": 0, "people": 0, "photos": 0, "lr": 0, "accumulate": 1, "lora_r": -1,
+    "steps": 0, "batch": 0, "people": 0, "photos": 0, "lr": 0, "accumulate": 0, "lora_r": -1,
     "save_every": 1, "threads": 0,
 }
 
@@ -1304,7 +1360,7 @@ def validate_stages(config):
             raise UserError(
                 f"the loss of {stage} needs the whole batch at once; leave --accumulate out")
         batch = config.batch or row.schedule[column(config.size)][1]
-        parts = 1 if row.needs_full_batch else config.accumulate * process_count()
+        parts = 1 if row.needs_full_batch else max(1, config.accumulate) * process_count()
         if batch % parts:
             raise UserError(
                 f"--batch {batch} of {stage} does not cut into {parts} parts of equal size "
@@ -1460,7 +1516,7 @@ def prepare_model(config, out, real_data):
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
             change_projector(config, model)
-            for stage in ("project", "instruct"):
+            for stage in ("project", "instruct", "reason"):
                 forget_stage(notes, stage)
         retrieval_model = load_retrieval_model(folder)
     else:

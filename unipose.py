@@ -934,7 +934,7 @@ class UniPose(nn.Module):
     def prepare_all(self, prompts):
         """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
-        prompts: lists of segments. Values that are prepared already (integer codes, features of
+        prompts: lists of segments without turns. Values that are prepared already (integer codes, features of
         rank 2) stay as they are, and so do the target poses of --pose_head mlp; those of text
         become words. Raises UserError if a model without codes is shown a pose.
         """
@@ -963,6 +963,38 @@ class UniPose(nn.Module):
             kind, _, is_target = prepared[i][k]
             prepared[i][k] = (kind, value, is_target)
         return prepared
+
+    def join_turns(self, segments):
+        """Puts the earlier turns of a conversation in front of the last one, as one prompt.
+
+        A segment ("turn", segments, False) is a turn with its answer, which is not learned again:
+
+            [INST] kneel [/INST] <p> c c c </p> </s> [INST] now raise the left arm [/INST]
+        """
+        eos = self.text_tokenizer.eos_token_id
+        opening, closing = self.prompt_marks
+        joined = []
+        for kind, value, is_target in segments:
+            if kind != "turn":
+                joined.append((kind, value, is_target))
+                continue
+            joined += [segment for segment in value if not segment[2]]
+            joined.append(("ids", closing, False))
+            joined += [self.as_history(segment) for segment in value if segment[2]]
+            joined.append(("ids", [eos, *opening], False))
+        return joined
+
+    def as_history(self, segment):
+        """An earlier answer as the next turn reads it.
+
+        ChatPose reads no pose, but the position that it was read from stays in the conversation.
+        """
+        kind, value, _ = segment
+        if kind == "pose" and self.config["pose_head"] == "mlp":
+            vocab = self.vocab
+            return "ids", [vocab.p_open, vocab.query0, vocab.p_close], False
+        kind, value, _ = self.in_words(segment) if self.config["pose_head"] == "text" else segment
+        return kind, value, False
 
     def in_words(self, segment):
         """A segment of a model that writes poses as text: a target pose becomes ids."""
@@ -993,7 +1025,8 @@ class UniPose(nn.Module):
         bos = self.text_tokenizer.bos_token_id
         eos = self.text_tokenizer.eos_token_id
         rows = []
-        for segments in self.prepare_all(prompts):
+        joined = [self.join_turns(segments) for segments in prompts]
+        for segments in self.prepare_all(joined):
             prompt_marks = self.prompt_marks
             if not self.is_word_level:
                 segments = self.tokenize_official(segments)
@@ -1214,6 +1247,7 @@ TRAINABLE = {
     "align": LORA_PARAMETERS + r"|pose_mlp\.",
     "project": r"projector\.",
     "instruct": LORA_PARAMETERS + r"|pose_mlp\.|projector\.",
+    "reason": LORA_PARAMETERS + r"|pose_mlp\.|projector\.",
 }
 
 
