@@ -11750,7 +11750,7 @@ def test_a_batch_holds_people_alone_then_the_people_of_groups():
     assert batch.photo.tolist() == [0, 1, 2, 2, 2, 3, 3]
     assert torch.equal(batch.poses, world.camera_poses[people])
     assert batch.boxes[:2].tolist() == 2 * [[0, 0, world.size, world.size]]
-    close(batch.boxes[2:5], world.group_photo(three)[1], atol=1e-4)
+    close(batch.boxes[2:5], torch.tensor(world.group_photo(three)[1]).float(), atol=1e-4)
     assert np.array_equal(batch.pictures[3], world.group_photo(two)[0])
 
 
