@@ -11787,26 +11787,23 @@ def test_half_of_the_photographs_of_the_backbones_show_groups_if_there_are_peopl
     assert (counts > 1).sum() == n_groups
 
 
-def test_the_small_backbones_learn_to_tell_the_people_of_a_group_apart():
-    """One batch, learned by heart: each person of a picture is nearest to its own caption."""
-    model = nano()
+def test_clip_learns_to_tell_the_people_of_a_group_apart():
+    """The pictures of a batch, learned by heart; a mean over a whole picture would leave 0.46."""
+    model = nano(words=data.vocabulary())
     world = data.World("train", 64, model.vision.clip_size)
-    cache = train.FeatureCache(model, world, 6, {})
-    batch = train.photo_batch(cache, [0], [0, 2, 4])
+    cache = train.FeatureCache(model, world, 2, {})
+    batch = train.photo_batch(cache, [0], [0])
     torch.manual_seed(0)
     heads = train.BackboneHeads(model)
-    optimiser = torch.optim.AdamW([*model.vision.parameters(), *heads.parameters()], 3e-3)
+    optimiser = torch.optim.AdamW([*model.vision.parameters(), *heads.parameters()], 1e-2)
 
-    losses = []
     for _ in range(60):
         loss = train.clip_loss(model, heads, batch)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(loss.item())
 
-    assert losses[0] > 2
-    assert losses[-1] < 0.5
+    assert loss < 0.2
 
 
 def test_a_flipped_photograph_swaps_left_and_right_in_pose_and_keypoints():
