@@ -82,7 +82,7 @@ SIZES = {
             "hidden_size": 32,  # channels of a patch
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "image_size": [64, 64],  # pixels, height and width: square, as groups of people are wide
+            "image_size": [64, 64],  # pixels, height and width; groups of people are wide
             "patch_size": [8, 8],  # 8 x 8 patches, resized to the grid of CLIP
         },
         "tokenizer": {
