@@ -62,8 +62,9 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from data import (
-    CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable, contact_sheet,
-    crop_picture, read_records, render_template, save_png, task_values, templates, vocabulary,
+    CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable,
+    contact_sheet, crop_picture, read_records, render_template, save_png, task_values, templates,
+    vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
@@ -1315,8 +1316,8 @@ def wait_for_first(model, out):
 
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
-    "stage", "size", "seed", "tasks", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
-    "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "body", "root_noise",
+    "stage", "size", "seed", "tasks", "steps", "batch", "lr", "accumulate", "data", "people",
+    "photos", "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "body", "root_noise",
     "part_noise",
 )
 

@@ -934,9 +934,9 @@ class UniPose(nn.Module):
     def prepare_all(self, prompts):
         """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
-        prompts: lists of segments without turns. Values that are prepared already (integer codes, features of
-        rank 2) stay as they are, and so do the target poses of --pose_head mlp; those of text
-        become words. Raises UserError if a model without codes is shown a pose.
+        prompts: lists of segments without turns. Values that are prepared already (integer codes,
+        features of rank 2) stay as they are, and so do the target poses of --pose_head mlp; those
+        of text become words. Raises UserError if a model without codes is shown a pose.
         """
         poses = {}  # (index of the prompt, index of the segment): value
         pictures = {}
