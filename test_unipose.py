@@ -2978,6 +2978,128 @@ def test_the_other_side_of_a_body_part_is_named(part, other):
     assert data.other_side(part) == other
 
 
+# ---- data.py: answers about a group, and conversations -------------------------------------------
+GROUP_TASKS = [task for task, row in data.TASKS.items() if row.group]
+TURNS = [task for task, row in data.TASKS.items() if row.turn]
+every_group_task = pytest.mark.parametrize("task", GROUP_TASKS)
+every_turn = pytest.mark.parametrize("task", TURNS)
+
+
+def test_questions_about_a_group_are_about_two_three_and_four_people_in_turn(group_world):
+    sizes = [len(group_world.group_of(i).people) for i in range(0, 12, 2)]
+
+    assert sizes == [2, 3, 4, 2, 3, 4]
+
+
+@pytest.mark.parametrize("i", [0, 6, 22])
+def test_the_group_of_a_person_does_not_depend_on_how_many_people_there_are(group_world, i):
+    larger = data.World("test", 600)
+
+    assert group_world.group_of(i) == larger.group_of(i)
+
+
+def test_the_answer_to_a_question_about_a_group_is_the_pose_that_the_camera_sees(group_world):
+    group = group_world.group_of(4)
+    _, person = group_world.question(group, np.random.default_rng(0))
+
+    picture, _, answer = group_world.example("reason", 4, np.random.default_rng(0))
+
+    expected = group_world.camera_poses[group.people[person]]
+    assert torch.equal(answer, expected)
+    assert np.array_equal(picture, group_world.group_photo(group)[0])
+
+
+def test_a_description_of_one_of_a_group_is_the_caption_of_the_person(group_world):
+    group = group_world.group_of(4)
+    _, person = group_world.question(group, np.random.default_rng(0), "text")
+
+    *_, answer = group_world.example("reason_text", 4, np.random.default_rng(0), training=True)
+
+    assert answer == group_world.image_caption(group.people[person], None)
+
+
+@every_group_task
+def test_where_nobody_fits_the_answer_says_so(group_world, task):
+    *_, answer = group_world.example(task, 4, np.random.default_rng(0), same=True)
+
+    assert answer == data.NOBODY
+
+
+@every_group_task
+def test_one_in_ten_questions_about_a_group_fits_nobody(mixture_of, task):
+    mixture = mixture_of([task])
+
+    answers = [mixture[k][1][-1] for k in range(600)]
+
+    n_absent = sum(value == data.NOBODY for _, value, _ in answers)
+    assert 40 <= n_absent <= 85
+
+
+def past_turns(world, task, i, reads_poses=True):
+    """The histories of 40 conversations that end with a task about person i."""
+    return [world.history(task, i, np.random.default_rng(k), reads_poses) for k in range(40)]
+
+
+@every_turn
+def test_a_conversation_has_two_to_four_turns(group_world, task):
+    lengths = {len(history) + 1 for history in past_turns(group_world, task, 5)}
+
+    assert lengths <= {2, 3, 4}
+
+
+@every_turn
+@pytest.mark.parametrize("i", [4, 5])
+def test_the_turns_before_lead_to_the_person_whom_the_next_turn_is_about(group_world, task, i):
+    """What is compared are the two people that the edit before went from and to."""
+    for history in past_turns(group_world, task, i):
+        (_, person), *later = history
+        edits = [name for name, _ in later].count("chat_edit")
+        for name, start in later:
+            assert name in ("chat_edit", "chat_compare")
+            assert start == person
+        reached = person ^ (edits % 2)
+        assert reached == (i ^ 1 if task == "chat_compare" else i)
+
+
+@every_turn
+def test_a_conversation_begins_with_a_pose(group_world, task):
+    openings = {history[0][0] for history in past_turns(group_world, task, 5)}
+
+    assert openings == {"text2pose", "image2pose", "pose2text"}
+
+
+@every_turn
+def test_a_model_that_reads_no_poses_is_shown_none_in_earlier_turns(group_world, task):
+    openings = {history[0][0] for history in past_turns(group_world, task, 5, reads_poses=False)}
+
+    assert openings == {"text2pose", "image2pose"}
+
+
+def test_earlier_turns_come_first_each_with_its_answer(mixture_of):
+    mixture = mixture_of(["chat_compare"])
+
+    for k in range(20):
+        _, segments = mixture[k]
+        turns = [value for kind, value, _ in segments if kind == "turn"]
+
+        assert [kind for kind, *_ in segments[:2]] == ["turn", "turn"]
+        for turn in turns:
+            assert [is_target for *_, is_target in turn].count(True) == 1
+            assert turn[-1][2]
+        assert segments[-1][2]
+
+
+def test_a_pose_that_a_later_turn_is_about_faces_front(group_world):
+    mixture = data.Mixture(["chat_edit"], 0, group_world)
+
+    for k in range(30):
+        _, segments = mixture[k]
+        earlier = [value[-1] for kind, value, _ in segments if kind == "turn"]
+        for kind, pose, _ in earlier:
+            if kind == "pose":
+                assert (group_world.poses == pose).flatten(1).all(1).any()
+
+
 # ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
@@ -5385,6 +5507,65 @@ def test_eager_and_sdpa_attention_read_the_same_mask():
         losses.append(loss)
 
     close(losses[0], losses[1], atol=1e-6)
+
+
+CONVERSATION = [
+    ("turn", QUESTIONS["text2pose"], False),
+    ("turn", QUESTIONS["pose2text"], False),
+    ("text", "lower the right hand", False),
+    ("pose", B, True),
+]
+
+
+def test_an_earlier_turn_reads_like_a_question_with_its_answer():
+    """[INST] prompt [/INST] <p> codes </p> </s> [INST] ..., as if the answer had been given."""
+    model = nano()
+    alone = model.encode(QUESTIONS["text2pose"])
+    codes = model.pose_tokenizer.encode(torch.as_tensor(QUESTIONS["text2pose"][-1][1])[None])
+    expected = list(alone.ids)
+    queries = [i for i, block in enumerate(alone.block) if block == 0]
+    expected[queries[0]:queries[-1] + 1] = (codes[0] + model.vocab.pose0).tolist()
+
+    row = model.encode(CONVERSATION)
+
+    assert row.ids[:len(expected)] == expected
+    assert row.ids[len(expected)] == model.prompt_marks[0][0]
+
+
+def test_only_the_last_answer_of_a_conversation_is_learned():
+    model = nano()
+    *_, target = CONVERSATION
+    alone = model.encode([("text", "lower the right hand", False), target])
+
+    row = model.encode(CONVERSATION)
+
+    learned = [label for label in row.labels if label != unipose.IGNORE_INDEX]
+    assert learned == [label for label in alone.labels if label != unipose.IGNORE_INDEX]
+
+
+def test_an_earlier_pose_is_read_from_its_codes_and_not_in_both_directions():
+    model = nano()
+
+    row = model.encode(CONVERSATION)
+
+    n = model.vocab.n_tokens
+    assert [i for i in row.code_index if i >= 0] == [*range(n), *range(n)]
+    assert set(row.block) == {-1, 0}
+    assert row.block.count(0) == n
+
+
+def test_chatpose_keeps_the_position_of_an_earlier_pose_in_the_conversation():
+    model = nano(pose_head="mlp")
+    vocab = model.vocab
+    pose = ("pose", torch.eye(3).expand(22, 3, 3), True)
+    turn = [("text", "lower the right hand", False), pose]
+
+    row = model.encode([("turn", turn, False), *turn])
+
+    at = [i for i, token in enumerate(row.ids) if token == vocab.query0]
+    assert len(at) == 2
+    assert [row.block[i] for i in at] == [-1, 0]
+    assert len(row.poses) == 1
 
 
 def test_queries_of_a_pose_do_not_see_what_comes_after_it():
