@@ -209,7 +209,9 @@ def render_template(task, values, template):
             segments.append(inputs[piece])
         elif piece:
             segments.append(("text", piece, False))
-    segments.append((row.target, values[-1], True))
+    # whoever asks for a pose of somebody who is not there gets a text
+    kind = "text" if isinstance(values[-1], str) else row.target
+    segments.append((kind, values[-1], True))
     return segments
 
 
