@@ -670,15 +670,10 @@ class Question(NamedTuple):
 
     @property
     def shown(self):
-        """What a picture shows of it: earlier turns, one's own words, its inputs."""
-        shown = []
-        for asked, value in self.earlier:
-            shown += [*asked.shown, value]
+        """What a picture shows of it: its inputs, behind one's own words."""
         if self.words:
-            shown.append(self.words)
-        elif not self.inputs:
-            shown.append(templates(self.name)[0])       # "Describe it."
-        return [*shown, *self.inputs]
+            return [self.words, *self.inputs]
+        return self.inputs or [templates(self.name)[0]]         # "Describe it."
 
     @property
     def has_image(self):
@@ -1477,7 +1472,7 @@ def tour_tasks(model):
 
 
 def tour_question(world, task, i, reads_poses):
-    """What the tour asks about person i -> (Question, its target). reads_poses: of the model."""
+    """What the tour asks about person i -> (Question, its target). reads_poses: see `history`."""
     rng = np.random.default_rng((0, i))
     earlier = []
     if TASKS[task].turn:
@@ -1487,7 +1482,6 @@ def tour_question(world, task, i, reads_poses):
                 target = world.poses[person]            # a later turn is about it
             earlier.append((Question(past, inputs, want_of(past)), target))
 
-    rng = np.random.default_rng((0, i))
     *inputs, target = world.example(task, i, rng)
     return Question(task, inputs, want_of(task), earlier=tuple(earlier)), target
 
@@ -1523,6 +1517,8 @@ def tour(model, body, config):
         answer = answers[k]
         target = targets[k]
         note = score(task, answer, target, tour_people(world, task, 2 * k), body)
+        for number, (asked, value) in enumerate(question.earlier, 1):
+            rows.append((task, f"turn {number}", asked.shown, [("answer", value)]))
         results = [("answer", answer.value), ("target", target)]
         rows.append((task, note, question.shown, results))
 
