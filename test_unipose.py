@@ -8195,7 +8195,8 @@ def test_whether_somebody_fits_is_up_to_the_model(task, want):
 def test_the_answer_that_nobody_fits_is_printed_and_no_pose_is_written(
         tmp_path, free_body, capsys):
     config = sample.Config(out=str(tmp_path))
-    question = sample.read_question("Show me the pose of the one in green.", PICTURES[0], task="reason")
+    text = "Show me the pose of the one in green."
+    question = sample.read_question(text, PICTURES[0], task="reason")
 
     sample.write_answers(question, [answer_with(text=data.NOBODY)], free_body, config)
 
@@ -9923,6 +9924,7 @@ MANY = [  # questions of all kinds
     {"ask": "Describe <pose>.", "pose": "a.npz", "task": "pose2text"},
 ]
 BAD_LINES = {  # a line: what is said of it
+    '{"task": "chat_edit", "text": "a"}': "have one with --chat",
     "{not json": "no JSON object",
     "5": "no JSON object",
     "[]": "no JSON object",
@@ -10261,9 +10263,9 @@ def test_python_asks_with_values_in_a_question():
 
 
 def test_when_the_context_is_full_the_oldest_turns_are_forgotten_with_a_note(monkeypatch, capsys):
-    """The model reads 100 tokens beside its answer, a turn and its answer have about 40."""
+    """The model reads 100 tokens beside its answer, a turn and its answer have about 30."""
     llm = unipose.SIZES["nano"]["llm"] | {"max_position_embeddings": 260}
-    asked = answers_with(monkeypatch, text=15 * "left ")
+    asked = answers_with(monkeypatch, text=5 * "left ")
     conversation = talker(llm=llm)
 
     for number in range(5):
@@ -10316,7 +10318,7 @@ def test_weights_that_have_not_learned_it_are_refused_before_they_are_read(
                 ["--chat", f"--weights={folder}", f"--out={tmp_path}"])
 
 
-def test_chatpose_talks_but_is_shown_no_pose(monkeypatch):
+def test_chatpose_talks_but_is_shown_no_pose():
     conversation = sample.Conversation(chatpose(words=data.vocabulary()))
 
     refused("but it reads none", conversation.ask,
