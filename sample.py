@@ -50,6 +50,10 @@ full, the oldest ones are forgotten.
     torch.Size([22, 3, 3])
     >>> conversation.ask("Describe it.").text
 
+A question about one of several people (`reason`, `reason_text`) may fit nobody: then the answer is
+the text data.NOBODY, and no pose. That is also what to expect of a picture without people, but no
+training picture is one.
+
 A line of a file of questions holds what the flags would say: {"text": "Kneeling."}, or {"task":
 "image2text", "image": "photo.jpg"}; paths begin at the folder of the file, "id" may be anything. Of
 each there is a row of answers: its "line" and "question", then "text", or "pose": axis-angles
@@ -1581,7 +1585,7 @@ def read_turn(line, up=""):
 
     paths = {"image": [], "pose": []}
     for kind, path in TURN_FILE.findall(line):
-        paths[kind].append(path)
+        paths[kind].append(os.path.expanduser(path))
     words = TURN_FILE.sub(r"<\1>", line.strip())
     return read_question(**paths, up=up, ask=words)._replace(name="chat")
 
@@ -1610,7 +1614,7 @@ class Conversation:
         """
         question = read_turn(turn) if isinstance(turn, str) else turn
         check_typed(self.model, question)
-        self.forget(question)
+        self.make_room(question)
         whole = question._replace(earlier=tuple(self.earlier))
         [answer] = answer_questions(
             self.model, [whole], self.decode, self.temperature, self.generator)
@@ -1621,7 +1625,7 @@ class Conversation:
         self.earlier.append((question, value))
         return answer
 
-    def forget(self, question):
+    def make_room(self, question):
         """Drops the oldest turns, so that the others, a question and its answer fit the model.
 
         Raises UserError if the question alone does not fit.
@@ -1924,9 +1928,10 @@ class Config:
     Where nobody fits, the answer to the last two is a sentence that says so.
 
     In a conversation, --chat, a turn is a line. Later turns may refer to earlier ones:
-      Which pose has the person in <image photo.jpg>?
-      Now raise the left arm.
-      What is the difference between this and <pose walk.npz:120>?
+      Estimate the pose of the person in the image <image photo.jpg>.
+      Now raise the left hand a lot.
+      What has changed?
+      Describe the pose <pose walk.npz:120>.
     """
 
     text: list[str] = field(default_factory=list)  # a description, or with --pose an instruction
@@ -2067,7 +2072,7 @@ def write_answers(question, answers, body, config, first=1):
     """
     out = pathlib.Path(config.out)
     number = next_number(out, question.name)
-    missing = "(no pose)" if question.want == "pose" else ""
+    missing = "" if question.want == "text" else "(no pose)"
     results = []
     for k, answer in enumerate(answers):
         results.append((f"answer {k + 1}" if config.n > 1 else "answer", answer.value))

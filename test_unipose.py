@@ -10021,6 +10021,20 @@ def test_a_bad_line_gets_a_row_that_says_what_is_wrong(tiny, question_files, lin
     assert "\n" not in row["error"]
 
 
+def test_a_line_may_ask_for_thought_if_the_model_has_learned_it():
+    model = nano(words=data.vocabulary())
+    fields = {"task": "speculate", "text": "You just dropped your keys."}
+    config = sample.Config(jsonl="questions.jsonl")
+
+    [answered] = sample.answer_lines(model, [(1, fields)], config, {})
+    model.stages = [stage for stage in train.STAGES if stage != "reason"]
+    [refusal] = sample.answer_lines(model, [(1, fields)], config, {})
+
+    assert answered["task"] == "speculate"
+    assert len(answered["pose"]) == 22
+    assert "has not been through reason" in refusal["error"]
+
+
 def test_bad_lines_are_counted_and_named_at_the_end(question_files, tmp_path, capsys):
     lines = ["{}", "", '{"text": "Kneel."}', "{not json"]
     lay(tmp_path, {"bad.jsonl": "\n".join(lines) + "\n"})
