@@ -59,8 +59,8 @@ A line of a file of questions holds what the flags would say: {"text": "Kneeling
 each there is a row of answers: its "line" and "question", then "text", or "pose": axis-angles
 (22,3) in radians, y up, +z front, or "error". A run that was cut goes on behind the last whole row.
 
-Left out: streaming, top-k and beam search, and captions of a motion
-as a whole: --every describes single frames.
+Left out: streaming, top-k and beam search, and captions of a motion as a whole: --every describes
+single frames.
 """
 import base64
 import contextlib
@@ -352,7 +352,7 @@ class Engine:
         """Prompts, and what each wants -> list of RowState, n for each prompt."""
         # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,
         #    their last tokens share a column
-        if self.model.config["prompt_style"] != "released":
+        if self.model.config["prompt_style"] != "released":     # that sees the square in the middle
             prompts = [square_pictures(prompt) for prompt in prompts]
         sequences = self.model.encode_all(prompts)
         for sequence, want in zip(sequences, wants):
@@ -576,10 +576,7 @@ class Engine:
 
 
 def square_pictures(segments):
-    """Segments, their pictures padded to squares: the model sees squares only.
-
-    The official model keeps to the square in the middle, as it was trained (`preprocess`).
-    """
+    """Segments, their pictures padded to squares: the model sees squares only (`preprocess`)."""
     squared = []
     for kind, value, is_target in segments:
         if kind == "turn":
@@ -625,7 +622,8 @@ def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, gener
     kinds = set()
     for prompt in prompts:
         kinds |= kinds_in(prompt)
-    require_stages(model.stages, "image" in kinds, model.config["pose_head"], "turn" in kinds)
+    require_stages(
+        model.stages, "image" in kinds, model.config["pose_head"], with_thought="turn" in kinds)
 
     max_new = max_new or longest_answer(model)
     engine = Engine(model, decode, temperature, generator, max_new)
@@ -670,7 +668,7 @@ class Question(NamedTuple):
     want: str | None    # "pose" or "text"; None: the model decides
     words: str = ""     # one's own, see `own_question`; "": those of the task
     label: str = ""     # which of several it is
-    earlier: tuple = () # turns of a conversation before it: (Question, pose or text that answered)
+    earlier: tuple = ()  # turns of a conversation before it: (Question, pose or text that answered)
 
     @property
     def shown(self):
@@ -1503,7 +1501,8 @@ def tour_people(world, task, i):
 def tour(model, body, config):
     """Answers all its tasks in one batch: task k about the k-th pair of the test split."""
     tasks = tour_tasks(model)
-    world = World("test", max(POOL, 2 * len(TASKS)), model.vision.clip_size)
+    n_people = max(POOL, 2 * len(TASKS))                # a group needs a pool of people
+    world = World("test", n_people, model.vision.clip_size)
     out = pathlib.Path(config.out)
     questions = []
     targets = []
@@ -2149,7 +2148,8 @@ def main(argv=None):
         if not lines:
             print(f"{config.out} holds an answer to every question")
             return
-    require_stages(notes.get("stages"), with_images, notes["pose_head"], mode == "chat")
+    require_stages(notes.get("stages"), with_images, notes["pose_head"],
+                   with_thought=mode == "chat")
     require_trained(notes.get("stages"), notes["pose_head"], questions)
     if config.pose:
         require_codes(notes["pose_head"])
