@@ -10666,8 +10666,7 @@ def test_the_tour_of_chatpose_leaves_out_the_tasks_that_show_it_a_pose(
         trained_chatpose, tmp_path, capsys):
     sample.main([f"--weights={trained_chatpose}", f"--out={tmp_path}"])
 
-    n_tasks = len(data.answerable(data.TASKS, "mlp"))
-    assert f"\n{n_tasks} answers" in capsys.readouterr().out
+    assert "\n4 answers" in capsys.readouterr().out
 
 
 def test_a_saved_chatpose_is_loaded_as_it_was(tmp_path):
