@@ -1684,7 +1684,8 @@ def chat(model, body, config):
         if rows:
             show_rows(rows[-MAX_PAGE_ANSWERS:], body, config)
     if not rows and not is_terminal:
-        raise UserError("standard input holds no turn; write one a line, such as 'Bend the left knee.'")
+        raise UserError(
+            "standard input holds no turn; write one a line, such as 'Bend the left knee.'")
 
 
 # ---- 9. Many questions ---------------------------------------------------------------------------
