@@ -209,7 +209,8 @@ def render_template(task, values, template):
             segments.append(inputs[piece])
         elif piece:
             segments.append(("text", piece, False))
-    # whoever asks for a pose of somebody who is not there gets a text
+
+    # where a pose is asked for, that nobody fits is said in words
     kind = "text" if isinstance(values[-1], str) else row.target
     segments.append((kind, values[-1], True))
     return segments

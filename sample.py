@@ -2012,6 +2012,8 @@ def validate_flags(config):
         raise UserError(f"--every {config.every} must be 1 or more; 30 describes every 30th frame")
     if config.every is not None and not config.pose:
         raise UserError(f"--every {config.every} is about a motion; give its file with --pose")
+    if config.chat and sys.stdin is None:
+        raise UserError("--chat reads standard input, which is closed; type turns, or pipe a file")
     where, advice, flags = NO_EFFECT[mode_of(config)]
     for name in flags:
         if getattr(config, name) != getattr(Config(), name):

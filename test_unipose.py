@@ -10407,6 +10407,12 @@ def test_a_conversation_at_a_terminal_goes_on_after_a_bad_turn_until_ctrl_d(
     assert sorted(os.listdir(tmp_path)) == ["chat.png", "chat_2.png"]
 
 
+def test_a_conversation_needs_an_open_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+
+    refused("standard input, which is closed", sample.main, ["--chat"])
+
+
 def test_a_terminal_may_be_left_at_once(tmp_path, monkeypatch, free_body):
     type_in(monkeypatch)
 
