@@ -209,7 +209,10 @@ def render_template(task, values, template):
             segments.append(inputs[piece])
         elif piece:
             segments.append(("text", piece, False))
-    segments.append((row.target, values[-1], True))
+
+    # where a pose is asked for, that nobody fits is said in words
+    kind = "text" if isinstance(values[-1], str) else row.target
+    segments.append((kind, values[-1], True))
     return segments
 
 
@@ -2959,13 +2962,20 @@ def print_examples(split, seed):
     for task in TASKS:
         print(f"\n{task}")
         _, segments = Mixture([task], seed, world)[0]
-        for kind, value, is_target in segments:
-            arrow = "->" if is_target else "  "
-            if kind == "text":
-                print(f"  {arrow} {value.strip()}")
-            else:
-                shape = " x ".join(map(str, value.shape))
-                print(f"  {arrow} <{kind}> {shape}")
+        print_segments(segments)
+
+
+def print_segments(segments):
+    """Prints segments, one a line, those of earlier turns first."""
+    for kind, value, is_target in segments:
+        arrow = "->" if is_target else "  "
+        if kind == "turn":
+            print_segments(value)
+        elif kind == "text":
+            print(f"  {arrow} {value.strip()}")
+        else:
+            shape = " x ".join(map(str, value.shape))
+            print(f"  {arrow} <{kind}> {shape}")
 
 
 def draw_people(split, path, n=32):
