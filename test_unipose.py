@@ -3549,9 +3549,20 @@ def test_a_bad_line_of_questions_is_skipped_and_counted(real, replace, capsys, l
     assert_one_is_skipped(real.specs["questions"], 1, capsys)
 
 
-def test_a_picture_with_a_question_is_an_example_of_no_task_about_one_person(real):
-    for record in data.read_records([real.specs["questions"]]):
-        assert train.tasks_offered(record) == ()
+def test_a_question_of_a_file_is_asked_about_the_whole_picture(real):
+    mixture = train.RealData({real.specs["questions"]: 1}, GROUP_TASKS)
+    records = list(data.read_records([real.specs["questions"]]))
+
+    for k in range(8):
+        task, (picture, text, answer), _ = mixture.example(k)
+
+        [record] = [record for record in records if record["question"] == text]
+        whole = data.square(data.open_picture(record["image"]))
+        assert np.array_equal(np.asarray(picture), np.asarray(whole))
+        if task == "reason_text":
+            assert [answer] == record["texts"]
+        else:
+            assert np.array_equal(answer, record["pose"])
 
 
 def test_groups_of_the_world_can_be_written_as_questions_and_read_back(tmp_path):
@@ -12428,6 +12439,10 @@ def test_the_cache_is_filled_before_the_model_is_put_into_training_mode(stage, t
     ("image pose", ("image2pose",)),
     ("image pose texts", ("image2text",)),
     ("start_image start image pose texts", ("imagediff",)),
+    ("image question texts", ("reason_text",)),
+    ("image question pose", ("reason",)),
+    ("image question pose texts", ("reason", "reason_text")),
+    ("image question", ()),
     ("pose", ()),
     ("image", ()),
 ])
