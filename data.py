@@ -209,7 +209,10 @@ def render_template(task, values, template):
             segments.append(inputs[piece])
         elif piece:
             segments.append(("text", piece, False))
-    segments.append((row.target, values[-1], True))
+
+    # where a pose is asked for, that nobody fits is said in words
+    kind = "text" if isinstance(values[-1], str) else row.target
+    segments.append((kind, values[-1], True))
     return segments
 
 

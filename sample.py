@@ -605,7 +605,7 @@ def question(task, inputs, model=None):
     template = templates(task)[0]
     if model is not None and model.config["prompt_style"] == "released":
         # the official model learned each task from one phrase before it saw others
-        template = load_asset("instructions")["released"][task]
+        template = load_asset("instructions")["released"].get(task, template)
 
     segments = render_template(task, [*inputs, None], template)
     return segments[:-1]            # without the target

@@ -354,9 +354,9 @@ class FeatureCache:
 
     @cached_property
     def camera_poses(self):
-        """Codes (n_photos,N) of the poses in the camera's frame."""
-        poses = self.world.camera_poses[:self.n_photos]
-        return self._in_batches(self._encode, poses, "codes of photographed poses")
+        """Codes (n,N) of the poses in the camera's frame: whoever has no photograph may be in a
+        group."""
+        return self._in_batches(self._encode, self.world.camera_poses, "codes of turned poses")
 
     @cached_property
     def features(self):
