@@ -605,7 +605,7 @@ class EvalSet:
         """
         if not TASKS[self.task].turn:
             return []
-        start = 2 * k + (self.task == "chat_describe")
+        start = 2 * k + 1 if self.task == "chat_describe" else 2 * k
         past = ["text2pose"] if self.task == "chat_edit" else ["text2pose", "chat_edit"]
 
         turns = []
