@@ -702,13 +702,20 @@ class Evaluator(NamedTuple):
         if evalset.groups:
             metrics |= self.person_metrics(evalset, self.nearest_people(evalset, answers))
         if evalset.task == "image_text2pose":
-            hidden = torch.tensor(np.stack([mask for _, mask in evalset.hidden_photos]))
-            metrics["hidden_mpjpe"] = joint_errors(joints, target)[hidden].mean().item()
+            metrics["hidden_mpjpe"] = self.hidden_error(evalset, poses)
         if evalset.task == "speculate":
             asked = [evalset.world.activity[i] for i in evalset.rows]
             is_right = [name == other for name, other in zip(asked, nearest_activities(front))]
             metrics["activity_accuracy"] = float(np.mean(is_right))
         return metrics
+
+    def hidden_error(self, evalset, poses):
+        """MPJPE (mm) of the joints that an object hides. All poses face front, each by its own
+        heading: of a text alone it cannot be known."""
+        hidden = torch.tensor(np.stack([mask for _, mask in evalset.hidden_photos]))  # (n,22)
+        joints = self.body.joints(face_front(poses))                                  # (n,22,3)
+        target = self.body.joints(face_front(evalset.poses))                          # (n,22,3)
+        return joint_errors(joints, target)[hidden].mean().item()
 
     def nearest_people(self, evalset, answers):
         """Whose pose is nearest to each answer, of the people of its group; None for a text."""
@@ -916,8 +923,9 @@ def answer_all(model, n, prompt, want, decode, batch, name):
 def variants(model, evalset, decode, batch):
     """name -> the model's poses where the same is asked otherwise; {} for most tasks.
 
-    image_text2pose: by the picture alone, and by the text alone. chat_edit: the edit alone, which
-    is not about an earlier turn, and behind a first turn that the model has answered itself.
+    image_text2pose: by the picture alone, and by the text alone, from which follows a pose that
+    faces front: the true heading turns it to the camera. chat_edit: the edit alone, which is not
+    about an earlier turn, and behind a first turn that the model has answered itself.
     """
     def ask(name, prompt):
         return answer_all(
@@ -1056,8 +1064,9 @@ COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the toke
 THOUGHT_PROTOCOL = """
 person: share of answers that are nearest to the person asked for, by MPJPE or by statements; of 2,
 of 3, of 4: in groups of so many; nobody: share of questions which nobody fits that are told so;
-wrongly: of all others; hidden: MPJPE of the joints that an object hides; action: share of poses of
-the activity that was asked for, judged by the nearest training person, chance {chance:.3f}
+wrongly: of all others; hidden: MPJPE of the joints that an object hides, all poses facing front;
+action: share of poses of the activity that was asked for, judged by the nearest training person,
+chance {chance:.3f}
 R@10: own answer among the best 10 of all for a question, back: own question for an answer
 """
 THOUGHT_COLUMNS = {  # the same of the tasks that ask for thought
