@@ -307,9 +307,6 @@ def view_metrics(texts, views):
     }
 
 
-NO_DIFFERENCE = to_text([], None, demand=True)
-
-
 def says_only(sentence, answer):
     """Whether an answer says a sentence, once or several times, and nothing else; a pose does not.
     """
@@ -530,7 +527,7 @@ class EvalSet:
         self.seed = seed
 
         self.negative = torch.zeros(n, dtype=torch.bool)
-        self.negative_text = NOBODY if row.group else NO_DIFFERENCE
+        self.negative_text = NOBODY if row.group else to_text([], None, demand=True)
         if row.group:
             self.negative[ABSENT_EVERY - 1::ABSENT_EVERY] = True
         elif row.pair and row.target == "text" and not row.turn:
