@@ -1127,14 +1127,16 @@ def format_table(report):
         rows.insert(0, ("tokenizer", f"{tokenizer['active']:.0%} codes active", tokenizer))
     lines = format_rows(rows, COLUMNS)
 
-    rows = task_rows(report, [task for task in report["tasks"] if task not in SEVEN])
     columns = {}
-    for heading, names in THOUGHT_COLUMNS.items():
-        if any(names[0] in metrics for _, _, metrics in rows):
-            columns[heading] = names
-    if columns:
+    shown = []
+    for row in task_rows(report, [task for task in report["tasks"] if task not in SEVEN]):
+        filled = [heading for heading, [name] in THOUGHT_COLUMNS.items() if name in row[2]]
+        columns |= {heading: THOUGHT_COLUMNS[heading] for heading in filled}
+        if filled:
+            shown.append(row)
+    if shown:
         chance = 1 / len(activity_table().activities)
-        lines += [THOUGHT_PROTOCOL.format(chance=chance), *format_rows(rows, columns)]
+        lines += [THOUGHT_PROTOCOL.format(chance=chance), *format_rows(shown, columns)]
     return lines
 
 

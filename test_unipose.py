@@ -11491,6 +11491,20 @@ def test_the_tasks_that_ask_for_thought_have_a_second_table(report):
     assert "\ntext2pose " not in second
 
 
+def test_a_task_without_figures_of_thought_is_left_out_of_the_second_table():
+    tasks = {
+        "reason": {"decode": "argmax", "right_person": 0.5},
+        "chat_edit": {"decode": "argmax", "mpjpe": 100.0},
+    }
+
+    table = "\n".join(evaluation.format_table({"pose_head": "codes", "tasks": tasks}))
+
+    first, second = table.split("person: share of answers")
+    assert "chat_edit" in first
+    assert "reason" in second
+    assert "chat_edit" not in second
+
+
 def test_a_report_of_the_seven_tasks_has_one_table(report):
     seven = {task: report["tasks"][task] for task in data.SEVEN}
 
