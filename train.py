@@ -3,7 +3,7 @@
 A stage trains a few parts of the model and freezes the rest (paper §3.3):
 
     backbones ─────────────────┐
-    tokenizer ────► align ─────┴────► project ────► instruct            retrieval
+    tokenizer ────► align ─────┴────► project ────► instruct ────► reason         retrieval
 
     stage       trains                            on
     backbones   small CLIP, small pose ViT        photographs of people and groups; stand-ins
@@ -13,6 +13,7 @@ A stage trains a few parts of the model and freezes the rest (paper §3.3):
     align       the LLM                           tasks of poses and texts
     project     the projector                     tasks with images
     instruct    the projector, the LLM by LoRA    all seven tasks, 200 instructions each
+    reason      the same                          also groups, implied poses, conversations
 
 A stage is a row of STAGES and a function that returns its modules and its loss; the loop knows
 nothing else about it. The samples of a step are a function of (seed, step), so a resumed run is

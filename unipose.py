@@ -2027,6 +2027,7 @@ def load_official(cache, device="cpu", dtype=torch.float32, exact=EXACT, merge=T
             tensors[name] = tensors.pop(name.replace(".base.", "."))
     assign_weights(model, tensors, cache, device, dtype, exact)
 
+    model.stages = config["stages"]
     if merge:
         merge_lora(model.llm.model.layers)
         model.config["lora"] = False
