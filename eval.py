@@ -54,7 +54,7 @@ from data import (
     HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
     records_with_pose, vocabulary,
 )
-from sample import DECODINGS, CachedModel, generate, question, validate_decoding
+from sample import DECODINGS, CachedModel, generate, question, validate_decoding, want_of
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, forward_kinematics,
     load_body, matrix_to_sixd, mirror, progress_bar, run_main, turn_root, validate_writable,
@@ -523,7 +523,7 @@ class EvalSet:
         self.world = world
         self.task = task
         self.target = row.target
-        self.want = None if task == "reason" else row.target
+        self.want = want_of(task)
         self.seed = seed
 
         self.negative = torch.zeros(n, dtype=torch.bool)
