@@ -82,6 +82,7 @@ from unipose import (
 # ---- 1. The stages -------------------------------------------------------------------------------
 IMAGE_TASKS = tuple(task for task in SEVEN if "image" in TASKS[task].inputs)
 POSE_TASKS = tuple(task for task in SEVEN if task not in IMAGE_TASKS)
+GROUP_TASKS = tuple(task for task, row in TASKS.items() if row.group)
 
 
 class Stage(NamedTuple):
@@ -136,10 +137,10 @@ STAGES = {
     ),
     # the seven tasks stay in the mixture, or they would be forgotten
     "reason": Stage(
-        tasks=(*REASONING, "reason", "reason_text", *SEVEN),
+        tasks=(*REASONING, *GROUP_TASKS, *GROUP_TASKS, "reason", *SEVEN),
         needs=("instruct",),
         n_templates=N_TEMPLATES,
-        schedule={"nano": (30, 8, 1e-3), "tiny": (12_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
+        schedule={"nano": (30, 8, 1e-3), "tiny": (9_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
     ),
 }
 
@@ -310,7 +311,7 @@ class RealData:
 
         if row.group:
             picture = square(open_picture(record["image"]))
-            return task, [picture, record["question"], value_of(row.target, 0)], rng
+            return task, [record["question"], picture, value_of(row.target, 0)], rng
         return task, task_values(task, value_of), rng
 
     def __getitem__(self, k):
