@@ -103,7 +103,7 @@ TASKS = {
     # text-enhanced pose estimation (UniPose figure 5)
     "image_text2pose": Task(("image", "text"), "pose", frame="camera", stage=""),
 
-    # reasoning-based pose estimation (UniPose appendix D): who of several people? The question comes
+    # reasoning-based pose estimation (UniPose appendix D): who of several people? The question is
     # first, so that each patch of the picture, which sees only what is before it, can answer it
     "reason": Task(
         ("text", "image"), "pose", text="question", frame="camera", group=True, stage="reason"),
