@@ -12287,7 +12287,7 @@ def test_a_random_model_is_created_in_its_own_type(monkeypatch, dtype):
 
 
 # ---- train.py ------------------------------------------------------------------------------------
-SMALL = "--size nano --people 32 --photos 8".split()
+SMALL = "--size nano --people 64 --photos 8".split()
 
 
 def run_train(out, *flags):
