@@ -2036,6 +2036,58 @@ def extend_vocabulary(table, vocab):
     return torch.cat([text, mean.expand(vocab.size - len(text), -1)])
 
 
+def untrained_parts(model):
+    """{name: tensor}: random weights for the parts of a meta model that no download brings."""
+    config = model.config
+    llm_width = model.llm.config.hidden_size
+    parts = {}
+    if model.has_codes:
+        parts["pose_tokenizer."] = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
+    if model.pose_mlp:
+        parts["pose_mlp."] = make_pose_mlp(llm_width)
+    parts["projector."] = make_projector(config["projector"], model.vision.width, llm_width)
+
+    tensors = {}
+    for prefix, part in parts.items():
+        tensors |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
+    return tensors
+
+
+def change_pose_head(model, settings, where, dtype=torch.float32, exact=EXACT):
+    """A model with other `settings` (entries of its config, among them pose_head) whose eyes and
+    LLM are those of `model`, which has learned nothing of poses.
+
+    So two systems start from equal weights, as far as their vocabularies are alike. What only the
+    new one has is untrained. where, dtype, exact: see `assign_weights`.
+    """
+    text = model.text_tokenizer
+    if settings["pose_head"] == "text" and model.is_word_level:
+        words = text.get_vocab()
+        text = word_tokenizer([*sorted(words, key=words.get), *POSE_CHARACTERS])
+    with torch.device("meta"):
+        changed = UniPose(model.config | settings, text)
+
+    tensors = untrained_parts(changed)
+    shapes = shapes_of(changed)
+    for name, tensor in model.state_dict().items():
+        if name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+            tensor = change_vocabulary(tensor, model.vocab, changed.vocab)
+        if shapes.get(name) == tensor.shape:
+            tensors[name] = tensor
+    return assign_weights(changed, tensors, where, dtype=dtype, exact=exact)
+
+
+def change_vocabulary(table, old, new):
+    """A table (old.size,D) of the LLM for another pose head -> (new.size,D).
+
+    Texts, marks and queries keep their rows; for others see `extend_vocabulary`.
+    """
+    changed = extend_vocabulary(table[:old.n_text], new)
+    n_kept = 4 + min(old.n_tokens, new.n_tokens)
+    changed[new.p_open:new.p_open + n_kept] = table[old.p_open:old.p_open + n_kept]
+    return changed
+
+
 def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
     """The model of `config` with downloaded backbones; the rest is untrained (paper §3.3).
 
@@ -2072,15 +2124,7 @@ def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
 
     for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
         tensors[name] = extend_vocabulary(tensors[name], model.vocab)
-    llm_width = model.llm.config.hidden_size
-    parts = {}
-    if model.has_codes:
-        parts["pose_tokenizer."] = PoseTokenizer(TokenizerConfig(**config["tokenizer"]))
-    if model.pose_mlp:
-        parts["pose_mlp."] = make_pose_mlp(llm_width)
-    parts["projector."] = make_projector(config["projector"], model.vision.width, llm_width)
-    for prefix, untrained in parts.items():
-        tensors |= {prefix + name: value for name, value in untrained.state_dict().items()}
+    tensors |= untrained_parts(model)
     return assign_weights(model, tensors, where, dtype=dtype)
 
 
