@@ -2029,6 +2029,9 @@ def load_official(cache, device="cpu", dtype=torch.float32, exact=EXACT, merge=T
     return model
 
 
+VOCABULARY_TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")  # a row for each token
+
+
 def extend_vocabulary(table, vocab):
     """A table with a row for each id of the LLM -> (vocab.size,D): new rows are the texts' mean."""
     text = table[:vocab.n_text]
@@ -2070,7 +2073,7 @@ def change_pose_head(model, settings, where, dtype=torch.float32, exact=EXACT):
     tensors = untrained_parts(changed)
     shapes = shapes_of(changed)
     for name, tensor in model.state_dict().items():
-        if name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+        if name in VOCABULARY_TABLES:
             tensor = change_vocabulary(tensor, model.vocab, changed.vocab)
         if shapes.get(name) == tensor.shape:
             tensors[name] = tensor
@@ -2122,7 +2125,7 @@ def base_model(config, llm, clip, pose_vit, dtype=torch.float32):
     with blame_description(where), torch.device("meta"):
         model = UniPose(config | sizes, load_text_tokenizer(llm))
 
-    for name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+    for name in VOCABULARY_TABLES:
         tensors[name] = extend_vocabulary(tensors[name], model.vocab)
     tensors |= untrained_parts(model)
     return assign_weights(model, tensors, where, dtype=dtype)
