@@ -856,14 +856,14 @@ WORDS_PER_POSE = 100  # about as many as a batch of `instruct` has for each pose
 def make_pose_mlp(llm_width):
     """The hidden state of a query -> 22 rotations in 6D: ChatPose's head, without its two hands.
 
-    It starts at the pose at rest (not in ChatPose): from anywhere the L1 loss of a joint may get
-    caught at half a turn, where every small step makes it larger, and a small model may get rid of
-    random rotations by turning all its ReLUs off.
+    It starts near the pose at rest (not in ChatPose): from anywhere the L1 loss of a joint may get
+    caught at half a turn, where every small step makes it larger. Its weights start at random: were
+    they zero, the hidden states would learn one direction after another. On photographs the L1
+    distance of the root is 0.15 after 300 steps, with zeros 0.22 (--size tiny, both eyes).
     """
     mlp = nn.Sequential(nn.Linear(llm_width, llm_width), nn.ReLU(), nn.Linear(llm_width, 22 * 6))
     rest = matrix_to_sixd(torch.eye(3).expand(22, 3, 3))                             # (22,6)
     with torch.no_grad():
-        mlp[-1].weight.zero_()
         mlp[-1].bias.copy_(rest.flatten())
     return mlp
 
