@@ -1501,7 +1501,7 @@ def fill_defaults(config):
 
 
 def validate_tasks(config):
-    """Checks that --tasks leaves each stage of sequences a task that it has. Raises UserError."""
+    """Checks that --tasks leaves a task to each stage that learns sequences. Raises UserError."""
     if not config.tasks:
         return
     for task in config.tasks.split(","):
@@ -1509,7 +1509,7 @@ def validate_tasks(config):
             raise UserError(f"--tasks {task} is not one of {', '.join(TASKS)}")
     for stage in stages_to_run(config):
         if STAGE_RUNS[stage] is language and not tasks_of(config, stage):
-            learned = dict.fromkeys(answerable(STAGES[stage].tasks, config.pose_head))
+            learned = dict.fromkeys(tasks_of(dataclasses.replace(config, tasks=""), stage))
             raise UserError(
                 f"--tasks {config.tasks} leaves {stage} without a task; name one of "
                 f"{', '.join(learned)}, or leave {stage} out of --stage")
@@ -1637,9 +1637,9 @@ def prepare_model(config, out, real_data):
         dtype = default_dtype(config.size, config.device)
         model = load(folder, dtype=dtype, exact=exact)
         if config.pose_head != notes["pose_head"]:
+            chosen = chosen_config(config)
+            settings = {name: chosen[name] for name in SETTINGS_OF_HEAD}
             torch.manual_seed(config.seed)
-            sizes = chosen_config(config)
-            settings = {name: sizes[name] for name in SETTINGS_OF_HEAD}
             model = change_pose_head(model, settings, folder, dtype, exact)
             notes |= settings
             forget_stage(notes, "tokenizer")
