@@ -22,7 +22,8 @@ batch, however the batch is split: into --accumulate parts, or over the processe
 The baseline of the paper is a flag: --pose_head mlp trains ChatPose, which answers a pose by one
 hidden state and reads none. It goes through the same stages with the same steps, less the tokenizer
 and the tasks that show a pose; `model_config` has what else follows. Its align learns text2pose
-only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can.
+only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can. Keep that
+align short (--steps): a query that has long learned from texts alone ignores pictures later.
 
 Left out: sharding (each process holds the whole model), and validation during training (eval.py).
 
