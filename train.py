@@ -23,7 +23,8 @@ batch, however the batch is split: into --accumulate parts, or over the processe
 The baseline of the paper is a flag: --pose_head mlp trains ChatPose, which answers a pose by one
 hidden state and reads none. It goes through the same stages with the same steps, less the tokenizer
 and the tasks that show a pose; `model_config` has what else follows. Its align learns text2pose
-only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can.
+only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can. Keep that
+align short (--steps): a query that has long learned from texts alone ignores pictures later.
 
 Left out: sharding (each process holds the whole model), and validation during training (eval.py).
 
@@ -74,9 +75,9 @@ from tokenizer import (
 )
 from unipose import (
     CHECKPOINT_FILES, CHOICES, EXACT, POSE_CHARACTERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
-    WITHOUT_CODES, DualVision, UniPose, adapts_llm, base_model, cast_frozen, collate, default_dtype,
-    find_device, load, make_projector, merge_lora, model_config, provenance, read_config,
-    read_tensors, save, set_threads, trainable, word_tokenizer,
+    WITHOUT_CODES, DualVision, UniPose, adapts_llm, base_model, cast_frozen, change_pose_head,
+    collate, default_dtype, find_device, load, make_projector, merge_lora, model_config, provenance,
+    read_config, read_tensors, save, set_threads, trainable, word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Config:
     pose_vit: str = ""  # checkpoint of HMR2 or TokenHMR, or folder of a VitPoseBackbone
     resume: bool = False  # continue the interrupted run in --out; skip stages that are done
     seed: int = 0  # every random number of the run follows from it
-    tasks: str = ""  # of the tasks of a stage only these, separated by commas; empty: all
+    tasks: str = ""  # align to reason: only these of their tasks, separated by commas; empty: all
     steps: int = 0  # steps of the stage; 0: as in STAGES
     batch: int = 0  # samples of a step; 0: as in STAGES
     lr: float = 0.0  # peak learning rate; 0: as in STAGES
@@ -788,9 +789,9 @@ def cut_by_length(rows, batch, rng):
     return mixed
 
 
-def tasks_of(config):
+def tasks_of(config, stage):
     """The tasks that a stage learns: of those in STAGES what the model can answer, and --tasks."""
-    tasks = answerable(STAGES[config.stage].tasks, config.pose_head or "codes")
+    tasks = answerable(STAGES[stage].tasks, config.pose_head or "codes")
     if config.tasks:
         tasks = [task for task in tasks if task in config.tasks.split(",")]
     return tasks
@@ -804,7 +805,7 @@ def language(model, retrieval_model, cache, config):
     A model without codes learns rotations beside the words, and no task that shows it a pose.
     """
     stage = STAGES[config.stage]
-    tasks = tasks_of(config)
+    tasks = tasks_of(config, config.stage)
     real = cache.real_data.get(config.stage)
     mixture = real or Mixture(
         tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos,
@@ -1428,6 +1429,7 @@ def validate(config):
         value = getattr(config, name)
         if value and value not in choices:
             raise UserError(f"--{name} {value} is not one of {', '.join(choices)}")
+    validate_tasks(config)
     for name, minimum in MINIMUM.items():
         value = getattr(config, name)
         if not minimum <= value < 1e9:  # NaN is refused, too
@@ -1506,6 +1508,21 @@ def fill_defaults(config):
     config.device = find_device(config.device)
 
 
+def validate_tasks(config):
+    """Checks that --tasks leaves a task to each stage that learns sequences. Raises UserError."""
+    if not config.tasks:
+        return
+    for task in config.tasks.split(","):
+        if task not in TASKS:
+            raise UserError(f"--tasks {task} is not one of {', '.join(TASKS)}")
+    for stage in stages_to_run(config):
+        if STAGE_RUNS[stage] is language and not tasks_of(config, stage):
+            learned = dict.fromkeys(tasks_of(dataclasses.replace(config, tasks=""), stage))
+            raise UserError(
+                f"--tasks {config.tasks} leaves {stage} without a task; name one of "
+                f"{', '.join(learned)}, or leave {stage} out of --stage")
+
+
 def fill_pose_head(config):
     """Replaces an empty --out by its default, and an empty --pose_head by the checkpoint's.
 
@@ -1536,8 +1553,8 @@ def read_real_data(config):
         if stage in table:
             row = STAGES[stage]
             tasks = row.tasks
-            if stage != "retrieval":  # which is a model of its own
-                tasks = answerable(tasks, config.pose_head)
+            if STAGE_RUNS[stage] is language:
+                tasks = tasks_of(config, stage)
             real_data[stage] = RealData(table[stage], tasks, config.seed, row.n_templates)
     if "retrieval" in real_data:
         for task in STAGES["retrieval"].tasks:
@@ -1618,14 +1635,22 @@ def prepare_model(config, out, real_data):
     notes = {"stages": [], "seconds": {}, "commands": {}, "body": ""}
     if config.init or is_own:
         notes |= read_config(folder)
-        validate_pose_head(config, notes, folder)
+        validate_pose_head(config, notes, folder, is_own)
         validate_needs(config, notes["stages"], folder)
         validate_checkpoint(config, notes, folder)
         if is_own:
             validate_later_stages(config, notes, out)
         # what a later stage trains further is not rounded before it
         exact = f"{EXACT}|{TRAINABLE['instruct']}"
-        model = load(folder, dtype=default_dtype(config.size, config.device), exact=exact)
+        dtype = default_dtype(config.size, config.device)
+        model = load(folder, dtype=dtype, exact=exact)
+        if config.pose_head != notes["pose_head"]:
+            chosen = chosen_config(config)
+            settings = {name: chosen[name] for name in SETTINGS_OF_HEAD}
+            torch.manual_seed(config.seed)
+            model = change_pose_head(model, settings, folder, dtype, exact)
+            notes |= settings
+            forget_stage(notes, "tokenizer")
         config.lora_on = config.lora_on or model.config["lora_on"]
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
@@ -1648,13 +1673,27 @@ def prepare_model(config, out, real_data):
     return model, retrieval_model or new_retrieval_model(model, config), notes
 
 
-def validate_pose_head(config, notes, folder):
-    """Checks that a checkpoint is of the system that is to be trained. Raises UserError."""
-    if notes["pose_head"] != config.pose_head:
+# what a model of another pose head has of its own; the rest is as in the checkpoint of --init
+SETTINGS_OF_HEAD = ("pose_head", "vision", "lora_on", "lora_r", "lora_alpha")
+
+
+def validate_pose_head(config, notes, folder, is_own):
+    """Checks that a checkpoint is of the system that is to be trained, or of none as yet.
+
+    is_own: whether it is the one in --out. Raises UserError.
+    """
+    if notes["pose_head"] == config.pose_head:
+        return
+    learned = [stage for stage in notes["stages"] if STAGE_RUNS[stage] is language]
+    if learned:
         raise UserError(
-            f"{folder} holds a model of --pose_head {notes['pose_head']}, whose weights are of no "
-            f"use to one of --pose_head {config.pose_head}; train that one from the start, with "
-            "another --out and without --init")
+            f"{folder} holds a model of --pose_head {notes['pose_head']}, whose "
+            f"{', '.join(learned)} is of no use to one of --pose_head {config.pose_head}; start "
+            "that one from a model before align, or without --init, with another --out")
+    if is_own:
+        raise UserError(
+            f"{folder} holds a model of --pose_head {notes['pose_head']}; train one of --pose_head "
+            f"{config.pose_head} as a branch: --init {folder} and another --out")
 
 
 def validate_needs(config, trained, folder):
@@ -1717,11 +1756,16 @@ def change_projector(config, model):
     model.projector = make_projector(model.config["projector"], eyes.width, llm_width)
 
 
+def chosen_config(config):
+    """The config of a model of this --size with the ablations that the flags choose."""
+    chosen = {name: getattr(config, name) for name in CHOICES if getattr(config, name)}
+    return model_config(config.size, **chosen)
+
+
 def new_model(config, real_data):
     """A model of random weights, or one around the backbones of --llm and --pose_vit."""
     torch.manual_seed(config.seed)
-    chosen = {name: getattr(config, name) for name in CHOICES if getattr(config, name)}
-    sizes = model_config(config.size, **chosen)
+    sizes = chosen_config(config)
     if config.llm:
         dtype = default_dtype(config.size, config.device)
         return base_model(sizes, config.llm, config.clip, config.pose_vit, dtype)
