@@ -19,8 +19,8 @@ this file; is_target marks the answer. Persons 2i and 2i+1 are a pair, the secon
 first: posediff, imagediff and edit are about the way from one to the other. Captions are computed
 from poses (captions.py), so whether an answer is true can be computed as well.
 
-Real data sets enter through section 6, as plain records of what each entry holds; train.py mixes
-them. Section 7 rebuilds the paper's ImageScript and ImageDiff from any poses.
+Real data sets enter through section 7, as plain records of what each entry holds; train.py mixes
+them. Section 8 rebuilds the paper's ImageScript and ImageDiff from any poses.
 
 Letters: M people, C=27 angles of a synthetic person, J=22 joints, V vertices, F faces, S pixels.
 
@@ -59,8 +59,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from captions import (
-    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes, full_caption,
-    full_captions, is_true, paircodes, pose_table, posecodes, rest_joints, to_text,
+    SIDES, VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
+    find_keypoints, full_caption, full_captions, is_true, join_words, keypoint_ids, measure,
+    name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
     JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
@@ -97,22 +98,26 @@ TASKS = {
     "imagediff": Task(("image", "image"), "text", text="difference", pair=True),
     "text2pose": Task(("text",), "pose", typed="user_prompt"),
     "image2pose": Task(("image",), "pose", frame="camera"),
-    "edit": Task(("pose", "text"), "pose", text="difference", pair=True),
+    "edit": Task(("pose", "text"), "pose", text="difference", typed="edit_prompt", pair=True),
 
     # text-enhanced pose estimation (UniPose figure 5): no stage trains it
     "image_text2pose": Task(("image", "text"), "pose", frame="camera"),
+
+    # text2pose as people type it, in held-out phrases: it is evaluated only
+    "request": Task(("text",), "pose", text="request"),
 
     # what thought is asked for, learned in the stage `reason`: reasoning-based pose estimation
     # (UniPose appendix D), speculative pose generation (ChatPose), conversation
     "reason": Task(("image", "text"), "pose", text="question", frame="camera", group=True),
     "reason_text": Task(("image", "text"), "text", text="question", group=True),
     "speculate": Task(("text",), "pose", text="speculation"),
-    "chat_edit": Task(("text",), "pose", text="difference", pair=True, turn=True),
+    "chat_edit": Task(("text",), "pose", text="difference", typed="edit_prompt", pair=True,
+                      turn=True),
     "chat_describe": Task((), "text", turn=True),
     "chat_compare": Task((), "text", text="difference", pair=True, turn=True),
 }
 SEVEN = tuple(TASKS)[:7]
-REASONING = tuple(TASKS)[8:]                               # the tasks of the stage `reason`
+REASONING = tuple(TASKS)[9:]                               # the tasks of the stage `reason`
 SLOT = re.compile(r"(<\w+>)")                              # where a template takes an input
 N_TEMPLATES = 200                                          # per task, as in the paper
 
@@ -160,7 +165,7 @@ def templates(task):
     There are 200 of each of the seven tasks, fewer where the text itself says what is asked for.
     assets/instructions.json holds a grammar, a few patterns per task (see `expand_pattern`).
     """
-    if task == "speculate":                                # asked as any text is
+    if task in ("request", "speculate"):                   # asked as any text is
         task = "text2pose"
     grammar = load_asset("instructions")
     row = grammar["tasks"][task]
@@ -1022,7 +1027,436 @@ def save_png(picture, path):
         picture.save(new, format="PNG")
 
 
-# ---- 4. World and Mixture ------------------------------------------------------------------------
+# ---- 4. What people type -------------------------------------------------------------------------
+# A fact is what people say of a pose and joints show. assets/requests.json has them as rows:
+#
+#   "arm up": {"if": ["relativePosY s_wrist head = 0.12 inf"],
+#              "is": ["{the} {side} arm is up", ...], "do": ["raise {the} {side} arm", ...]}
+#
+#   poses --measure--> values (n,S) --ranges--> which facts hold (n,F) --choose, word--> "Raise ..."
+#
+# A fact is said of a pose where it holds with a margin. A pose that was made shows a fact where it
+# holds at all.
+METRES = ("distance", "relativePos", "onGround")           # kinds of measures; others are degrees
+MARGINS = (0.04, 5.0)                                      # metres, degrees
+# of which a mirror changes the sign
+SIGNED_KINDS = ("relativePosX", "bodyInclineY", "bodyInclineZ", "relativeRotY", "relativeRotZ")
+FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, drawn evenly
+SHARE_OF_BASE = 0.7                                        # of requests: say what the body does
+SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
+MOST_CHANGES = 6                                           # in one instruction
+CHUNK = 1000                                               # people whose facts are found at once
+
+
+class Fact(NamedTuple):
+    """What can be said of a pose."""
+
+    name: str               # of its row
+    side: str               # "left" | "right" | "both" | ""
+    parts: frozenset        # what it is about: {"left_arm"}; "base" is the whole body
+    weight: float           # how often it is said, relative to others
+    lines: dict             # {"is": [...], "do": [...], "name": [...], "who": [...]}
+    activity: str = ""      # of activities.json, if it is only said of people who do that
+
+    def wordings(self, kind, split):
+        """Its lines of a kind. Of four or more the last is that of the split "test" only."""
+        return lines_of(self.lines.get(kind, []), split)
+
+
+class Change(NamedTuple):
+    """How a measure differs between two poses."""
+
+    column: int             # of the measure
+    little: float           # a smaller difference is not worth a word
+    much: float
+    parts: frozenset
+    less: list              # commands that make it smaller, {more} in them: how much
+    more: list
+
+
+class Request(NamedTuple):
+    """A text, and the numbers of the facts that it says."""
+
+    text: str
+    facts: list
+
+
+def lines_of(lines, split):
+    """Those of some lines that a split says, see `Fact.wordings`."""
+    if len(lines) < 4:
+        return lines
+    return lines[-1:] if split == "test" else lines[:-1]
+
+
+def fill_sides(lines, side):
+    """Writes a side, and the other one, into lines; {the} stays open."""
+    other = {"left": "right", "right": "left"}.get(side, "")
+    return [line.replace("{side}", side).replace("{other}", other) for line in lines]
+
+
+def in_both_sides(text):
+    """A text with s_ and o_ -> the same for both sides: {"left": ..., "right": ...}."""
+    return {side: name_sides(text, side) for side in SIDES}
+
+
+class FactTable:
+    """assets/requests.json as arrays: facts, F Facts; changes, C Changes.
+
+    columns: {"lift pelvis neck": its column} of S measures. Terms (T,): column, low and high of
+    each range, and the margin within it; starts (F,): the first term of each fact. Of facts:
+    weights, is_base, activity, side (F,). Of changes: changed (C,), their columns, and little (C,).
+    """
+
+    def __init__(self):
+        book = load_asset("requests")
+        self.names = {}                                    # of measures
+        for name, measured in book["measures"].items():
+            for side in SIDES:
+                self.names[name_sides(name, side)] = name_sides(measured, side)
+
+        self.columns = {}
+        self.facts = []
+        self.starts = []
+        terms = []
+        for group in ("facts", "activities"):
+            for name, row in book[group].items():
+                activity = name if group == "activities" else ""
+                for side in self.sides(row):
+                    self.starts.append(len(terms))
+                    terms += self.read_terms(row["if"], side)
+                    self.facts.append(self.read_fact(name, row, side, activity))
+        column, low, high, margin = zip(*terms)
+        self.column = np.array(column)                                        # (T,)
+        self.low = np.array(low, np.float32)
+        self.high = np.array(high, np.float32)
+        self.margin = np.array(margin, np.float32)
+
+        self.changes = []
+        for row in book["changes"]:
+            for side in self.sides(row):
+                self.changes.append(self.read_change(row, side))
+        self.changed = np.array([change.column for change in self.changes])   # (C,)
+        self.little = np.array([change.little for change in self.changes])
+        self.weights = np.array([fact.weight for fact in self.facts])         # (F,)
+        self.is_base = np.array(["base" in fact.parts for fact in self.facts])
+        self.activity = np.array([fact.activity for fact in self.facts])
+        self.side = np.array([fact.side for fact in self.facts])
+
+    def sides(self, row):
+        """For which sides a row is written."""
+        if "{side}" not in json.dumps(row):
+            return ("",)
+        return (*SIDES, "both") if "both" in row else SIDES
+
+    def column_of(self, measured, side):
+        """The column of a measure, by its name or as captions.measure takes it: "angle ..."."""
+        measured = name_sides(measured, side or "left")
+        measured = self.names.get(measured, measured)
+        return self.columns.setdefault(measured, len(self.columns)), measured.split()[0]
+
+    def read_terms(self, texts, side):
+        """Ranges, "s_knee bend = 150 inf" -> [(column, low, high, margin), ...]."""
+        if side == "both":
+            return self.read_terms(texts, "left") + self.read_terms(texts, "right")
+        terms = []
+        for text in texts:
+            measured, bounds = text.split(" = ")
+            column, kind = self.column_of(measured, side)
+            low, high = map(float, bounds.split())
+            if side == "right" and kind in SIGNED_KINDS:
+                low, high = -high, -low
+            margin = MARGINS[0] if kind.startswith(METRES) else MARGINS[1]
+            terms.append((column, low, high, margin))
+        return terms
+
+    def read_parts(self, row, side):
+        """What a row is about: {"left_arm", "left_elbow"}."""
+        sides = SIDES if side == "both" else (side or "left",)
+        parts = set()
+        for one in sides:
+            parts.update(name_sides(row["part"], one).split())
+        return frozenset(parts)
+
+    def read_fact(self, name, row, side, activity):
+        """A row of "facts" or "activities" for one side -> Fact."""
+        said = row["both"] if side == "both" else row
+        lines = {}
+        for kind in ("is", "do", "name", "who"):
+            lines[kind] = fill_sides(said.get(kind, []), side)
+        row = {"part": "base", "weight": 8 if activity else 1} | row
+        return Fact(name, side, self.read_parts(row, side), row["weight"], lines, activity)
+
+    def read_change(self, row, side):
+        """A row of "changes" for one side -> Change."""
+        column, kind = self.column_of(row["measure"], side)
+        less = fill_sides(row["less"], side)
+        more = fill_sides(row["more"], side)
+        if side == "right" and kind in SIGNED_KINDS:
+            less, more = more, less
+        little, much = row["by"]
+        return Change(column, little, much, self.read_parts(row, side), less, more)
+
+    def values(self, poses):
+        """Poses (n,22,3,3) that face +z -> their measures (n,S), metres or degrees."""
+        rotmat = poses.detach().float().cpu()
+        keypoints = find_keypoints(forward_kinematics(rotmat, rest_joints()))  # (n,35,3)
+        by_kind = {}
+        for measured, column in self.columns.items():
+            kind, *joints = measured.split()
+            by_kind.setdefault(kind, []).append((column, keypoint_ids(" ".join(joints))))
+
+        values = np.zeros((len(poses), len(self.columns)), np.float32)        # (n,S)
+        for kind, rows in by_kind.items():
+            columns = [column for column, _ in rows]
+            joint_sets = np.array([joints for _, joints in rows])
+            values[:, columns] = measure(kind, joint_sets, keypoints, rotmat.numpy())
+        return values
+
+    def holds(self, values, slack=0):
+        """Which facts hold for measures (n,S): (n,F) bool.
+
+        slack: by how many margins the ranges are widened: -1 where facts are said, 0 where an
+        answer shows them, 1: it would not be wrong to say so.
+        """
+        low = self.low - slack * self.margin
+        high = self.high + slack * self.margin
+        holds = []
+        for start in range(0, len(values), CHUNK):
+            value = values[start:start + CHUNK, self.column]                  # (CHUNK,T)
+            is_within = (low <= value) & (value <= high)
+            holds.append(np.logical_and.reduceat(is_within, self.starts, axis=1))
+        return np.concatenate(holds)
+
+    def choose(self, candidates, n, rng, taken=frozenset()):
+        """Up to n of some facts (m,), no two about one part, none about the parts `taken`.
+
+        Facts are given by their numbers.
+        """
+        # weighted sampling without replacement, see `ActivityTable.edit`
+        keys = rng.random(len(candidates)) ** (1 / self.weights[candidates])
+        chosen = []
+        for k in candidates[np.argsort(-keys)]:
+            fact = self.facts[k]
+            if len(chosen) < n and not fact.parts & taken:
+                taken = taken | fact.parts
+                chosen.append(int(k))
+        return chosen
+
+
+fact_table = functools.cache(FactTable)                    # read once
+
+
+def request_metrics(requests, poses):
+    """Requests and the poses (n,22,3,3) that they led to, facing +z -> {metric: value}.
+
+    facts_shown: share of the facts that the requests say which hold for the poses; requests_shown:
+    share of the requests of which every fact holds.
+    """
+    table = fact_table()
+    holds = table.holds(table.values(poses))                                  # (n,F)
+    shown = [row[request.facts] for row, request in zip(holds, requests)]
+    return {
+        "facts_shown": float(np.concatenate(shown).mean()),
+        "requests_shown": float(np.mean([row.all() for row in shown])),
+    }
+
+
+def without_verb(clause):
+    """"the left arm is up" -> "the left arm up"."""
+    return re.sub(r" (is|are) ", " ", clause, count=1)
+
+
+@functools.cache
+def verbs():
+    """The first words of all commands."""
+    found = set()
+    for fact in fact_table().facts:
+        found.update(line.split()[0] for line in fact.lines["do"])
+    return found - {"be", "do"}
+
+
+def inflect(command, form):
+    """A command with all its verbs in another form: "kneel down and look up" -> "kneeling ...".
+
+    form: changes a verb.
+    """
+    def change(found):
+        before, verb = found.groups()
+        is_verb = not before or verb in verbs()
+        return before + form(verb) if is_verb else found[0]
+
+    return re.sub(r"(^| and )(\w+)", change, command).strip()
+
+
+@functools.cache
+def gerund(command):
+    """"sit down" -> "sitting down"; "be on all fours" -> "on all fours"; "do not sit" -> "not ..."."""
+    if command.startswith("do not "):
+        return "not " + gerund(command.removeprefix("do not "))
+
+    def form(verb):
+        irregular = load_asset("requests")["gerunds"]
+        if verb in irregular:
+            return irregular[verb]
+        return re.sub(r"(?<!e)e$", "", verb) + "ing"
+
+    return inflect(command, form)
+
+
+@functools.cache
+def third_person(command):
+    """"sit down" -> "sits down"; "do not sit down" -> "does not sit down"."""
+    def form(verb):
+        if verb in ("be", "have"):
+            return {"be": "is", "have": "has"}[verb]
+        verb = re.sub(r"(?<=[^aeiou])y$", "ie", verb)
+        return verb + ("es" if re.search(r"(s|sh|ch|x|[^o]o)$", verb) else "s")
+
+    return inflect(command, form)
+
+
+class Writer:
+    """Puts the facts of one request into words.
+
+    rng: np.random.Generator; split: whose phrases are used, see `Fact.wordings`. Parts of the body
+    are "the", "your" or "his" in all of the text.
+    """
+
+    def __init__(self, rng, split):
+        self.rng = rng
+        self.split = split
+        self.book = load_asset("requests")
+
+    def pick(self, choices):
+        """One of a list, all equally likely."""
+        return choices[int(self.rng.random() * len(choices))]
+
+    def line(self, fact, kind):
+        """A line of a Fact of a kind, "" if it has none."""
+        lines = fact.wordings(kind, self.split)
+        return self.pick(lines) if lines else ""
+
+    def request(self, facts):
+        """Facts -> a text. The one about the whole body, if any, comes first."""
+        base = [fact for fact in facts if "base" in fact.parts]
+        others = [fact for fact in facts if "base" not in fact.parts]
+        style = self.rng.random()
+        if style < 0.3:
+            return self.commands(base + others)
+        if style < 0.4 or not base:
+            return self.clauses(base, others)
+        return self.scene(base[0], others)
+
+    def commands(self, facts):
+        """"Kneel on one knee, raise your left arm and look up." """
+        the = self.pick(["the", "your", "your"])
+        lines = [self.line(fact, "do") for fact in facts]
+        text = self.join(lines, [", ", ". ", " and "])
+        return self.finish(text, the)
+
+    def instruction(self, facts, changes):
+        """Facts that a pose should show, and Changes to make -> "Raise your left arm. Look up."
+
+        changes: [(Change, difference), ...].
+        """
+        the = self.pick(["the", "your", "your"])
+        lines = [self.demand(fact) for fact in facts]
+        for change, difference in changes:
+            line = self.pick(change.less if difference < 0 else change.more)
+            how_much = "much" if abs(difference) > change.much else "little"
+            lines.append(line.replace("{more}", self.pick(self.book[how_much])))
+        before = self.pick(self.book["before"])
+        return self.finish(before + self.join(lines, [", ", ". ", " and "]), the)
+
+    def demand(self, fact):
+        """A fact that a pose should show: "raise {the} left arm", "{the} left arm should be up"."""
+        clause = self.line(fact, "is")
+        if not clause or self.rng.random() < 0.8:
+            return self.line(fact, "do")
+        form = self.pick([" should be ", " must be ", " "])
+        return re.sub(r" (is|are) ", form, clause, count=1)
+
+    def clauses(self, base, others):
+        """"Kneeling, left arm up, head down.", "A man with his left arm up and his head down." """
+        who, whose = self.person(base)
+        lines = [self.line(fact, "is") for fact in others]
+        form = self.rng.random()
+        if base:
+            doing = gerund(self.line(base[0], "do"))
+            return self.finish(self.join([doing, *map(without_verb, lines)], [", ", ", ", ". "]), "")
+        if form < 0.3:
+            the = self.pick(["the", whose, ""])
+            return self.finish(f"{who} with {join_words([*map(without_verb, lines)])}", the)
+        if form < 0.5:
+            doing = [gerund(self.line(fact, "do")) for fact in others]
+            verb = self.pick(["", " is", " who is"])
+            return self.finish(f"{who}{verb} {join_words(doing)}", self.pick(["the", whose]))
+        if form < 0.75:
+            return self.finish(self.join([*map(without_verb, lines)], [", ", " and ", ". "]), "")
+        return self.finish(self.join(lines, [". ", ", ", " and "]), self.pick(["the", "your", whose]))
+
+    def scene(self, base, others):
+        """"A man is kneeling on one knee with his left arm up." """
+        who, whose = self.person([base])
+        name = self.line(base, "name")
+        do = self.line(base, "do")
+        opening = self.pick(self.book["openings"])
+        form = self.rng.random()
+        if name and form < 0.4:
+            head = opening + self.pick([name, name, f"{who} in {name}", f"{who} doing {name}"])
+        elif form < 0.65:
+            head = opening + f"{who} {gerund(do)}"
+        elif form < 0.75:
+            head = f"{who} is {gerund(do)}"
+        elif form < 0.85:
+            head = f"{who} {third_person(do)}"
+        else:
+            head = gerund(do)
+        return self.finish(head + self.tail(others, whose), self.pick(["the", whose]))
+
+    def tail(self, others, whose):
+        """What follows the first words of a scene: " with his left arm up and his head down"."""
+        if not others:
+            return ""
+        form = self.rng.random()
+        if form < 0.55:
+            lines = [without_verb(self.line(fact, "is")) for fact in others]
+            return self.pick([" with ", ", ", ", with "]) + join_words(lines)
+        if form < 0.75:
+            doing = [gerund(self.line(fact, "do")) for fact in others]
+            return self.pick([" and ", ", "]) + join_words(doing)
+        if form < 0.9:
+            lines = [self.line(fact, "is") for fact in others]
+            return ". " + self.join(lines, [". ", ", ", " and "])
+        lines = [third_person(self.line(fact, "do")) for fact in others]
+        return f". {self.pronoun(whose)} " + join_words(lines)
+
+    def person(self, base):
+        """Somebody, and the possessive: ("a man", "his"). Some facts have people of their own."""
+        own = base[0].wordings("who", self.split) if base else []
+        if own and self.rng.random() < 0.5:
+            return self.pick(own), self.pick(["his", "her", "their"])
+        who = self.pick([*self.book["people"]])
+        return who, self.book["people"][who]
+
+    def pronoun(self, whose):
+        """"his" -> "he"."""
+        return {"his": "he", "her": "she"}.get(whose, "it")
+
+    def finish(self, text, the):
+        """Fills in {the}; half of the texts begin with a capital and end with a full stop."""
+        text = " ".join(text.replace("{the}", the).split())
+        return tidy_sentence(text + ".") if self.rng.random() < 0.5 else text
+
+    def join(self, lines, marks):
+        """Joins lines by one of some marks; after commas the last one may follow "and"."""
+        mark = self.pick(marks)
+        if mark == ", " and self.rng.random() < 0.5:
+            return join_words(lines)
+        return mark.join(lines)
+
+
+# ---- 5. World and Mixture ------------------------------------------------------------------------
 PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
 PLACES = {                                                 # of n people, from left to right
     2: ["left", "right"],
@@ -1031,6 +1465,11 @@ PLACES = {                                                 # of n people, from l
 }
 POOL = 64                                                  # rows that have the people of a group
 POOL_STEP = 4                                              # the pool of the next group starts later
+
+
+# The methods of World that write the texts of training prompts, drawn evenly
+PROMPTS = [*4 * ["caption"], "short_caption", *4 * ["request"], "speculation"]
+SHARE_OF_INSTRUCTIONS = 0.5                                # of edits; the others are differences
 
 
 class Group(NamedTuple):
@@ -1287,10 +1726,15 @@ class World:
         return add_view(self.views[i], self.caption(i, rng))
 
     def user_prompt(self, i, rng):
-        """The caption as people type it: whole, or the activity, some statements, or both."""
-        if rng.random() < 0.5:
-            return self.caption(i, rng)
+        """What people type to get the pose of person i: a caption, whole or short, a request, or
+        something that only implies the pose."""
+        kind = PROMPTS[rng.integers(len(PROMPTS))]
+        if kind == "speculation" and i % 2:                # the activity of an edit is not known
+            kind = "request"
+        return getattr(self, kind)(i, rng)
 
+    def short_caption(self, i, rng):
+        """The activity of person i, if known, and some of the statements of its caption."""
         share = rng.choice([0.0, 0.1, 0.3, 0.5])
         codes = choose_codes(eligible_codes(pose_table(), self.codes, i), rng)
         codes = [code for code in codes if rng.random() < share]
@@ -1304,6 +1748,58 @@ class World:
             sentences.append(to_text(codes, rng))
         return " ".join(sentences) or self.caption(i, rng)
 
+    @functools.cached_property
+    def side(self):
+        """The side that acts in each activity, "left" | "right": those of the table act left."""
+        rows = SPLITS[self.split] + np.arange(len(self.poses)) // 2 * 2
+        mirrored = hash_uniform(rows, N_UNIFORMS)[:, U_MIRROR] < 0.5
+        return np.where(mirrored, "right", "left").tolist()
+
+    @functools.cached_property
+    def measures(self):
+        """What facts measure (n,S), metres or degrees."""
+        return fact_table().values(self.poses)
+
+    @functools.cached_property
+    def facts(self):
+        """The facts that may be said of each person (n,F) bool.
+
+        Of an edit no activity is said: it may have left it.
+        """
+        table = fact_table()
+        sides = np.array(self.side)[:, None]
+        activities = np.array(self.activity)[:, None]
+        activities[1::2] = "an edit"
+        is_side = (table.side == sides) | (table.side == "")
+        is_doing = (table.activity == activities) & is_side
+        return table.holds(self.measures, slack=-1) & (is_doing | (table.activity == ""))
+
+    @functools.cached_property
+    def possible_facts(self):
+        """The facts that are not clearly false of each person (n,F) bool, activities aside."""
+        return fact_table().holds(self.measures, slack=1)
+
+    def ask(self, i, rng):
+        """A Request for the pose of person i in words of the grammar, all of it true."""
+        table = fact_table()
+        may_say = self.facts[i]                                               # (F,)
+        n = FACTS_SAID[rng.integers(len(FACTS_SAID))]
+        facts = []
+        if rng.random() < SHARE_OF_BASE:
+            facts = table.choose(np.flatnonzero(may_say & table.is_base), 1, rng)
+        n_others = n - len(facts)
+        taken = table.facts[facts[0]].parts if facts else set()
+        others = np.flatnonzero(may_say & ~table.is_base)
+        facts += table.choose(others, n_others, rng, taken)
+        if not facts:
+            return Request(self.caption(i, rng), [])
+        text = Writer(rng, self.split).request([table.facts[k] for k in facts])
+        return Request(text, facts)
+
+    def request(self, i, rng):
+        """What people type to get the pose of person i."""
+        return self.ask(i, rng).text
+
     def speculation(self, i, rng):
         """A request for what person i does that never names it: "You just dropped your keys."
 
@@ -1316,6 +1812,37 @@ class World:
     def difference(self, i, rng):
         """How to get from person i to its partner, in words."""
         return difference(self.pairs[i % 2], i // 2, rng)
+
+    def edit_prompt(self, i, rng):
+        """The same as people type it: a difference text, or an instruction."""
+        if rng.random() < SHARE_OF_INSTRUCTIONS:
+            return self.instruction(i, rng)
+        return self.difference(i, rng)
+
+    def instruction(self, i, rng):
+        """How to get from person i to its partner in words of the grammar: "Raise your left arm."
+
+        It says facts that begin to hold and changes of measures, all of them or some.
+        """
+        table = fact_table()
+        begins = self.facts[i ^ 1] & ~self.possible_facts[i]                  # (F,)
+        difference = (self.measures[i ^ 1] - self.measures[i])[table.changed]
+        n = MOST_CHANGES
+        if rng.random() > SHARE_OF_ALL:
+            n = 1 + int(rng.integers(3))
+
+        facts = table.choose(np.flatnonzero(begins), n, rng)
+        facts = [table.facts[k] for k in facts]
+        taken = frozenset().union(*[fact.parts for fact in facts])
+        changes = []
+        for k in rng.permutation(np.flatnonzero(np.abs(difference) > table.little)):
+            change = table.changes[k]
+            if len(facts) + len(changes) < n and not change.parts & taken:
+                taken |= change.parts
+                changes.append((change, float(difference[k])))
+        if not facts and not changes:
+            return self.difference(i, rng)
+        return Writer(rng, self.split).instruction(facts, changes)
 
     def group_of(self, i):
         """The group that a question about person i is about: of 2, 3 or 4 people in turn."""
@@ -1480,18 +2007,34 @@ def words_in(grammar):
     return [line for part in grammar for line in words_in(part)]
 
 
+def request_words():
+    """All that `Writer` can say, in pieces."""
+    book = load_asset("requests")
+    lines = ["his her its their he she it your who is doing in with and should must be"]
+    for fact in fact_table().facts:
+        lines += fact.lines["is"] + fact.lines["name"] + fact.lines["who"]
+        for command in fact.lines["do"]:
+            lines += [command, gerund(command), third_person(command)]
+    for change in fact_table().changes:
+        lines += change.less + change.more
+    for words in ("people", "openings", "little", "much", "before"):
+        lines += [*book[words]]
+    return [re.sub(r"{\w+}", "", line) for line in lines]
+
+
 def vocabulary(texts=()):
     """All words and punctuation marks of templates, captions and `texts`: sorted, lower case."""
     lines = [*activity_table().activities, *texts]
     lines += [add_view(view) for view in VIEWS]
     lines += [NOBODY, *words_in(load_asset("questions")), *words_in(load_asset("speculative"))]
+    lines += request_words()
     for task in TASKS:
         lines += [SLOT.sub(" ", line) for line in templates(task)]
     words = re.findall(r"[^\s.,?]+|[.,?]", " ".join(lines).lower())
     return sorted({*words, *caption_words()})
 
 
-# ---- 5. Pose files and pictures ------------------------------------------------------------------
+# ---- 6. Pose files and pictures ------------------------------------------------------------------
 JOINT_COUNTS = (22, 24, 52, 55)  # ours; SMPL, SMPL-H, SMPL-X: the first 22 joints are the same
 
 
@@ -2050,7 +2593,7 @@ def check_box(box, size):
                         f"of {size[0]}x{size[1]} pixels")
 
 
-# ---- 6. Readers of real data sets ----------------------------------------------------------------
+# ---- 7. Readers of real data sets ----------------------------------------------------------------
 # A reader is a generator over one release on disk. It yields records: dicts with the same keys,
 # whatever the release. All but the first two are optional.
 #
@@ -2476,7 +3019,7 @@ def check_file(path):
 
 
 def check_record(record, skipped):
-    """Makes sure that a record is as section 6 promises -> the record, without unusable texts.
+    """Makes sure that a record is as section 7 promises -> the record, without unusable texts.
 
     Poses, pictures and boxes were checked where they were converted: by `as_rotations` and
     `picture_record`. skipped: gets the reason for each text that is left out. Raises UserError.
@@ -2634,7 +3177,7 @@ def save_cells(cells, path, n_columns=8):
     save_png(contact_sheet(rows), path)
 
 
-# ---- 7. ImageScript and ImageDiff ----------------------------------------------------------------
+# ---- 8. ImageScript and ImageDiff ----------------------------------------------------------------
 # UniPose, appendix A: all poses --farthest-point sampling--> poses B, each with a picture and three
 # captions (ImageScript). ImageDiff gives each B a pose A, one of its 100 nearest poses that differs
 # enough, and the texts say how to get from A to B.
@@ -2915,7 +3458,7 @@ def write_half(record, pose, k, seed, out, body):
     return {"id": record["id"], "image": name, "pose": axis_angles.tolist()}
 
 
-# ---- 8. Run it: one example of each task ---------------------------------------------------------
+# ---- 9. Run it: one example of each task ---------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw people; or check real data; or build a data set."""
