@@ -1832,7 +1832,7 @@ def test_captions_script_finds_its_captions_true_and_the_last_sentence_false():
 every_task = pytest.mark.parametrize("task", data.TASKS)
 
 
-@every_task
+@pytest.mark.parametrize("task", data.SEVEN)
 def test_a_task_has_200_distinct_templates(task):
     lines = data.templates(task)
 
@@ -1852,7 +1852,7 @@ def test_templates_have_at_most_14_words_and_only_the_marks_that_the_vocabulary_
         words = data.SLOT.sub("", line)
 
         assert len(line.split()) <= 14, line
-        assert re.fullmatch(r"[A-Za-z .,?]+", words), line
+        assert re.fullmatch(r"[A-Za-z .,?]*", words), line
 
 
 @pytest.mark.parametrize("task, slots", [
@@ -1917,10 +1917,11 @@ def joint(*names):
 
 @pytest.fixture(scope="session")
 def mixture_of():
-    """mixture_of(tasks, seed, ...): of 60 people, whose numbers stand for poses and pictures."""
-    world = data.World("train", 60)
-    numbers = range(60)
-    cache = types.SimpleNamespace(poses=numbers, camera_poses=numbers, image=numbers.index)
+    """mixture_of(tasks, seed, ...): of 96 people, whose numbers stand for poses and pictures."""
+    world = data.World("train", 96)
+    numbers = range(96)
+    cache = types.SimpleNamespace(
+        poses=numbers, camera_poses=numbers, image=numbers.index, group_image=numbers.index)
 
     def make(tasks, seed=0, **options):
         return data.Mixture(tasks, seed, world, cache, **options)
@@ -1930,9 +1931,9 @@ def mixture_of():
 
 @pytest.fixture(scope="session")
 def mixture_examples(mixture_of):
-    """The first 1,400 examples of a mixture of all tasks."""
+    """The first 2,800 examples of a mixture of all tasks."""
     mixture = mixture_of(data.TASKS)
-    return [mixture[k] for k in range(1400)]
+    return [mixture[k] for k in range(2800)]
 
 
 @pytest.fixture(scope="session")
@@ -2295,7 +2296,7 @@ def test_a_pair_task_goes_from_either_person_to_its_partner(mixture_examples):
     assert 0.35 < np.mean(forward) < 0.65
 
 
-PAIR_TASKS = [task for task, row in data.TASKS.items() if row.pair]
+PAIR_TASKS = [task for task, row in data.TASKS.items() if row.pair and not row.turn]
 
 
 def test_three_in_a_hundred_pairs_are_of_a_person_and_itself(mixture_of):
@@ -2354,8 +2355,8 @@ def test_training_answers_have_one_wording_and_training_prompts_many(mixture_of,
         values = mixture.world.example(task, 4, rng, training=True, cache=mixture.cache)
         wordings.add(tuple(values))
 
-    has_text_input = "text" in data.TASKS[task].inputs
-    assert (len(wordings) > 1) == has_text_input
+    varies = "text" in data.TASKS[task].inputs
+    assert (len(wordings) > 1) == varies
 
 
 in_its_frame = pytest.mark.parametrize("task, frame", [
@@ -11796,7 +11797,7 @@ def count_padding(batches):
 
 
 def test_a_megabatch_holds_the_samples_of_its_steps(instruct):
-    """Batches may swap samples within eight steps, but none is lost, or seen twice."""
+    """Batches may swap samples within eight steps, but none is lost, nor seen twice."""
     model, mixture, run = instruct
 
     batches = batches_of(run, range(8, 16))
@@ -11805,25 +11806,60 @@ def test_a_megabatch_holds_the_samples_of_its_steps(instruct):
     assert sorted(row.ids for rows in batches for row in rows) == sorted(expected)
 
 
-def test_rows_of_a_batch_are_of_similar_length(instruct):
+def test_rows_of_half_a_batch_are_of_similar_length(instruct):
     model, mixture, run = instruct
+    config = train.Config(stage="instruct", size="nano")
     undealt = []
+    parts = []
     for step in range(16):
         undealt.append([model.encode(mixture[8 * step + k][1]) for k in range(8)])
+        parts += train.split_batch(run, step, 8, config)
 
-    assert count_padding(batches_of(run, range(16))) < 0.3 * count_padding(undealt)
+    assert [len(rows) for rows in parts] == [4] * 32
+    assert count_padding(parts) < 0.3 * count_padding(undealt)
 
 
-def test_batches_of_short_and_long_rows_come_in_random_order(instruct):
-    _, _, run = instruct
+@pytest.mark.parametrize("batch", [1, 2, 7, 8])
+def test_a_batch_is_half_short_rows_and_half_long_ones_each_of_neighbouring_lengths(batch):
+    n = train.MEGABATCH * batch
+    short = batch // 2
 
+    rows = train.cut_by_length(list(range(n)), batch, np.random.default_rng(0))
+
+    assert sorted(rows) == list(range(n))
+    for start in range(0, n, batch):
+        cut = rows[start:start + batch]
+        first = cut[:short]
+        second = cut[short:]
+        assert first == list(range(first[0], first[0] + short)) if short else first == []
+        assert second == list(range(second[0], second[0] + batch - short))
+        assert max(first, default=-1) < train.MEGABATCH * short <= second[0]
+
+
+def test_short_and_long_halves_meet_in_random_order():
     orders = set()
-    for first in range(0, 64, 8):
-        batches = batches_of(run, range(first, first + 8))
-        lengths = [len(rows[-1].ids) for rows in batches]
-        orders.add(tuple(np.argsort(lengths)))
+    for seed in range(8):
+        rows = train.cut_by_length(list(range(64)), 8, np.random.default_rng(seed))
+        orders.add(tuple(rows))
 
     assert len(orders) == 8
+
+
+@pytest.mark.parametrize("stage, batch, n_processes, parts", [
+    ("align", 8, 1, 2),
+    ("align", 8, 4, 2),
+    ("align", 8, 8, 1),
+    ("align", 7, 1, 1),
+    ("tokenizer", 8, 1, 1),
+    ("retrieval", 8, 1, 1),
+])
+def test_a_batch_of_sequences_is_cut_in_two_where_it_can_be(
+        monkeypatch, stage, batch, n_processes, parts):
+    monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+
+    config = train.Config(stage=stage, batch=batch)
+
+    assert train.parts_of(config) == parts
 
 
 def test_the_rows_of_a_step_do_not_depend_on_the_steps_before(instruct):

@@ -61,7 +61,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from data import (
-    CELL, N_TEMPLATES, PICTURE_SIZE, REASONING, SEVEN, TASKS, Mixture, World, answerable, contact_sheet,
+    CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable, contact_sheet,
     crop_picture, read_records, render_template, save_png, task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
@@ -354,9 +354,8 @@ class FeatureCache:
 
     @cached_property
     def camera_poses(self):
-        """Codes (n_photos,N) of the poses in the camera's frame."""
-        poses = self.world.camera_poses[:self.n_photos]
-        return self._in_batches(self._encode, poses, "codes of photographed poses")
+        """Codes (n,N) of the poses in the camera's frame."""
+        return self._in_batches(self._encode, self.world.camera_poses, "codes of turned poses")
 
     @cached_property
     def features(self):
@@ -679,7 +678,7 @@ def cut_by_length(rows, batch, rng):
 
 def tasks_of(config):
     """The tasks that a stage learns: of those in STAGES what the model can answer, and --tasks."""
-    tasks = answerable(STAGES[config.stage].tasks, config.pose_head)
+    tasks = answerable(STAGES[config.stage].tasks, config.pose_head or "codes")
     if config.tasks:
         tasks = [task for task in tasks if task in config.tasks.split(",")]
     return tasks
@@ -1330,6 +1329,9 @@ def validate(config):
     people = config.people or N_PEOPLE[column(config.size)][0]
     if people % 2 == 1 or config.photos % 2 == 1:
         raise UserError("--people and --photos must be even, because people come in pairs")
+    if people < POOL and "reason" in stages_to_run(config):
+        raise UserError(
+            f"--people {people} is too few for the groups of --stage reason; give {POOL} or more")
     compiler = os.environ.get("CXX", "g++")  # as torch looks for it
     if config.compile and not shutil.which(compiler):
         raise UserError(
