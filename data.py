@@ -59,9 +59,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from captions import (
-    SIDES, VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
-    find_keypoints, full_caption, full_captions, is_true, join_words, keypoint_ids, measure,
-    name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
+    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes, find_keypoints,
+    full_caption, full_captions, is_true, join_words, keypoint_ids, measure, name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
     JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
@@ -1045,6 +1044,7 @@ FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, d
 SHARE_OF_BASE = 0.7                                        # of requests: say what the body does
 SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
 MOST_CHANGES = 6                                           # in one instruction
+BOTH_SIDES = ("left", "right")
 CHUNK = 1000                                               # people whose facts are found at once
 
 
@@ -1094,11 +1094,6 @@ def fill_sides(lines, side):
     return [line.replace("{side}", side).replace("{other}", other) for line in lines]
 
 
-def in_both_sides(text):
-    """A text with s_ and o_ -> the same for both sides: {"left": ..., "right": ...}."""
-    return {side: name_sides(text, side) for side in SIDES}
-
-
 class FactTable:
     """assets/requests.json as arrays: facts, F Facts; changes, C Changes.
 
@@ -1111,7 +1106,7 @@ class FactTable:
         book = load_asset("requests")
         self.names = {}                                    # of measures
         for name, measured in book["measures"].items():
-            for side in SIDES:
+            for side in BOTH_SIDES:
                 self.names[name_sides(name, side)] = name_sides(measured, side)
 
         self.columns = {}
@@ -1144,9 +1139,9 @@ class FactTable:
 
     def sides(self, row):
         """For which sides a row is written."""
-        if "{side}" not in json.dumps(row):
+        if not re.search(r"\b[so]_|{(side|other)}", json.dumps(row)):
             return ("",)
-        return (*SIDES, "both") if "both" in row else SIDES
+        return (*BOTH_SIDES, "both") if "both" in row else BOTH_SIDES
 
     def column_of(self, measured, side):
         """The column of a measure, by its name or as captions.measure takes it: "angle ..."."""
@@ -1171,7 +1166,7 @@ class FactTable:
 
     def read_parts(self, row, side):
         """What a row is about: {"left_arm", "left_elbow"}."""
-        sides = SIDES if side == "both" else (side or "left",)
+        sides = BOTH_SIDES if side == "both" else (side or "left",)
         parts = set()
         for one in sides:
             parts.update(name_sides(row["part"], one).split())
