@@ -245,7 +245,8 @@ SPLITS = {                               # numbers of their first people
 NARROW = "test"                          # as old as the first weights, whose figures stay comparable
 N_NARROW = 48                            # activities of its people, the first of the table
 KINDS_CDF = (0.45, 0.65)                 # P(one activity), P(one or two); the rest: none
-SHARE_OF_ONE_DRAW = 0.6                  # of people of no activity: both arms, or both legs, match
+SHARE_OF_ONE_DRAW = 0.7                  # of people of no activity: both legs, or both arms, match
+SHARE_OF_WHOLE = 0.5                     # of people of no activity: all of the body does
 SHARE_OF_ANY_ROOT = 0.15                 # of people of no activity: they float any way up
 LOOSENESS = (0.25, 1.0)                  # at most: of people of an activity, and of none
 
@@ -272,11 +273,12 @@ U_TWO = slice(97, 99)                    # the activity of the arms, that of the
 U_NAMED = 99                             # which of both is named
 U_PARTS_1 = slice(100, 107)              # 7 body parts
 U_PARTS_2 = slice(107, 114)
-U_ONE_DRAW = slice(114, 118)             # right leg and right arm, of both drafts
-U_SWAP = slice(118, 121)                 # arms, arms of the second draft, all of the second draft
-U_BLEND = 121
-U_ANY_ROOT = slice(122, 125)
-U_LOOSENESS = 125
+U_MATCH_1 = slice(114, 117)              # right leg, right arm, all
+U_MATCH_2 = slice(117, 120)
+U_SWAP = slice(120, 123)                 # arms, arms of the second draft, all of the second draft
+U_BLEND = 123
+U_ANY_ROOT = slice(124, 127)
+U_LOOSENESS = 127
 U_SECOND = slice(128, 159)               # 4 gestures, 27 angles
 U_SPREAD = slice(159, 186)               # 27 angles
 U_LOOSE = slice(186, 252)                # 22 joints, 3 turns each
@@ -476,7 +478,7 @@ class ActivityTable:
 
         # none: every limb is from another activity
         free = kind == 2
-        parts[free] = self.mix_parts(u[free, U_PARTS_1], u[free, U_ONE_DRAW][:, :2])
+        parts[free] = self.mix_parts(u[free, U_PARTS_1], u[free, U_MATCH_1])
         activity[free] = NONE
         side[free] = 0
         angles = self.draw(self.fresh_ranges, parts, u[:, U_FRESH])           # (M,C)
@@ -489,17 +491,19 @@ class ActivityTable:
         angles += self.spread_of(u, looseness)
         return Drawn(activity, side, parts, angles, looseness)
 
-    def mix_parts(self, u, u_one_draw):
-        """Random numbers (M,7), (M,2) -> an activity for each body part (M,7).
+    def mix_parts(self, u, u_match):
+        """Random numbers (M,7), (M,3) -> an activity for each body part (M,7).
 
-        Legs that are drawn alone and the trunk follow the root, or nobody would keep the balance.
+        The trunk and the left leg follow the root, or nobody would keep the balance.
         """
         parts = self.draw_activity(u)                                         # (M,7)
         root, trunk, _, left_leg, right_leg, left_arm, right_arm = range(len(BODY_PARTS))
         parts[:, [trunk, left_leg]] = parts[:, [root]]
-        is_one = u_one_draw < SHARE_OF_ONE_DRAW                               # (M,2)
-        parts[is_one[:, 0], right_leg] = parts[is_one[:, 0], left_leg]
-        parts[is_one[:, 1], right_arm] = parts[is_one[:, 1], left_arm]
+        legs_match, arms_match = (u_match[:, :2] < SHARE_OF_ONE_DRAW).T       # (M,)
+        is_whole = u_match[:, 2] < SHARE_OF_WHOLE                             # (M,)
+        parts[legs_match, right_leg] = parts[legs_match, left_leg]
+        parts[arms_match, right_arm] = parts[arms_match, left_arm]
+        parts[is_whole] = parts[is_whole][:, [root]]
         return parts
 
     def blend(self, angles, u):
@@ -507,13 +511,13 @@ class ActivityTable:
 
         angles (M,C), random numbers (M,256).
         """
-        parts = self.mix_parts(u[:, U_PARTS_2], u[:, U_ONE_DRAW][:, 2:])
+        parts = self.mix_parts(u[:, U_PARTS_2], u[:, U_MATCH_2])
         goal = self.draw(self.fresh_ranges, parts, u[:, U_SECOND])            # (M,C)
         _, swaps_arms, swaps_all = (u[:, U_SWAP] < 0.5).T                     # (M,)
         goal[swaps_arms] = self.swap_arms(goal[swaps_arms])
         goal[swaps_all] = self.mirror(goal[swaps_all])
 
-        share = u[:, [U_BLEND]]                                               # (M,1)
+        share = u[:, [U_BLEND]] ** 2                       # of the way, less than half mostly
         angles = self.level_feet(angles)
         angles += share * (self.level_feet(goal) - angles)
 
@@ -1292,15 +1296,21 @@ class World:
     """The embedded data set: the first n people of a split, and what can be said and shown of them.
 
     poses (n,22,3,3) facing +z; camera_poses (n,22,3,3), the same turned as photographs show them;
-    headings (n,) radians; activity: n names; size: pixels of a photograph. Rows 2i and 2i+1 are a
-    pair. Row i depends on (split, i) only, never on n. Raises UserError.
+    headings (n,) radians; activity: n names, "" for people of none; side: on which side of the body
+    it is, "left" | "right" | "", as `about` of activities.json says; size: pixels of a photograph.
+    Rows 2i and 2i+1 are a pair. Row i depends on (split, i) only, never on n. Raises UserError.
     """
 
     def __init__(self, split="train", n=2000, size=128):
         self.split = split
         self.size = size
-        activity, self.poses, self.headings = sample_people(split, n)
-        self.activity = [activity_table().activities[a] for a in activity]
+        people = sample_people(split, n)
+        self.poses = people.poses
+        self.headings = people.headings
+        self.side = people.sides
+        self.angles = people.angles[0::2]                  # (n/2,C) of those who are no edits
+        names = [*activity_table().activities, ""]         # the last is that of NONE
+        self.activity = [names[a] for a in people.activity]
         turns = np.stack([rotation_y(heading) for heading in self.headings])  # (n,3,3)
         self.camera_poses = turn_root(self.poses, torch.tensor(turns))
         self.pictures = {}                                 # what `image` has drawn
@@ -1361,10 +1371,10 @@ class World:
         return render_group(poses, self.size, group.shirts, looks, rng)
 
     @functools.cached_property
-    def angles(self):
-        """The angles of the people who are no edits (n/2,C), as they were drawn."""
-        rows = SPLITS[self.split] + np.arange(0, len(self.poses), 2)
-        return activity_table().draw_people(hash_uniform(rows, N_UNIFORMS))[1]
+    def named(self):
+        """The people whose activity is known: who show one, and are no edits that may have left it.
+        """
+        return [i for i in range(0, len(self.poses), 2) if self.activity[i]]
 
     def clothes_feature(self, group, shirt, rng):
         """A shirt as a Feature."""
@@ -1378,8 +1388,11 @@ class World:
         return Feature(str(words), [taken == place for taken in group.places])
 
     def activity_feature(self, group, i):
-        """What person i does, as a Feature: it fits all who look alike."""
+        """What person i does, as a Feature: it fits all who look alike. None: nothing in particular.
+        """
         activity = self.activity[i]
+        if not activity:
+            return None
         doing, does, parts = load_asset("questions")["activities"][activity]
         fits = []
         for other in group.people:
