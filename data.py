@@ -1696,7 +1696,8 @@ def vocabulary(texts=()):
     """All words and punctuation marks of templates, captions and `texts`: sorted, lower case."""
     lines = [*activity_table().activities, *texts]
     lines += [add_view(view) for view in VIEWS]
-    lines += [NOBODY, *words_in(load_asset("questions")), *words_in(load_asset("speculative"))]
+    lines += [NOBODY, "whose", "whoever", *SHIRTS]
+    lines += [*words_in(load_asset("questions")), *words_in(load_asset("speculative"))]
     for task in TASKS:
         lines += [SLOT.sub(" ", line) for line in templates(task)]
     words = re.findall(r"[^\s.,?]+|[.,?]", " ".join(lines).lower())

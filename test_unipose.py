@@ -1832,7 +1832,7 @@ def test_captions_script_finds_its_captions_true_and_the_last_sentence_false():
 every_task = pytest.mark.parametrize("task", data.TASKS)
 
 
-@every_task
+@pytest.mark.parametrize("task", data.SEVEN)
 def test_a_task_has_200_distinct_templates(task):
     lines = data.templates(task)
 
@@ -1852,7 +1852,7 @@ def test_templates_have_at_most_14_words_and_only_the_marks_that_the_vocabulary_
         words = data.SLOT.sub("", line)
 
         assert len(line.split()) <= 14, line
-        assert re.fullmatch(r"[A-Za-z .,?]+", words), line
+        assert re.fullmatch(r"[A-Za-z .,?]*", words), line
 
 
 @pytest.mark.parametrize("task, slots", [
@@ -1917,10 +1917,11 @@ def joint(*names):
 
 @pytest.fixture(scope="session")
 def mixture_of():
-    """mixture_of(tasks, seed, ...): of 60 people, whose numbers stand for poses and pictures."""
-    world = data.World("train", 60)
-    numbers = range(60)
-    cache = types.SimpleNamespace(poses=numbers, camera_poses=numbers, image=numbers.index)
+    """mixture_of(tasks, seed, ...): of 96 people, whose numbers stand for poses and pictures."""
+    world = data.World("train", 96)
+    numbers = range(96)
+    cache = types.SimpleNamespace(
+        poses=numbers, camera_poses=numbers, image=numbers.index, group_image=numbers.index)
 
     def make(tasks, seed=0, **options):
         return data.Mixture(tasks, seed, world, cache, **options)
@@ -1930,9 +1931,9 @@ def mixture_of():
 
 @pytest.fixture(scope="session")
 def mixture_examples(mixture_of):
-    """The first 1,400 examples of a mixture of all tasks."""
+    """The first 2,800 examples of a mixture of all tasks."""
     mixture = mixture_of(data.TASKS)
-    return [mixture[k] for k in range(1400)]
+    return [mixture[k] for k in range(2800)]
 
 
 @pytest.fixture(scope="session")
@@ -2295,7 +2296,7 @@ def test_a_pair_task_goes_from_either_person_to_its_partner(mixture_examples):
     assert 0.35 < np.mean(forward) < 0.65
 
 
-PAIR_TASKS = [task for task, row in data.TASKS.items() if row.pair]
+PAIR_TASKS = [task for task, row in data.TASKS.items() if row.pair and not row.turn]
 
 
 def test_three_in_a_hundred_pairs_are_of_a_person_and_itself(mixture_of):
@@ -2354,8 +2355,8 @@ def test_training_answers_have_one_wording_and_training_prompts_many(mixture_of,
         values = mixture.world.example(task, 4, rng, training=True, cache=mixture.cache)
         wordings.add(tuple(values))
 
-    has_text_input = "text" in data.TASKS[task].inputs
-    assert (len(wordings) > 1) == has_text_input
+    varies = "text" in data.TASKS[task].inputs
+    assert (len(wordings) > 1) == varies
 
 
 in_its_frame = pytest.mark.parametrize("task, frame", [
@@ -7323,7 +7324,8 @@ def downloads(folder, kind="llama", **sizes):
     llm_config = hf.AutoConfig.for_model(**settings)
 
     clip = hf.CLIPVisionModel(hf.CLIPVisionConfig(**nano_size["clip"]))
-    vit = hf.VitPoseBackbone(hf.VitPoseBackboneConfig(**nano_size["pose_vit"]))
+    upright = nano_size["pose_vit"] | {"image_size": [64, 48]}
+    vit = hf.VitPoseBackbone(hf.VitPoseBackboneConfig(**upright))
     llm = saved = hf.AutoModelForCausalLM.from_config(llm_config)
     if kind.startswith("llava"):
         config = hf.LlavaConfig if kind == "llava" else hf.LlavaNextConfig
@@ -11689,11 +11691,13 @@ def spot_centres(pixels):
     return torch.stack([x, y], 1)
 
 
-def test_random_affine_moves_photographs_together_with_their_keypoints():
+def test_keypoints_move_together_with_their_photographs():
     keypoints = random_keypoints(30, 1)
     torch.manual_seed(0)
+    affine = train.random_affine(30)
 
-    pixels, moved = train.random_affine(spot_photos(keypoints[:, 0]), keypoints)
+    pixels = train.move_pixels(spot_photos(keypoints[:, 0]), affine)
+    moved = train.move_keypoints(keypoints, affine, torch.tensor([96, 128]))
 
     error = spot_centres(pixels) - moved[:, 0]
     assert error.abs().max() < 0.5
@@ -11703,10 +11707,103 @@ def test_random_affine_moves_every_photograph_differently():
     keypoints = torch.full((30, 1, 2), 50.0)
     torch.manual_seed(0)
 
-    _, moved = train.random_affine(torch.zeros(30, 3, 128, 96), keypoints)
+    moved = train.move_keypoints(keypoints, train.random_affine(30), torch.tensor([96, 128]))
 
     assert len(moved.unique(dim=0)) == 30
     assert moved.std(0).min() > 1
+
+
+@pytest.mark.parametrize("box, mask", [
+    ([0, 0, 24, 16], [[1, 1, 1], [1, 1, 1]]),
+    ([8, 0, 8, 16], [[0, 1, 0], [0, 1, 0]]),
+    ([4, 0, 8, 8], [[0.5, 0.5, 0], [0, 0, 0]]),
+    ([16, 6, 2, 4], [[0, 0, 0.0625], [0, 0, 0.0625]]),
+    ([-8, 0, 12, 8], [[0.5, 0, 0], [0, 0, 0]]),
+])
+def test_a_mask_says_which_share_of_each_patch_lies_in_a_box(box, mask):
+    masks = train.patch_masks(torch.tensor([box, box]), 8, (2, 3))
+
+    assert masks.tolist() == [mask, mask]
+
+
+def test_the_features_of_a_person_are_a_mean_over_the_patches_of_this_person():
+    features = torch.randn(2, 5, 4, 4)
+    features[0, :, :, :2] = 1.0
+    features[1, :, :, 1:] = 3.0
+    boxes = torch.tensor([[0, 0, 2, 4], [1, 0, 3, 4], [1, 1, 1, 1]])
+    masks = train.patch_masks(boxes, 1, (4, 4))
+
+    people = train.person_features(features, masks, torch.tensor([0, 1, 0]))
+
+    close(people, torch.tensor([1.0, 3.0, 1.0])[:, None].expand(3, 5))
+
+
+def test_a_batch_holds_people_alone_then_the_people_of_groups():
+    model = nano()
+    world = data.World("train", 64, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 6, {})
+
+    batch = train.photo_batch(cache, [5, 1], [2, 0])
+
+    three = world.group_of(2)
+    two = world.group_of(0)
+    people = [5, 1, *three.people, *two.people]
+    assert batch.photo.tolist() == [0, 1, 2, 2, 2, 3, 3]
+    assert torch.equal(batch.poses, world.camera_poses[people])
+    assert batch.boxes[:2].tolist() == 2 * [[0, 0, world.size, world.size]]
+    close(batch.boxes[2:5], torch.tensor(world.group_photo(three)[1]).float(), atol=1e-4)
+    assert np.array_equal(batch.pictures[3], world.group_photo(two)[0])
+
+
+def test_the_captions_of_a_group_name_the_shirts():
+    model = nano()
+    world = data.World("train", 64, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 6, {})
+
+    batch = train.photo_batch(cache, [5], [0])
+
+    group = world.group_of(0)
+    assert batch.captions[0] == world.coarse_caption(5)
+    for person, shirt, caption in zip(group.people, group.shirts, batch.captions[1:], strict=True):
+        assert caption == f"{world.coarse_caption(person)}, {shirt} shirt"
+
+
+@pytest.mark.parametrize("people, n_groups", [(64, 2), (32, 0)])
+def test_half_of_the_photographs_of_the_backbones_show_groups_if_there_are_people_enough(
+        monkeypatch, people, n_groups):
+    model = nano()
+    world = data.World("train", people, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+    batches = []
+    photo_batch = train.photo_batch
+    monkeypatch.setattr(
+        train, "photo_batch", lambda *rows: batches.append(photo_batch(*rows)) or batches[-1])
+
+    train.backbones(model, None, cache, nano_config(stage="backbones")).loss([0, 1, 2, 3], 0)
+
+    [batch] = batches
+    counts = torch.bincount(batch.photo)
+    assert len(counts) == 4
+    assert (counts > 1).sum() == n_groups
+
+
+def test_clip_learns_to_tell_the_people_of_a_group_apart():
+    """The pictures of a batch, learned by heart; a mean over a whole picture would leave 0.46."""
+    model = nano(words=data.vocabulary())
+    world = data.World("train", 64, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 2, {})
+    batch = train.photo_batch(cache, [0], [0])
+    torch.manual_seed(0)
+    heads = train.BackboneHeads(model)
+    optimiser = torch.optim.AdamW([*model.vision.parameters(), *heads.parameters()], 1e-2)
+
+    for _ in range(60):
+        loss = train.clip_loss(model, heads, batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    assert loss < 0.2
 
 
 def test_a_flipped_photograph_swaps_left_and_right_in_pose_and_keypoints():
@@ -11728,7 +11825,7 @@ def test_the_cache_answers_with_codes_and_features_of_the_worlds_people():
 
     encode = model.pose_tokenizer.encode
     assert torch.equal(cache.poses, encode(world.poses))
-    assert torch.equal(cache.camera_poses, encode(world.camera_poses[:4]))
+    assert torch.equal(cache.camera_poses, encode(world.camera_poses))
     with torch.no_grad():
         features = model.vision([world.image(3)])[0]
     close(cache.image(3).float(), features, atol=1e-2)
@@ -11796,7 +11893,7 @@ def count_padding(batches):
 
 
 def test_a_megabatch_holds_the_samples_of_its_steps(instruct):
-    """Batches may swap samples within eight steps, but none is lost, or seen twice."""
+    """Batches may swap samples within eight steps, but none is lost, nor seen twice."""
     model, mixture, run = instruct
 
     batches = batches_of(run, range(8, 16))
@@ -11805,25 +11902,60 @@ def test_a_megabatch_holds_the_samples_of_its_steps(instruct):
     assert sorted(row.ids for rows in batches for row in rows) == sorted(expected)
 
 
-def test_rows_of_a_batch_are_of_similar_length(instruct):
+def test_rows_of_half_a_batch_are_of_similar_length(instruct):
     model, mixture, run = instruct
+    config = train.Config(stage="instruct", size="nano")
     undealt = []
+    parts = []
     for step in range(16):
         undealt.append([model.encode(mixture[8 * step + k][1]) for k in range(8)])
+        parts += train.split_batch(run, step, 8, config)
 
-    assert count_padding(batches_of(run, range(16))) < 0.3 * count_padding(undealt)
+    assert [len(rows) for rows in parts] == [4] * 32
+    assert count_padding(parts) < 0.3 * count_padding(undealt)
 
 
-def test_batches_of_short_and_long_rows_come_in_random_order(instruct):
-    _, _, run = instruct
+@pytest.mark.parametrize("batch", [1, 2, 7, 8])
+def test_a_batch_is_half_short_rows_and_half_long_ones_each_of_neighbouring_lengths(batch):
+    n = train.MEGABATCH * batch
+    short = batch // 2
 
+    rows = train.cut_by_length(list(range(n)), batch, np.random.default_rng(0))
+
+    assert sorted(rows) == list(range(n))
+    for start in range(0, n, batch):
+        cut = rows[start:start + batch]
+        first = cut[:short]
+        second = cut[short:]
+        assert first == list(range(first[0], first[0] + short)) if short else first == []
+        assert second == list(range(second[0], second[0] + batch - short))
+        assert max(first, default=-1) < train.MEGABATCH * short <= second[0]
+
+
+def test_short_and_long_halves_meet_in_random_order():
     orders = set()
-    for first in range(0, 64, 8):
-        batches = batches_of(run, range(first, first + 8))
-        lengths = [len(rows[-1].ids) for rows in batches]
-        orders.add(tuple(np.argsort(lengths)))
+    for seed in range(8):
+        rows = train.cut_by_length(list(range(64)), 8, np.random.default_rng(seed))
+        orders.add(tuple(rows))
 
     assert len(orders) == 8
+
+
+@pytest.mark.parametrize("stage, batch, n_processes, parts", [
+    ("align", 8, 1, 2),
+    ("align", 8, 4, 2),
+    ("align", 8, 8, 1),
+    ("align", 7, 1, 1),
+    ("tokenizer", 8, 1, 1),
+    ("retrieval", 8, 1, 1),
+])
+def test_a_batch_of_sequences_is_cut_in_two_where_it_can_be(
+        monkeypatch, stage, batch, n_processes, parts):
+    monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+
+    config = train.Config(stage=stage, batch=batch)
+
+    assert train.parts_of(config) == parts
 
 
 def test_the_rows_of_a_step_do_not_depend_on_the_steps_before(instruct):
