@@ -1284,10 +1284,10 @@ def ask_about(features, target, rng):
 def speculations(activity, split):
     """The requests that imply the pose of an activity and name neither: a list.
 
-    Their last N_HELD_OUT are those of the split "test", the others of all other splits.
+    Their last N_HELD_OUT are those of the splits for tests, the others of all other splits.
     """
     wordings = load_asset("speculative")["activities"][activity]
-    if split == "test":
+    if split.startswith("test"):
         return wordings[-N_HELD_OUT:]
     return wordings[:-N_HELD_OUT]
 
@@ -1485,7 +1485,7 @@ class World:
 
     def coarse_caption(self, i):
         """Activity and side of a photograph: "tree pose, seen from the left"."""
-        text = self.activity[i]
+        text = self.activity[i] or "a pose"
         if self.views[i]:
             text += ", " + add_view(self.views[i])
         return text.lower().rstrip(".")
@@ -1509,8 +1509,8 @@ class World:
 
         sentences = []
         # of a pair only the first is named: its edit may have left the activity
-        if i % 2 == 0 and rng.random() < 0.7:
-            activity = self.activity[i]
+        activity = self.activity[i]
+        if i % 2 == 0 and activity and rng.random() < 0.7:
             sentences.append(f"{activity[0].upper()}{activity[1:]}.")
         if codes:
             sentences.append(to_text(codes, rng))
@@ -1519,9 +1519,10 @@ class World:
     def speculation(self, i, rng):
         """A request for what person i does that never names it: "You just dropped your keys."
 
-        i is even: an edit may have left the activity.
+        The caption, where the activity is not known.
         """
-        assert i % 2 == 0, f"person {i} is an edit, whose activity is not known"
+        if i % 2 or not self.activity[i]:
+            return self.caption(i, rng)
         wordings = speculations(self.activity[i], self.split)
         return wordings[rng.integers(len(wordings))]
 
@@ -1657,8 +1658,8 @@ class Mixture:
         if "image" in row.inputs or row.turn:
             n_people = self.photos
         i = int(rng.integers(n_people))
-        if task == "speculate":
-            i -= i % 2                                     # the activity of an edit is not known
+        if task == "speculate" and self.world.named:
+            i = self.world.named[i % len(self.world.named)]
 
         share = SHARE_OF_ABSENT if row.group else SHARE_OF_SAME
         same = np.random.default_rng((self.seed, k, 1)).random() < share
@@ -3132,7 +3133,7 @@ def write_half(record, pose, k, seed, out, body):
 @dataclass
 class Config:
     """Print one example of each task and draw people; or check real data; or build a data set."""
-    split: str = "train"  # split of the embedded world: train | val | test
+    split: str = "train"  # split of the embedded world: train | val | test | test_wide
     seed: int = 0  # random seed of the examples, or of the data set to build
     out: str = ""  # folder for the files that are written; empty: out
     speed: int = 0  # time the full captions of this many poses instead
@@ -3185,7 +3186,9 @@ def draw_people(split, path, n=32):
     world = World(split, n, size=CELL)
     cells = []
     for i in range(n):
-        name = world.activity[i] if i % 2 == 0 else "an edit of it"
+        name = f"{world.activity[i] or 'no activity'} {world.side[i]}"
+        if i % 2:
+            name = "an edit of it"
         cells.append((name, world.image(i)))
     save_cells(cells, path)
 
