@@ -228,6 +228,10 @@ BODY_PARTS = ["root", "trunk", "head", *LIMBS]
 LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
     "left_collar", "left_foot", "left_wrist", "right_collar", "right_foot", "right_wrist")]
 
+SIDES = ["", "left", "right"]            # numbers 0, 1 and -1, so that mirroring is a change of sign
+NONE = -1                                # the activity of people of no activity
+IS_UPPER = np.isin(BODY_PARTS, ["head", "left_arm", "right_arm"])             # (7,)
+
 # What an edit reads in activities.json in place of a part's own entry
 EDIT_ENTRIES = {"trunk": "edit_trunk", "left_leg": "edit_legs", "right_leg": "edit_legs",
                 "left_arm": "edit_arms", "right_arm": "edit_arms"}
@@ -236,10 +240,23 @@ EDIT_WEIGHTS = {"trunk": 2, "left_leg": 2, "left_arm": 1, "right_arm": 1}   # th
 N_EDITS_CDF = (0.10, 0.40)               # P(one part is edited), P(at most two); at most three are
 VIEW_CDF = (0.7, 0.8, 0.9)               # P(front), P(front or right) ...; the rest: left
 SPLIT_SIZE = 1 << 20                     # people of a split, at most
-SPLITS = {"train": 0, "val": SPLIT_SIZE, "test": 2 * SPLIT_SIZE}     # numbers of their first people
+SPLITS = {                               # numbers of their first people
+    "train": 0,
+    "val": SPLIT_SIZE,
+    "test": 2 * SPLIT_SIZE,
+    "test_wide": 3 * SPLIT_SIZE,
+}
+NARROW = "test"                          # as old as the first weights, whose figures stay comparable
+N_NARROW = 48                            # activities of its people, the first of the table
+KINDS_CDF = (0.45, 0.65)                 # P(one activity), P(one or two); the rest: none
+SHARE_OF_ONE_DRAW = 0.7                  # of people of no activity: both legs, or both arms, match
+SHARE_OF_WHOLE = 0.5                     # of people of no activity: all of the body does
+SHARE_OF_ANY_ROOT = 0.15                 # of people of no activity: they float any way up
+LOOSENESS = (0.25, 1.0)                  # at most: of people of an activity, and of none
 
-# A person is made from a row of 96 random numbers. Every row uses these columns,
-N_UNIFORMS = 96
+# A person is made from a row of 256 random numbers, a narrow one from the first 96 of them. Every
+# row uses these columns,
+N_UNIFORMS = 256
 U_ACTIVITY = 0
 U_MIRROR = 1
 U_VIEW = 2
@@ -254,6 +271,21 @@ U_N_EDITS = 11
 U_EDIT_HEAD = 12
 U_DRAFT_1 = slice(13, 44)                # 4 gestures, 27 angles
 U_DRAFT_2 = slice(44, 75)
+# Wide people use these besides, of the first person of a pair.
+U_KIND = 96
+U_TWO = slice(97, 99)                    # the activity of the arms, that of the legs
+U_NAMED = 99                             # which of both is named
+U_PARTS_1 = slice(100, 107)              # 7 body parts
+U_PARTS_2 = slice(107, 114)
+U_MATCH_1 = slice(114, 117)              # right leg, right arm, all
+U_MATCH_2 = slice(117, 120)
+U_SWAP = slice(120, 123)                 # arms, arms of the second draft, all of the second draft
+U_BLEND = 123
+U_ANY_ROOT = slice(124, 127)
+U_LOOSENESS = 127
+U_SECOND = slice(128, 159)               # 4 gestures, 27 angles
+U_SPREAD = slice(159, 186)               # 27 angles
+U_LOOSE = slice(186, 252)                # 22 joints, 3 turns each
 
 
 def hash_uniform(rows, n):
@@ -281,41 +313,66 @@ class JointTurn(NamedTuple):
     scale: float            # radians of the turn per degree of the angle
 
 
+class Drawn(NamedTuple):
+    """People as they were drawn, before joint limits."""
+
+    activity: np.ndarray    # (M,) which of the table's activities they show; NONE: no one
+    side: np.ndarray        # (M,) the side of that activity: 1 left, -1 right, 0 none
+    parts: np.ndarray       # (M,7) from which activity each of BODY_PARTS is
+    angles: np.ndarray      # (M,C) degrees
+    looseness: np.ndarray   # (M,) 0..1: the share of "spread" and "loose" that is added
+
+
 class ActivityTable:
     """assets/activities.json as arrays, and the steps from random numbers to poses.
 
-    angles: C tuples (body part, name); columns: {body part: slice of its angles}; limits (C,2),
-    degrees; turns: list of JointTurn; activities: A names; cdf (A,): how often they are drawn.
-    fresh_ranges, edit_ranges: per activity {body part: (G,2,c)}, the lowest and the highest angles
-    of each of the G gestures that the part chooses from.
+    angles: C tuples (body part, name); columns: {body part: slice of its angles}; limits (C,2) and
+    narrow_limits (C,2), degrees; spread (C,), loose (22,2,3): what is added to the angles and to
+    the joints of loose people, degrees; turns: list of JointTurn; activities: A names; sides (A,);
+    by_arms, by_legs: the activities that arms and head show, or the other parts; cdf (A,): how
+    often they are drawn; fresh_ranges, edit_ranges: per activity {body part: (G,2,c)}, the lowest
+    and the highest angles of each of the G gestures that the part chooses from.
     """
 
     def __init__(self):
         table = load_asset("activities")
         self.angles = []
         self.columns = {}
+        narrow_limits = []
         limits = []
+        spread = []
         for part in BODY_PARTS:
             kind = part.split("_")[-1]                     # left and right limbs share their limits
             start = len(self.angles)
             self.angles += [(part, angle) for angle in table["limits"][kind]]
             self.columns[part] = slice(start, len(self.angles))
-            limits += table["limits"][kind].values()
+            narrow_limits += table["limits"][kind].values()
+            limits += (table["limits"][kind] | table["wide_limits"][kind]).values()
+            spread += [table["spread"][kind][angle] for angle in table["limits"][kind]]
+        self.narrow_limits = np.array(narrow_limits, np.float64)
         self.limits = np.array(limits, np.float64)
+        self.spread = np.array(spread, np.float64)
+        self.loose = self.read_loose(table["loose"])
         assert len(self.angles) == 27, "U_FRESH and its neighbours are laid out for 27 angles"
 
         self.turns = self.read_turns(table["axes"])
         self.activities = list(table["activities"])
         self.fresh_ranges = []
         self.edit_ranges = []
+        sides = []
+        shown_by = []
         weights = []
         for row in table["activities"].values():
             row = table["usual"] | row
             self.fresh_ranges.append(self.read_ranges(table, row, {}))
             self.edit_ranges.append(self.read_ranges(table, row, EDIT_ENTRIES))
+            sides.append(SIDES.index(row.get("side", "")))
+            shown_by.append(row.get("shown_by", ""))
             weights.append(row.get("weight", 1.0))
-        cdf = np.cumsum(weights)
-        self.cdf = cdf / cdf[-1]
+        self.sides = np.array(sides)
+        self.by_arms = np.flatnonzero(np.array(shown_by) == "arms")
+        self.by_legs = np.flatnonzero(np.array(shown_by) == "legs")
+        self.cdf = np.cumsum(weights)
 
     def at(self, angle):
         """The columns of an angle: at("knee") -> those of both legs."""
@@ -333,6 +390,18 @@ class ActivityTable:
                 column = self.angles.index((part, angle))
                 turns.append(JointTurn(order, JOINTS.index(joint), axis, column, scale))
         return turns
+
+    def read_loose(self, rows):
+        """The turns that joints are free to add: (22,2,3), degrees; 0 where the table has none."""
+        ranges = np.zeros((len(JOINTS), 2, 3))
+        for joint, axes in rows.items():
+            low_high = np.array(axes, np.float64).T                           # (2,3)
+            for j, name in enumerate(JOINTS):
+                if name.removeprefix("left_") == joint:
+                    ranges[j] = low_high
+                elif name == f"right_{joint}":
+                    ranges[j] = low_high * [1, -1, -1]     # the mirror image turns the other way
+        return ranges
 
     def read_ranges(self, table, row, entries):
         """The ranges of one activity: {body part: (G,2,c)}.
@@ -359,15 +428,17 @@ class ActivityTable:
             rows.append(gesture.get(angle, [default, default]))
         return np.array(rows, np.float64).T
 
-    def draw(self, ranges, activity, u):
-        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range.
+    def draw(self, ranges, parts, u):
+        """Draws people of which each body part may be from another activity.
 
-        ranges: `fresh_ranges` or `edit_ranges`.
+        parts (M,7): those activities; random numbers (M,4+C) -> angles (M,C), each within its
+        range. ranges: `fresh_ranges` or `edit_ranges`.
         """
         bounds = np.zeros((len(u), 2, len(self.angles)))                      # (M,2,C)
-        for a in np.unique(activity):
-            rows = np.flatnonzero(activity == a)
-            for part, gestures in ranges[a].items():
+        for p, part in enumerate(BODY_PARTS):
+            for a in np.unique(parts[:, p]):
+                rows = np.flatnonzero(parts[:, p] == a)
+                gestures = ranges[a][part]                                    # (G,2,c)
                 chosen = np.zeros(len(rows), int)
                 if part in LIMBS:
                     lot = u[rows, LIMBS.index(part)]                          # (m,) in [0,1)
@@ -377,11 +448,114 @@ class ActivityTable:
         high = bounds[:, 1]
         return low + u[:, 4:] * (high - low)
 
-    def draw_people(self, u):
-        """Random numbers of people who are no edits (M,96) -> activities (M,), angles (M,C)."""
-        activity = np.searchsorted(self.cdf, u[:, U_ACTIVITY], side="right")
-        angles = self.draw(self.fresh_ranges, activity, u[:, U_FRESH])
-        return activity, angles + 4 * u[:, U_NOISE] - 2    # up to 2 degrees of noise
+    def draw_activity(self, u, n=None):
+        """Random numbers (...) -> activities (...), out of the first n of the table."""
+        cdf = self.cdf[:n]
+        return np.searchsorted(cdf / cdf[-1], u, side="right")
+
+    def draw_narrow(self, u):
+        """Random numbers of people who are no edits (M,256) -> Drawn, as `NARROW` needs them."""
+        activity = self.draw_activity(u[:, U_ACTIVITY], N_NARROW)
+        parts = activity[:, None].repeat(len(BODY_PARTS), 1)                  # (M,7)
+        angles = self.draw(self.fresh_ranges, parts, u[:, U_FRESH])
+        angles += 4 * u[:, U_NOISE] - 2                    # up to 2 degrees of noise
+        return Drawn(activity, self.sides[activity], parts, angles, np.zeros(len(u)))
+
+    def draw_wide(self, u):
+        """Random numbers of people who are no edits (M,256) -> Drawn: of one, two or no activity.
+        """
+        kind = np.searchsorted(KINDS_CDF, u[:, U_KIND], side="right")         # (M,)
+        activity = self.draw_activity(u[:, U_ACTIVITY])
+        side = self.sides[activity]
+        parts = activity[:, None].repeat(len(BODY_PARTS), 1)                  # (M,7)
+
+        # two activities: the arms and the head show one, the rest of the body the other
+        two = kind == 1
+        arms = self.by_arms[(u[two, U_TWO.start] * len(self.by_arms)).astype(int)]
+        legs = self.by_legs[(u[two, U_TWO.stop - 1] * len(self.by_legs)).astype(int)]
+        is_swapped = u[:, U_SWAP.start] < 0.5
+        is_arms = u[two, U_NAMED] < 0.5
+        parts[two] = np.where(IS_UPPER, arms[:, None], legs[:, None])
+        activity[two] = np.where(is_arms, arms, legs)
+        arms_side = np.where(is_swapped[two], -1, 1) * self.sides[arms]
+        side[two] = np.where(is_arms, arms_side, self.sides[legs])
+
+        # none: every limb is from another activity
+        free = kind == 2
+        parts[free] = self.mix_parts(u[free, U_PARTS_1], u[free, U_MATCH_1])
+        activity[free] = NONE
+        side[free] = 0
+        angles = self.draw(self.fresh_ranges, parts, u[:, U_FRESH])           # (M,C)
+        is_swapped &= kind > 0
+        angles[is_swapped] = self.swap_arms(angles[is_swapped])
+
+        # ... and on its way to yet another
+        angles[free] = self.blend(angles[free], u[free])
+        looseness = u[:, U_LOOSENESS] * np.where(free, LOOSENESS[1], LOOSENESS[0])
+        angles += self.spread_of(u, looseness)
+        return Drawn(activity, side, parts, angles, looseness)
+
+    def mix_parts(self, u, u_match):
+        """Random numbers (M,7), (M,3) -> an activity for each body part (M,7).
+
+        The trunk and the left leg follow the root, or nobody would keep the balance.
+        """
+        parts = self.draw_activity(u)                                         # (M,7)
+        root, trunk, _, left_leg, right_leg, left_arm, right_arm = range(len(BODY_PARTS))
+        parts[:, [trunk, left_leg]] = parts[:, [root]]
+        legs_match, arms_match = (u_match[:, :2] < SHARE_OF_ONE_DRAW).T       # (M,)
+        is_whole = u_match[:, 2] < SHARE_OF_WHOLE                             # (M,)
+        parts[legs_match, right_leg] = parts[legs_match, left_leg]
+        parts[arms_match, right_arm] = parts[arms_match, left_arm]
+        parts[is_whole] = parts[is_whole][:, [root]]
+        return parts
+
+    def blend(self, angles, u):
+        """Moves people of no activity part of the way to others -> angles (M,C).
+
+        angles (M,C), random numbers (M,256).
+        """
+        parts = self.mix_parts(u[:, U_PARTS_2], u[:, U_MATCH_2])
+        goal = self.draw(self.fresh_ranges, parts, u[:, U_SECOND])            # (M,C)
+        _, swaps_arms, swaps_all = (u[:, U_SWAP] < 0.5).T                     # (M,)
+        goal[swaps_arms] = self.swap_arms(goal[swaps_arms])
+        goal[swaps_all] = self.mirror(goal[swaps_all])
+
+        share = u[:, [U_BLEND]] ** 2                       # of the way, less than half mostly
+        angles = self.level_feet(angles)
+        angles += share * (self.level_feet(goal) - angles)
+
+        # some float any way up
+        any_root, u_roll, u_pitch = u[:, U_ANY_ROOT].T
+        floats = any_root < SHARE_OF_ANY_ROOT
+        roll = np.degrees(np.arcsin(2 * u_roll - 1))       # evenly over the sphere
+        pitch = 360 * u_pitch - 180
+        root = np.stack([roll, pitch], 1)                                     # (M,2)
+        angles[floats, self.columns["root"]] = root[floats]
+        return angles
+
+    def spread_of(self, u, looseness):
+        """What is added to the angles of loose people (M,C): u (M,256), looseness (M,)."""
+        return (2 * u[:, U_SPREAD] - 1) * looseness[:, None] * self.spread
+
+    def swap_arms(self, angles):
+        """Angles (M,C) with those of the left arm and of the right arm exchanged."""
+        left = self.columns["left_arm"]
+        right = self.columns["right_arm"]
+        angles = angles.copy()
+        angles[:, left], angles[:, right] = angles[:, right], angles[:, left].copy()
+        return angles
+
+    def mirror(self, angles):
+        """Angles (M,C) of the mirror images."""
+        angles = self.swap_arms(angles)
+        left = self.columns["left_leg"]
+        right = self.columns["right_leg"]
+        angles[:, left], angles[:, right] = angles[:, right], angles[:, left].copy()
+        for part, angle in (("root", "roll"), ("trunk", "turn"), ("trunk", "lean"),
+                            ("head", "turn"), ("head", "tilt")):
+            angles[:, self.angles.index((part, angle))] *= -1
+        return angles
 
     def looks_like(self, activity, parts, angles):
         """Could a person of these angles (C,) be of an activity, by the look of some body parts?
@@ -402,10 +576,10 @@ class ActivityTable:
         mirrored = all(is_alike(part, other_side(part)) for part in parts)
         return as_drawn or mirrored
 
-    def edit(self, angles, activity, u):
+    def edit(self, drawn, u):
         """Redraws one to three parts of each person, sometimes the head as well.
 
-        angles (M,C), activities (M,), random numbers (M,96) -> (M,C).
+        drawn: Drawn of M people; random numbers (M,256) -> angles (M,C).
         """
         # weighted sampling without replacement: the items with the largest keys u^(1/weight) are
         # the sample (Efraimidis & Spirakis 2006)
@@ -416,46 +590,51 @@ class ActivityTable:
         is_edited = rank >= len(BODY_PARTS) - n_edits                         # (M,7)
         is_edited[:, BODY_PARTS.index("head")] = u[:, U_EDIT_HEAD] < 0.4
 
-        draft_1 = self.draw(self.edit_ranges, activity, u[:, U_DRAFT_1])      # (M,C)
-        draft_2 = self.draw(self.edit_ranges, activity, u[:, U_DRAFT_2])      # (M,C)
-        result = angles.copy()
+        draft_1 = self.draw(self.edit_ranges, drawn.parts, u[:, U_DRAFT_1])   # (M,C)
+        draft_2 = self.draw(self.edit_ranges, drawn.parts, u[:, U_DRAFT_2])   # (M,C)
+        spread = self.spread_of(u, drawn.looseness)                           # (M,C)
+        result = drawn.angles.copy()
         for p, part in enumerate(BODY_PARTS):
             columns = self.columns[part]
-            before = angles[:, columns]                                       # (M,c)
+            before = drawn.angles[:, columns]                                 # (M,c)
             first = draft_1[:, columns]
             second = draft_2[:, columns]
 
             # the draft that moves the part further: an edit should be visible
             move_1 = np.nansum(np.abs(first - before), 1, keepdims=True)      # (M,1)
             move_2 = np.nansum(np.abs(second - before), 1, keepdims=True)
-            after = np.where(move_2 > move_1, second, first)
+            after = np.where(move_2 > move_1, second, first) + spread[:, columns]
             result[:, columns] = np.where(is_edited[:, [p]], after, before)
         return result
 
-    def apply_joint_limits(self, angles):
-        """Angles (M,C) as drawn -> made possible: soles level, hips bowed, all within limits."""
+    def level_feet(self, angles):
+        """Angles (M,C) with the NaN of a level foot replaced by what makes its sole level."""
+        angles = angles.copy()
+        feet = angles[:, self.at("point")]
+        level = angles[:, self.at("flex")] - angles[:, self.at("knee")]
+        angles[:, self.at("point")] = np.where(np.isnan(feet), level, feet)
+        return angles
+
+    def apply_joint_limits(self, angles, limits):
+        """Angles (M,C) as drawn -> made possible: soles level, hips bowed, all within limits (C,2).
+        """
+        angles = self.level_feet(angles)
         flex = self.at("flex")
         hips = angles[:, flex]                                                # (M,2)
-        knees = angles[:, self.at("knee")]
-        feet = angles[:, self.at("point")]
         hinge = angles[:, self.at("hinge")]                                   # (M,1)
 
-        feet = np.where(np.isnan(feet), hips - knees, feet)
         # a seated person cannot bow far: the hips are bent already
-        room = self.limits[flex, 1] - hips                                    # (M,2)
+        room = limits[flex, 1] - hips                                         # (M,2)
         hinge = np.minimum(hinge, room.min(1, keepdims=True))
-
-        angles = angles.copy()
         angles[:, flex] = hips + hinge
-        angles[:, self.at("point")] = feet
         angles[:, self.at("hinge")] = hinge
-        low, high = self.limits.T
+        low, high = limits.T
         return angles.clip(low, high)
 
-    def rotations(self, angles, low_motion):
+    def rotations(self, angles, loose):
         """Angles within limits (M,C) -> rotmat (M,22,3,3) float32.
 
-        low_motion (M,6,3): axis-angles of collars, feet and wrists, degrees.
+        loose (M,22,3): axis-angles of further turns of the joints, degrees.
         """
         angles = angles.copy()
         angles[:, self.at("raise")] -= 90                  # at rest the arms are level: a T
@@ -464,10 +643,22 @@ class ActivityTable:
         turns = np.zeros((3, len(JOINTS), 3, len(angles)))                    # (3,22,3,M)
         for order, joint, axis, column, scale in self.turns:
             turns[order, joint, axis] += scale * angles[:, column]
-        turns[2, LOW_MOTION_JOINTS] = np.radians(low_motion).transpose(1, 2, 0)
+        turns[2] += np.radians(loose).transpose(1, 2, 0)
         turns = torch.tensor(turns).float().permute(0, 3, 1, 2)               # (3,M,22,3)
         first, second, third = aa_to_matrix(turns)                            # (M,22,3,3)
         return first @ second @ third
+
+    def loose_turns(self, u, looseness):
+        """The further turns of the joints of loose people (M,22,3), degrees.
+
+        Random numbers (M,256), looseness (M,). Collars, feet and wrists always turn a little.
+        """
+        loose = np.zeros((len(u), len(JOINTS), 3))
+        loose[:, LOW_MOTION_JOINTS] = (6 * u[:, U_LOW_MOTION] - 3).reshape(-1, 6, 3)
+        low = self.loose[:, 0]                                                # (22,3)
+        high = self.loose[:, 1]
+        wide = low + u[:, U_LOOSE].reshape(-1, len(JOINTS), 3) * (high - low)
+        return loose + looseness[:, None, None] * wide
 
 
 def other_side(part):
@@ -487,37 +678,49 @@ def expand_sets(names, sets):
 activity_table = functools.cache(ActivityTable)            # read once
 
 
-def sample_people(split, n):
-    """The first n people of a split, n even.
+class People(NamedTuple):
+    """Some people of a split. Rows 2i and 2i+1 are a pair: the second is an edit of the first."""
 
-    -> activities (n,), indices; rotmat (n,22,3,3), facing +z; headings (n,), radians. Rows 2i and
-    2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored, because the
-    activities of the table are one-sided. Raises UserError.
+    activity: np.ndarray    # (n,) indices, NONE: of no activity
+    poses: torch.Tensor     # (n,22,3,3), facing +z
+    headings: np.ndarray    # (n,) radians
+    sides: list             # n entries of SIDES: which side of the body the activity is on
+    angles: np.ndarray      # (n,C) as they were drawn, before some are mirrored
+
+
+def sample_people(split, n):
+    """The first n people of a split, n even: People.
+
+    Half of the pairs are mirrored, because the activities of the table are one-sided. Raises
+    UserError.
     """
     if split not in SPLITS or n % 2 or not 2 <= n <= SPLIT_SIZE:
         raise UserError(f"cannot draw {n} people of split {split!r}: the splits are "
                         f"{', '.join(SPLITS)}; people come in pairs, 2 to {SPLIT_SIZE} of them")
     table = activity_table()
-    u = hash_uniform(SPLITS[split] + np.arange(n), N_UNIFORMS)                # (n,96)
-    even = u[0::2]                                                            # (n/2,96)
+    u = hash_uniform(SPLITS[split] + np.arange(n), N_UNIFORMS)                # (n,256)
+    even = u[0::2]                                                            # (n/2,256)
     odd = u[1::2]
 
-    activity, drawn = table.draw_people(even)                                 # (n/2,), (n/2,C)
-    edited = table.edit(drawn, activity, odd)                                 # (n/2,C)
-    angles = np.stack([drawn, edited], 1)                                     # (n/2,2,C)
-    angles = table.apply_joint_limits(angles.reshape(n, -1))                  # (n,C)
+    is_narrow = split == NARROW
+    drawn = table.draw_narrow(even) if is_narrow else table.draw_wide(even)
+    edited = table.edit(drawn, odd)                                           # (n/2,C)
+    angles = np.stack([drawn.angles, edited], 1).reshape(n, -1)               # (n,C)
+    limits = table.narrow_limits if is_narrow else table.limits
+    possible = table.apply_joint_limits(angles, limits)                       # (n,C)
 
-    low_motion = 6 * even[:, U_LOW_MOTION] - 3             # up to 3 degrees about each axis
-    low_motion = low_motion.reshape(-1, 6, 3).repeat(2, 0)
-    rotmat = table.rotations(angles, low_motion)                              # (n,22,3,3)
-    mirrored = torch.tensor(even[:, U_MIRROR] < 0.5).repeat_interleave(2)     # (n,)
-    rotmat[mirrored] = mirror(rotmat[mirrored])
+    loose = table.loose_turns(even, drawn.looseness).repeat(2, 0)             # (n,22,3)
+    rotmat = table.rotations(possible, loose)                                 # (n,22,3,3)
+    is_mirrored = (even[:, U_MIRROR] < 0.5).repeat(2)                         # (n,)
+    rotmat[is_mirrored] = mirror(rotmat[is_mirrored])
+    side = np.where(is_mirrored, -1, 1) * drawn.side.repeat(2)                # (n,)
 
     view = np.searchsorted(VIEW_CDF, u[:, U_VIEW], side="right")              # (n,)
     deviation = (2 * u[:, U_HEADING] - 1) * math.radians(35)
     heading = view * math.pi / 2 + deviation
     heading = (heading + math.pi) % (2 * math.pi) - math.pi
-    return activity.repeat(2), rotmat, heading
+    sides = [SIDES[s] for s in side]
+    return People(drawn.activity.repeat(2), rotmat, heading, sides, angles)
 
 
 # ---- 3. The renderer, and photographs ------------------------------------------------------------
@@ -1515,10 +1718,10 @@ def ask_about(features, target, rng):
 def speculations(activity, split):
     """The requests that imply the pose of an activity and name neither: a list.
 
-    Their last N_HELD_OUT are those of the split "test", the others of all other splits.
+    Their last N_HELD_OUT are those of the splits for tests, the others of all other splits.
     """
     wordings = load_asset("speculative")["activities"][activity]
-    if split == "test":
+    if split.startswith("test"):
         return wordings[-N_HELD_OUT:]
     return wordings[:-N_HELD_OUT]
 
@@ -1527,15 +1730,21 @@ class World:
     """The embedded data set: the first n people of a split, and what can be said and shown of them.
 
     poses (n,22,3,3) facing +z; camera_poses (n,22,3,3), the same turned as photographs show them;
-    headings (n,) radians; activity: n names; size: pixels of a photograph. Rows 2i and 2i+1 are a
-    pair. Row i depends on (split, i) only, never on n. Raises UserError.
+    headings (n,) radians; activity: n names, "" for people of none; side: on which side of the body
+    it is, "left" | "right" | "", as `about` of activities.json says; size: pixels of a photograph.
+    Rows 2i and 2i+1 are a pair. Row i depends on (split, i) only, never on n. Raises UserError.
     """
 
     def __init__(self, split="train", n=2000, size=128):
         self.split = split
         self.size = size
-        activity, self.poses, self.headings = sample_people(split, n)
-        self.activity = [activity_table().activities[a] for a in activity]
+        people = sample_people(split, n)
+        self.poses = people.poses
+        self.headings = people.headings
+        self.side = people.sides
+        self.angles = people.angles[0::2]                  # (n/2,C) of those who are no edits
+        names = [*activity_table().activities, ""]         # the last is that of NONE
+        self.activity = [names[a] for a in people.activity]
         turns = np.stack([rotation_y(heading) for heading in self.headings])  # (n,3,3)
         self.camera_poses = turn_root(self.poses, torch.tensor(turns))
         self.pictures = {}                                 # what `image` has drawn
@@ -1596,10 +1805,10 @@ class World:
         return render_group(poses, self.size, group.shirts, looks, rng)
 
     @functools.cached_property
-    def angles(self):
-        """The angles of the people who are no edits (n/2,C), as they were drawn."""
-        rows = SPLITS[self.split] + np.arange(0, len(self.poses), 2)
-        return activity_table().draw_people(hash_uniform(rows, N_UNIFORMS))[1]
+    def named(self):
+        """The people whose activity is known: who show one, and are no edits that may have left it.
+        """
+        return [i for i in range(0, len(self.poses), 2) if self.activity[i]]
 
     def clothes_feature(self, group, shirt, rng):
         """A shirt as a Feature."""
@@ -1613,8 +1822,11 @@ class World:
         return Feature(str(words), [taken == place for taken in group.places])
 
     def activity_feature(self, group, i):
-        """What person i does, as a Feature: it fits all who look alike."""
+        """What person i does, as a Feature: it fits all who look alike. None: nothing in particular.
+        """
         activity = self.activity[i]
+        if not activity:
+            return None
         doing, does, parts = load_asset("questions")["activities"][activity]
         fits = []
         for other in group.people:
@@ -1707,7 +1919,7 @@ class World:
 
     def coarse_caption(self, i):
         """Activity and side of a photograph: "tree pose, seen from the left"."""
-        text = self.activity[i]
+        text = self.activity[i] or "a pose"
         if self.views[i]:
             text += ", " + add_view(self.views[i])
         return text.lower().rstrip(".")
@@ -1736,8 +1948,8 @@ class World:
 
         sentences = []
         # of a pair only the first is named: its edit may have left the activity
-        if i % 2 == 0 and rng.random() < 0.7:
-            activity = self.activity[i]
+        activity = self.activity[i]
+        if i % 2 == 0 and activity and rng.random() < 0.7:
             sentences.append(f"{activity[0].upper()}{activity[1:]}.")
         if codes:
             sentences.append(to_text(codes, rng))
@@ -1798,9 +2010,10 @@ class World:
     def speculation(self, i, rng):
         """A request for what person i does that never names it: "You just dropped your keys."
 
-        i is even: an edit may have left the activity.
+        The caption, where the activity is not known.
         """
-        assert i % 2 == 0, f"person {i} is an edit, whose activity is not known"
+        if i % 2 or not self.activity[i]:
+            return self.caption(i, rng)
         wordings = speculations(self.activity[i], self.split)
         return wordings[rng.integers(len(wordings))]
 
@@ -1967,8 +2180,8 @@ class Mixture:
         if "image" in row.inputs or row.turn:
             n_people = self.photos
         i = int(rng.integers(n_people))
-        if task == "speculate":
-            i -= i % 2                                     # the activity of an edit is not known
+        if task == "speculate" and self.world.named:
+            i = self.world.named[i % len(self.world.named)]
 
         share = SHARE_OF_ABSENT if row.group else SHARE_OF_SAME
         same = np.random.default_rng((self.seed, k, 1)).random() < share
@@ -3458,7 +3671,7 @@ def write_half(record, pose, k, seed, out, body):
 @dataclass
 class Config:
     """Print one example of each task and draw people; or check real data; or build a data set."""
-    split: str = "train"  # split of the embedded world: train | val | test
+    split: str = "train"  # split of the embedded world: train | val | test | test_wide
     seed: int = 0  # random seed of the examples, or of the data set to build
     out: str = ""  # folder for the files that are written; empty: out
     speed: int = 0  # time the full captions of this many poses instead
@@ -3511,7 +3724,9 @@ def draw_people(split, path, n=32):
     world = World(split, n, size=CELL)
     cells = []
     for i in range(n):
-        name = world.activity[i] if i % 2 == 0 else "an edit of it"
+        name = f"{world.activity[i] or 'no activity'} {world.side[i]}"
+        if i % 2:
+            name = "an edit of it"
         cells.append((name, world.image(i)))
     save_cells(cells, path)
 

@@ -1177,7 +1177,7 @@ class Config:
     """Measure a model on its embedded test split."""
     weights: str = TINY  # the folder of the model, or the official release's `cache`
     size: str = ""  # nano | tiny | paper: random weights of this size instead, for --speed
-    split: str = "test"  # test | val | train
+    split: str = "test"  # test | test_wide | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # evaluate only this task
     decode: str = "argmax"  # argmax | soft | ar, several separated by commas
@@ -1216,7 +1216,7 @@ def validate(config):
     """Raises UserError for settings that cannot work."""
     decodings = config.decode.split(",")
     check_choice("size", config.size, ["", *SIZES])
-    check_choice("split", config.split, ["test", "val", "train"])
+    check_choice("split", config.split, ["test", "test_wide", "val", "train"])
     for task in config.tasks:
         check_choice("tasks", task, TASKS)
     for decode in decodings:
