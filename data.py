@@ -1247,7 +1247,7 @@ FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, d
 SHARE_OF_BASE = 0.7                                        # of requests: say what the body does
 SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
 MOST_CHANGES = 6                                           # in one instruction
-BOTH_SIDES = ("left", "right")
+BOTH_SIDES = tuple(SIDES[1:])
 CHUNK = 1000                                               # people whose facts are found at once
 
 
@@ -1262,7 +1262,7 @@ class Fact(NamedTuple):
     activity: str = ""      # of activities.json, if it is only said of people who do that
 
     def wordings(self, kind, split):
-        """Its lines of a kind. Of four or more the last is that of the split "test" only."""
+        """Its lines of a kind that a split may say, see `lines_of`."""
         return lines_of(self.lines.get(kind, []), split)
 
 
@@ -1285,10 +1285,10 @@ class Request(NamedTuple):
 
 
 def lines_of(lines, split):
-    """Those of some lines that a split says, see `Fact.wordings`."""
+    """Those of some lines that a split may say: of four or more the last is for tests only."""
     if len(lines) < 4:
         return lines
-    return lines[-1:] if split == "test" else lines[:-1]
+    return lines[-1:] if split.startswith("test") else lines[:-1]
 
 
 def fill_sides(lines, side):
@@ -1936,8 +1936,8 @@ class World:
         """What people type to get the pose of person i: a caption, whole or short, a request, or
         something that only implies the pose."""
         kind = PROMPTS[rng.integers(len(PROMPTS))]
-        if kind == "speculation" and i % 2:                # the activity of an edit is not known
-            kind = "request"
+        if kind == "speculation" and (i % 2 or not self.activity[i]):
+            kind = "request"                               # what the person does is not known
         return getattr(self, kind)(i, rng)
 
     def short_caption(self, i, rng):
@@ -1954,13 +1954,6 @@ class World:
         if codes:
             sentences.append(to_text(codes, rng))
         return " ".join(sentences) or self.caption(i, rng)
-
-    @functools.cached_property
-    def side(self):
-        """The side that acts in each activity, "left" | "right": those of the table act left."""
-        rows = SPLITS[self.split] + np.arange(len(self.poses)) // 2 * 2
-        mirrored = hash_uniform(rows, N_UNIFORMS)[:, U_MIRROR] < 0.5
-        return np.where(mirrored, "right", "left").tolist()
 
     @functools.cached_property
     def measures(self):

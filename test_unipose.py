@@ -1575,7 +1575,7 @@ def test_in_the_body_frame_a_person_who_lies_is_measured_like_one_who_stands(wor
 
 
 @pytest.fixture(scope="session")
-def short_prompts(world):
+def short_captions(world):
     """[(the chosen codes, the text), ...] of all poses of the world."""
     found = []
     for i in range(len(world.poses)):
@@ -1597,7 +1597,7 @@ def short_differences(world):
     return found
 
 
-@pytest.fixture(params=["short_prompts", "short_differences"])
+@pytest.fixture(params=["short_captions", "short_differences"])
 def short_texts(request):
     return request.getfixturevalue(request.param)
 
@@ -1625,8 +1625,8 @@ def test_short_texts_are_never_empty(short_texts):
         assert text
 
 
-def test_short_prompts_say_something_of_every_pose(short_prompts):
-    for i, (chosen, _) in enumerate(short_prompts):
+def test_short_captions_say_something_of_every_pose(short_captions):
+    for i, (chosen, _) in enumerate(short_captions):
         assert chosen, i
 
 
@@ -2436,8 +2436,8 @@ def names_activity(world, texts):
     return found
 
 
-def test_a_third_of_the_short_prompts_name_the_activity(world, short_prompts):
-    assert 0.25 < np.mean(names_activity(world, short_prompts)) < 0.45
+def test_a_quarter_of_the_short_prompts_name_the_activity(world, short_prompts):
+    assert 0.15 < np.mean(names_activity(world, short_prompts)) < 0.35
 
 
 def test_no_short_caption_names_the_activity_of_an_edit(world, short_prompts):
@@ -2699,9 +2699,9 @@ def turned_joints(**degrees):
 
 
 def facts_of(poses, slack=0):
-    """The facts that hold for one pose: {("arm up", "left"), ...}."""
+    """The facts that hold for one pose, without activities: {("arm up", "left"), ...}."""
     table = data.fact_table()
-    holds = table.holds(table.values(poses), slack)[0]
+    holds = table.holds(table.values(poses), slack)[0] & (table.activity == "")
     return {(table.facts[k].name, table.facts[k].side) for k in np.flatnonzero(holds)}
 
 
@@ -2753,8 +2753,7 @@ def test_what_is_said_of_a_pose_holds_for_its_mirror_image_on_the_other_side():
 
     for (name, activity, side), k in numbers.items():
         swapped = numbers[name, activity, other.get(side, side)]
-        # a fact about left and right that is not written for a side, such as walking, may change
-        if side:
+        if side:  # the other rows may look at one side only
             assert mirrored[said[:, k], swapped].all(), (name, side)
 
 
@@ -2856,7 +2855,7 @@ def test_an_instruction_says_facts_that_begin_to_hold(world, monkeypatch):
 
     assert len(said) > 150
     for i, facts, _ in said:
-        names = {(fact.name, fact.side) for fact in facts}
+        names = {(fact.name, fact.side) for fact in facts if not fact.activity}
         assert names <= facts_of(world.poses[[i ^ 1]])
         assert not names & facts_of(world.poses[[i]])
 
