@@ -228,7 +228,7 @@ BODY_PARTS = ["root", "trunk", "head", *LIMBS]
 LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
     "left_collar", "left_foot", "left_wrist", "right_collar", "right_foot", "right_wrist")]
 
-SIDES = ["", "left", "right"]            # numbers 0, 1 and -1, so that mirroring is a change of sign
+SIDES = ["", "left", "right"]            # numbers 0, 1 and -1: mirroring changes the sign
 NONE = -1                                # the activity of people of no activity
 IS_UPPER = np.isin(BODY_PARTS, ["head", "left_arm", "right_arm"])             # (7,)
 
@@ -246,13 +246,13 @@ SPLITS = {                               # numbers of their first people
     "test": 2 * SPLIT_SIZE,
     "test_wide": 3 * SPLIT_SIZE,
 }
-NARROW = "test"                          # as old as the first weights, whose figures stay comparable
+NARROW = "test"                          # as when the first weights were made
 N_NARROW = 48                            # activities of its people, the first of the table
-KINDS_CDF = (0.45, 0.65)                 # P(one activity), P(one or two); the rest: none
+KINDS_CDF = (0.5, 0.7)                   # P(one activity), P(one or two); the rest: none
 SHARE_OF_ONE_DRAW = 0.7                  # of people of no activity: both legs, or both arms, match
 SHARE_OF_WHOLE = 0.5                     # of people of no activity: all of the body does
 SHARE_OF_ANY_ROOT = 0.15                 # of people of no activity: they float any way up
-LOOSENESS = (0.25, 1.0)                  # at most: of people of an activity, and of none
+LOOSENESS = (0.3, 1.0)                   # at most: of people of an activity, and of none
 
 # A person is made from a row of 256 random numbers, a narrow one from the first 96 of them. Every
 # row uses these columns,
@@ -1822,8 +1822,7 @@ class World:
         return Feature(str(words), [taken == place for taken in group.places])
 
     def activity_feature(self, group, i):
-        """What person i does, as a Feature: it fits all who look alike. None: nothing in particular.
-        """
+        """What person i does, as a Feature that fits all who look alike. None: no activity."""
         activity = self.activity[i]
         if not activity:
             return None
