@@ -1244,7 +1244,7 @@ MARGINS = (0.04, 5.0)                                      # metres, degrees
 # of which a mirror changes the sign
 SIGNED_KINDS = ("relativePosX", "bodyInclineY", "bodyInclineZ", "relativeRotY", "relativeRotZ")
 FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, drawn evenly
-SHARE_OF_BASE = 0.7                                        # of requests: say what the body does
+SHARE_OF_BASE = 0.75                                       # of requests: say what the body does
 SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
 MOST_CHANGES = 6                                           # in one instruction
 BOTH_SIDES = tuple(SIDES[1:])
