@@ -12278,6 +12278,26 @@ def test_the_share_of_poses_of_the_asked_activity_is_a_metric(free_body):
     assert wrong["activity_accuracy"] < 0.2
 
 
+def test_the_share_of_facts_of_requests_that_poses_show_is_a_metric(free_body):
+    people = data.World("test", 80)
+    evalset = evaluation.EvalSet(people, "request", 40)
+    evaluator = evaluation.Evaluator(free_body, None, None)
+
+    right = evaluator.metrics(evalset, evalset.poses)
+    wrong = evaluator.metrics(evalset, evalset.poses.roll(1, 0))
+
+    assert right["facts_shown"] == right["requests_shown"] == 1
+    assert wrong["requests_shown"] < wrong["facts_shown"] < 0.6
+
+
+def test_the_requests_that_are_measured_are_those_that_are_asked():
+    evalset = evaluation.EvalSet(data.World("test", 40), "request", 20)
+
+    for k, request in enumerate(evalset.requests):
+        asked = "".join(text for _, text, _ in evalset.question(k))
+        assert asked.endswith(request.text)
+
+
 def test_a_request_is_asked_in_wordings_that_training_has_not_seen():
     people = data.World("test", 40)
     evalset = evaluation.EvalSet(people, "speculate", 20)
@@ -12555,6 +12575,7 @@ GROUP_METRICS = {
     ("reason", GROUP_METRICS),
     ("reason_text", GROUP_METRICS),
     ("speculate", {"activity_accuracy"}),
+    ("request", {"facts_shown", "requests_shown"}),
     ("image_text2pose", {"hidden_mpjpe"}),
 ])
 def test_the_report_holds_what_thought_is_measured_by(report, task, expected):
@@ -12585,6 +12606,7 @@ def test_the_report_holds_the_same_asked_otherwise(report, task, names):
     ("reason", "random_person"),
     ("reason_text", "random_person"),
     ("speculate", "mean_pose"),
+    ("request", "mean_pose"),
     ("chat_edit", "input_pose"),
     ("chat_describe", "random_caption"),
     ("chat_compare", "random_caption"),
@@ -12628,7 +12650,7 @@ def test_the_tasks_that_ask_for_thought_have_a_second_table(report):
     table = "\n".join(evaluation.format_table(report))
 
     first, second = table.split("person: share of answers")
-    for task in ("reason", "speculate", "image_text2pose"):
+    for task in ("reason", "speculate", "request", "image_text2pose"):
         assert f"\n{task} " in second
     assert "\ntext2pose " not in second
 
@@ -12673,13 +12695,14 @@ def test_where_only_the_tokenizer_was_trained_it_is_measured_alone(saved_after, 
     report = json.loads(path.read_text())
     assert report["tokenizer"]["mpjpe"] > 0
     assert report["tasks"] == {}
-    assert "not measured: pose2text, posediff, text2pose, edit: " in capsys.readouterr().out
+    assert "not measured: pose2text, posediff, text2pose, edit, request: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stages, expected", [
     (["tokenizer"], []),
-    (["tokenizer", "align"], ["pose2text", "posediff", "text2pose", "edit"]),
-    (["backbones", "tokenizer", "align", "project"], [*data.SEVEN, "image_text2pose"]),
+    (["tokenizer", "align"], ["pose2text", "posediff", "text2pose", "edit", "request"]),
+    (["backbones", "tokenizer", "align", "project"],
+     [*data.SEVEN, "image_text2pose", "request"]),
     (["backbones", "tokenizer", "align", "project", "instruct", "reason"], list(data.TASKS)),
     (None, list(data.TASKS)),
 ], ids=str)
