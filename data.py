@@ -59,8 +59,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from captions import (
-    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes, find_keypoints,
-    full_caption, full_captions, is_true, join_words, keypoint_ids, measure, name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
+    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
+    find_keypoints, full_caption, full_captions, is_true, join_words, keypoint_ids, measure,
+    name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
     JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
@@ -1469,7 +1470,7 @@ def request_metrics(requests, poses):
 
 
 def without_verb(clause):
-    """"the left arm is up" -> "the left arm up"."""
+    """A clause as a phrase: "{the} left arm is up" -> "{the} left arm up"."""
     return re.sub(r" (is|are) ", " ", clause, count=1)
 
 
@@ -1497,7 +1498,8 @@ def inflect(command, form):
 
 @functools.cache
 def gerund(command):
-    """"sit down" -> "sitting down"; "be on all fours" -> "on all fours"; "do not sit" -> "not ..."."""
+    """A command as a gerund: "sitting down", "not bending {the} knees"; "be upright" -> "upright".
+    """
     if command.startswith("do not "):
         return "not " + gerund(command.removeprefix("do not "))
 
@@ -1512,7 +1514,7 @@ def gerund(command):
 
 @functools.cache
 def third_person(command):
-    """"sit down" -> "sits down"; "do not sit down" -> "does not sit down"."""
+    """A command as a statement without its subject: "sits down", "does not bend {the} knees"."""
     def form(verb):
         if verb in ("be", "have"):
             return {"be": "is", "have": "has"}[verb]
@@ -1525,8 +1527,8 @@ def third_person(command):
 class Writer:
     """Puts the facts of one request into words.
 
-    rng: np.random.Generator; split: whose phrases are used, see `Fact.wordings`. Parts of the body
-    are "the", "your" or "his" in all of the text.
+    rng: np.random.Generator; split: whose phrases are used, see `lines_of`. Parts of the body are
+    "the", "your" or "his" in all of the text.
     """
 
     def __init__(self, rng, split):
@@ -1535,7 +1537,7 @@ class Writer:
         self.book = load_asset("requests")
 
     def pick(self, choices):
-        """One of a list, all equally likely."""
+        """One of a list, all equally likely. Faster than rng.choice."""
         return choices[int(self.rng.random() * len(choices))]
 
     def line(self, fact, kind):
@@ -1547,120 +1549,122 @@ class Writer:
         """Facts -> a text. The one about the whole body, if any, comes first."""
         base = [fact for fact in facts if "base" in fact.parts]
         others = [fact for fact in facts if "base" not in fact.parts]
-        style = self.rng.random()
-        if style < 0.3:
+        form = self.rng.random()
+        if form < 0.3:
             return self.commands(base + others)
-        if style < 0.4 or not base:
-            return self.clauses(base, others)
+        if not base:
+            return self.portrait(others)
+        if form < 0.4:
+            return self.fragments(base[0], others)
         return self.scene(base[0], others)
 
     def commands(self, facts):
-        """"Kneel on one knee, raise your left arm and look up." """
-        the = self.pick(["the", "your", "your"])
+        """ "Kneel on one knee, raise your left arm and look up." """
         lines = [self.line(fact, "do") for fact in facts]
-        text = self.join(lines, [", ", ". ", " and "])
-        return self.finish(text, the)
+        return self.finish(self.join(lines), self.pick(["the", "your", "your"]))
+
+    def fragments(self, base, others):
+        """ "kneeling, left arm up, head down" """
+        phrases = [gerund(self.line(base, "do"))]
+        phrases += [without_verb(self.line(fact, "is")) for fact in others]
+        return self.finish(self.join(phrases), "")
+
+    def portrait(self, facts):
+        """ "a man with his left arm up", "left arm up, head down": nothing of the whole body. """
+        who, whose = self.person(facts)
+        clauses = [self.line(fact, "is") for fact in facts]
+        phrases = [without_verb(clause) for clause in clauses]
+        form = self.pick(["with", "doing", "phrases", "clauses"])
+        if form == "phrases":
+            return self.finish(self.join(phrases), "")
+
+        if form == "with":
+            text = f"{who} with {join_words(phrases)}"
+        elif form == "doing":
+            doing = [gerund(self.line(fact, "do")) for fact in facts]
+            text = who + self.pick([" ", " is ", " who is "]) + join_words(doing)
+        else:
+            text = self.join(clauses)
+            whose = self.pick(["your", whose])
+        return self.finish(text, self.pick(["the", whose]))
+
+    def scene(self, base, others):
+        """ "A man is kneeling on one knee with his left arm up." """
+        who, whose = self.person([base])
+        do = self.line(base, "do")
+        name = self.line(base, "name")
+        opening = self.pick(self.book["openings"])
+        doing = gerund(do)
+        heads = 2 * [f"{opening}{who} {doing}"]
+        heads += [f"{who} is {doing}", f"{who} {third_person(do)}", doing]
+        if name:
+            heads += 3 * [opening + name]
+        if name.endswith(("pose", "position", "stance")):
+            heads.append(f"{opening}{who} in {name}")
+        text = self.pick(heads) + self.tail(others, whose)
+        return self.finish(text, self.pick(["the", whose]))
+
+    def tail(self, others, whose):
+        """What follows the first words of a scene: " with his left arm up and his head down"."""
+        if not others:
+            return ""
+        clauses = [self.line(fact, "is") for fact in others]
+        commands = [self.line(fact, "do") for fact in others]
+        form = self.pick(["with", "with", "with", "doing", "clauses", "does"])
+        if form == "with":
+            phrases = [without_verb(clause) for clause in clauses]
+            return self.pick([" with ", ", with ", ", "]) + join_words(phrases)
+        if form == "doing":
+            doing = [gerund(command) for command in commands]
+            return self.pick([" and ", ", "]) + join_words(doing)
+        if form == "clauses":
+            return ". " + self.join(clauses)
+        pronoun = {"his": "he", "her": "she"}.get(whose, "it")
+        does = [third_person(command) for command in commands]
+        return f". {pronoun} {join_words(does)}"
 
     def instruction(self, facts, changes):
         """Facts that a pose should show, and Changes to make -> "Raise your left arm. Look up."
 
-        changes: [(Change, difference), ...].
+        changes: [(Change, by how much), ...].
         """
-        the = self.pick(["the", "your", "your"])
         lines = [self.demand(fact) for fact in facts]
-        for change, difference in changes:
-            line = self.pick(change.less if difference < 0 else change.more)
-            how_much = "much" if abs(difference) > change.much else "little"
-            lines.append(line.replace("{more}", self.pick(self.book[how_much])))
-        before = self.pick(self.book["before"])
-        return self.finish(before + self.join(lines, [", ", ". ", " and "]), the)
+        for change, size in changes:
+            line = self.pick(change.less if size < 0 else change.more)
+            how_much = "much" if abs(size) > change.much else "little"
+            line = line.replace("{more}", self.pick(self.book[how_much]))
+            lines.append(line.strip())
+        text = self.pick(self.book["before"]) + self.join(lines)
+        return self.finish(text, self.pick(["the", "your", "your"]))
 
     def demand(self, fact):
         """A fact that a pose should show: "raise {the} left arm", "{the} left arm should be up"."""
         clause = self.line(fact, "is")
         if not clause or self.rng.random() < 0.8:
             return self.line(fact, "do")
-        form = self.pick([" should be ", " must be ", " "])
-        return re.sub(r" (is|are) ", form, clause, count=1)
+        verb = self.pick([" should be ", " must be ", " "])
+        return re.sub(r" (is|are) ", verb, clause, count=1)
 
-    def clauses(self, base, others):
-        """"Kneeling, left arm up, head down.", "A man with his left arm up and his head down." """
-        who, whose = self.person(base)
-        lines = [self.line(fact, "is") for fact in others]
-        form = self.rng.random()
-        if base:
-            doing = gerund(self.line(base[0], "do"))
-            return self.finish(self.join([doing, *map(without_verb, lines)], [", ", ", ", ". "]), "")
-        if form < 0.3:
-            the = self.pick(["the", whose, ""])
-            return self.finish(f"{who} with {join_words([*map(without_verb, lines)])}", the)
-        if form < 0.5:
-            doing = [gerund(self.line(fact, "do")) for fact in others]
-            verb = self.pick(["", " is", " who is"])
-            return self.finish(f"{who}{verb} {join_words(doing)}", self.pick(["the", whose]))
-        if form < 0.75:
-            return self.finish(self.join([*map(without_verb, lines)], [", ", " and ", ". "]), "")
-        return self.finish(self.join(lines, [". ", ", ", " and "]), self.pick(["the", "your", whose]))
-
-    def scene(self, base, others):
-        """"A man is kneeling on one knee with his left arm up." """
-        who, whose = self.person([base])
-        name = self.line(base, "name")
-        do = self.line(base, "do")
-        opening = self.pick(self.book["openings"])
-        form = self.rng.random()
-        if name and form < 0.4:
-            head = opening + self.pick([name, name, f"{who} in {name}", f"{who} doing {name}"])
-        elif form < 0.65:
-            head = opening + f"{who} {gerund(do)}"
-        elif form < 0.75:
-            head = f"{who} is {gerund(do)}"
-        elif form < 0.85:
-            head = f"{who} {third_person(do)}"
-        else:
-            head = gerund(do)
-        return self.finish(head + self.tail(others, whose), self.pick(["the", whose]))
-
-    def tail(self, others, whose):
-        """What follows the first words of a scene: " with his left arm up and his head down"."""
-        if not others:
-            return ""
-        form = self.rng.random()
-        if form < 0.55:
-            lines = [without_verb(self.line(fact, "is")) for fact in others]
-            return self.pick([" with ", ", ", ", with "]) + join_words(lines)
-        if form < 0.75:
-            doing = [gerund(self.line(fact, "do")) for fact in others]
-            return self.pick([" and ", ", "]) + join_words(doing)
-        if form < 0.9:
-            lines = [self.line(fact, "is") for fact in others]
-            return ". " + self.join(lines, [". ", ", ", " and "])
-        lines = [third_person(self.line(fact, "do")) for fact in others]
-        return f". {self.pronoun(whose)} " + join_words(lines)
-
-    def person(self, base):
+    def person(self, facts):
         """Somebody, and the possessive: ("a man", "his"). Some facts have people of their own."""
-        own = base[0].wordings("who", self.split) if base else []
-        if own and self.rng.random() < 0.5:
-            return self.pick(own), self.pick(["his", "her", "their"])
+        who = self.line(facts[0], "who")
+        if who and self.rng.random() < 0.5:
+            return who, self.pick(["his", "her", "their"])
         who = self.pick([*self.book["people"]])
         return who, self.book["people"][who]
 
-    def pronoun(self, whose):
-        """"his" -> "he"."""
-        return {"his": "he", "her": "she"}.get(whose, "it")
+    def join(self, lines):
+        """Joins lines by commas, full stops or "and"; after commas the last one may follow "and".
+        """
+        mark = self.pick([", ", ". ", " and "])
+        if mark == ", " and self.rng.random() < 0.5:
+            return join_words(lines)
+        return mark.join(lines)
 
     def finish(self, text, the):
         """Fills in {the}; half of the texts begin with a capital and end with a full stop."""
         text = " ".join(text.replace("{the}", the).split())
         return tidy_sentence(text + ".") if self.rng.random() < 0.5 else text
-
-    def join(self, lines, marks):
-        """Joins lines by one of some marks; after commas the last one may follow "and"."""
-        mark = self.pick(marks)
-        if mark == ", " and self.rng.random() < 0.5:
-            return join_words(lines)
-        return mark.join(lines)
 
 
 # ---- 5. World and Mixture ------------------------------------------------------------------------

@@ -3060,36 +3060,36 @@ def test_an_instruction_changes_measures_the_way_it_says(world, monkeypatch):
 
     for i, _, changes in said_in_instructions(world, monkeypatch, 200):
         before, after = table.values(world.poses[[i, i ^ 1]])
-        for change, difference in changes:
-            assert after[change.column] - before[change.column] == pytest.approx(difference, abs=1e-4)
-            assert abs(difference) > change.little
+        for change, size in changes:
+            moved = after[change.column] - before[change.column]
+            assert moved == pytest.approx(size, abs=1e-3)
+            assert abs(moved) > change.little
 
 
-@pytest.mark.parametrize("difference, words", [
+@pytest.mark.parametrize("size, words", [
     (-60, {"bend the left knee more"}),
     (-20, {"bend the left knee a bit"}),
     (60, {"straighten the left knee more"}),
 ])
-def test_a_change_is_said_by_its_direction_and_size(difference, words):
+def test_a_change_is_said_by_its_direction_and_size(size, words):
     change = data.Change(0, 15, 50, frozenset(), ["bend {the} left knee {more}"],
                          ["straighten {the} left knee {more}"])
 
     texts = set()
     for k in range(200):
         writer = data.Writer(np.random.default_rng(k), "train")
-        text = writer.instruction([], [(change, difference)])
+        text = writer.instruction([], [(change, size)])
         texts.add(text.lower().rstrip(".").replace("your", "the"))
 
     assert words <= texts
 
 
-def test_half_of_the_edits_are_asked_for_by_instructions(world):
-    n = 0
-    for i in range(200):
-        text = world.edit_prompt(i, np.random.default_rng(i))
-        n += text == world.difference(i, np.random.default_rng((i, 1))) or not captions.statements(text)
+def test_half_of_the_edits_are_asked_for_by_instructions(world, monkeypatch):
+    monkeypatch.setattr(world, "instruction", lambda i, rng: "Sit.")
 
-    assert 70 < n < 150
+    texts = [world.edit_prompt(i, np.random.default_rng(i)) for i in range(200)]
+
+    assert 80 < texts.count("Sit.") < 120
 
 
 # ---- data.py: photographs with a part hidden -----------------------------------------------------
@@ -12695,7 +12695,8 @@ def test_where_only_the_tokenizer_was_trained_it_is_measured_alone(saved_after, 
     report = json.loads(path.read_text())
     assert report["tokenizer"]["mpjpe"] > 0
     assert report["tasks"] == {}
-    assert "not measured: pose2text, posediff, text2pose, edit, request: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not measured: pose2text, posediff, text2pose, edit, request: " in printed
 
 
 @pytest.mark.parametrize("stages, expected", [
