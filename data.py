@@ -17,7 +17,8 @@ at step k asks for example k.
 Segments (kind, value, is_target) of kind "text", "pose" or "image" are all that the model sees of
 this file; is_target marks the answer. Persons 2i and 2i+1 are a pair, the second an edit of the
 first: posediff, imagediff and edit are about the way from one to the other. Captions are computed
-from poses (captions.py), so whether an answer is true can be computed as well.
+from poses (captions.py), so whether an answer is true can be computed as well. Questions are
+worded as people type them (section 4).
 
 Real data sets enter through section 7, as plain records of what each entry holds; train.py mixes
 them. Section 8 rebuilds the paper's ImageScript and ImageDiff from any poses.
