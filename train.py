@@ -3,7 +3,7 @@
 A stage trains a few parts of the model and freezes the rest (paper §3.3):
 
     backbones ─────────────────┐
-    tokenizer ────► align ─────┴────► project ────► instruct            retrieval
+    tokenizer ────► align ─────┴────► project ────► instruct ────► reason         retrieval
 
     stage       trains                            on
     backbones   small CLIP, small pose ViT        photographs of people and groups; stand-ins
@@ -13,6 +13,7 @@ A stage trains a few parts of the model and freezes the rest (paper §3.3):
     align       the LLM                           tasks of poses and texts
     project     the projector                     tasks with images
     instruct    the projector, the LLM by LoRA    all seven tasks, 200 instructions each
+    reason      the same                          also groups, implied poses, conversations
 
 A stage is a row of STAGES and a function that returns its modules and its loss; the loop knows
 nothing else about it. The samples of a step are a function of (seed, step), so a resumed run is
@@ -63,8 +64,8 @@ from torch import nn
 
 from data import (
     CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable,
-    contact_sheet, crop_picture, read_records, render_template, save_png, task_values, templates,
-    vocabulary,
+    contact_sheet, crop_picture, open_picture, read_records, render_template, save_png, square,
+    task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from tokenizer import (
@@ -195,11 +196,12 @@ def tasks_offered(record):
     """The tasks that a record of `data.read_records` can be an example of.
 
     A picture with both texts and a pose is for tasks that use all three, and for those about the
-    picture and its texts, not for those that leave the texts out. A picture with a question is for
-    none: it shows several people.
+    picture and its texts, not for those that leave the texts out. A picture with a question shows
+    several people: it is for the tasks about a group that its answers fit.
     """
     if "question" in record:
-        return ()
+        answers = {"pose": "pose" in record, "text": "texts" in record}
+        return tuple(task for task, row in TASKS.items() if row.group and answers[row.target])
     held = set()
     for kind, key in (("image", "image"), ("text", "texts"), ("pose", "pose")):
         if key in record:
@@ -210,7 +212,8 @@ def tasks_offered(record):
     offered = []
     for task, row in TASKS.items():
         used = {*row.inputs, row.target}
-        if row.pair == is_pair and used in (kinds, held):
+        fits = row.pair == is_pair and row.stage == "instruct"
+        if fits and used in (kinds, held):
             offered.append(task)
     return tuple(offered)
 
@@ -305,6 +308,9 @@ class RealData:
                 return crop_picture(record, PICTURE_SIZE, prefix)
             return poses[which][0]
 
+        if row.group:
+            picture = square(open_picture(record["image"]))
+            return task, [picture, record["question"], value_of(row.target, 0)], rng
         return task, task_values(task, value_of), rng
 
     def __getitem__(self, k):
