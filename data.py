@@ -234,6 +234,12 @@ def render_template(task, values, template):
 #   activity --choose gestures--> ranges (M,2,C) --draw--> angles (M,C) --limit--> rotmat (M,22,3,3)
 #
 # Every second person is an edit of the one before, with one to three body parts drawn anew.
+#
+# People are wide: real ones do two things at once, and most of the time something between two. Of
+# ten people five show one activity, two show one with the arms and another with the legs, and three
+# show none: their limbs are of several activities, on the way to several others, and some of them
+# float any way up. All are loose: angles and joints move a little, of those who show none far more.
+# The split "test" is older, and stays: its people are stiff and do one of the first 48 activities.
 LIMBS = ["left_leg", "right_leg", "left_arm", "right_arm"]
 BODY_PARTS = ["root", "trunk", "head", *LIMBS]
 LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
