@@ -161,6 +161,12 @@ def measure(kind, joint_sets, keypoints, rotmat):
     if name == "distance":
         a, b = points
         return np.linalg.norm(a - b, axis=-1)
+    if name == "lift":  # of a line from a to b: 0 hangs down, 90 is level, 180 points up
+        a, b = points
+        return angle_between(b - a, -Y_AXIS)
+    if name == "facing":  # of the chest: 0 to the ceiling, 180 to the floor
+        left, right, neck, pelvis = points
+        return angle_between(np.cross(left - right, neck - pelvis), Y_AXIS)
     if name == "relativeVAxis":  # between a line, which has no direction, and the vertical
         a, b = points
         tilt = angle_between(a - b, Y_AXIS)

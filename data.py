@@ -17,10 +17,11 @@ at step k asks for example k.
 Segments (kind, value, is_target) of kind "text", "pose" or "image" are all that the model sees of
 this file; is_target marks the answer. Persons 2i and 2i+1 are a pair, the second an edit of the
 first: posediff, imagediff and edit are about the way from one to the other. Captions are computed
-from poses (captions.py), so whether an answer is true can be computed as well.
+from poses (captions.py), so whether an answer is true can be computed as well. Questions are
+worded as people type them (section 4).
 
-Real data sets enter through section 6, as plain records of what each entry holds; train.py mixes
-them. Section 7 rebuilds the paper's ImageScript and ImageDiff from any poses.
+Real data sets enter through section 7, as plain records of what each entry holds; train.py mixes
+them. Section 8 rebuilds the paper's ImageScript and ImageDiff from any poses.
 
 Letters: M people, C=27 angles of a synthetic person, J=22 joints, V vertices, F faces, S pixels.
 
@@ -59,8 +60,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from captions import (
-    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes, full_caption,
-    full_captions, is_true, paircodes, pose_table, posecodes, rest_joints, to_text,
+    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
+    find_keypoints, full_caption, full_captions, is_true, join_words, keypoint_ids, measure,
+    name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
 )
 from tokenizer import (
     JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
@@ -98,10 +100,13 @@ TASKS = {
     "imagediff": Task(("image", "image"), "text", text="difference", pair=True),
     "text2pose": Task(("text",), "pose", typed="user_prompt"),
     "image2pose": Task(("image",), "pose", frame="camera"),
-    "edit": Task(("pose", "text"), "pose", text="difference", pair=True),
+    "edit": Task(("pose", "text"), "pose", text="difference", typed="edit_prompt", pair=True),
 
     # text-enhanced pose estimation (UniPose figure 5)
     "image_text2pose": Task(("image", "text"), "pose", frame="camera", stage=""),
+
+    # text2pose as people type it, in phrases that are held out
+    "request": Task(("text",), "pose", text="request", stage=""),
 
     # reasoning-based pose estimation (UniPose appendix D): who of several people? The question is
     # first, so that each patch of the picture, which sees only what is before it, can answer it
@@ -114,7 +119,8 @@ TASKS = {
 
     # conversation
     "chat_edit": Task(
-        ("text",), "pose", text="difference", pair=True, turn=True, stage="reason"),
+        ("text",), "pose", text="difference", typed="edit_prompt", pair=True, turn=True,
+        stage="reason"),
     "chat_describe": Task((), "text", turn=True, stage="reason"),
     "chat_compare": Task((), "text", text="difference", pair=True, turn=True, stage="reason"),
 }
@@ -167,7 +173,7 @@ def templates(task):
     There are 200 of each of the seven tasks, fewer where the text itself says what is asked for.
     assets/instructions.json holds a grammar, a few patterns per task (see `expand_pattern`).
     """
-    if task == "speculate":                                # asked as any text is
+    if task in ("request", "speculate"):                   # asked as any text is
         task = "text2pose"
     grammar = load_asset("instructions")
     row = grammar["tasks"][task]
@@ -229,10 +235,20 @@ def render_template(task, values, template):
 #   activity --choose gestures--> ranges (M,2,C) --draw--> angles (M,C) --limit--> rotmat (M,22,3,3)
 #
 # Every second person is an edit of the one before, with one to three body parts drawn anew.
+#
+# People are wide: real ones do two things at once, and most of the time something between two. Of
+# ten people five show one activity, two show one with the arms and another with the legs, and three
+# show none: their limbs are of several activities, on the way to several others, and some of them
+# float any way up. All are loose: angles and joints move a little, of those who show none far more.
+# The split "test" is older, and stays: its people are stiff and do one of the first 48 activities.
 LIMBS = ["left_leg", "right_leg", "left_arm", "right_arm"]
 BODY_PARTS = ["root", "trunk", "head", *LIMBS]
 LOW_MOTION_JOINTS = [JOINTS.index(name) for name in (
     "left_collar", "left_foot", "left_wrist", "right_collar", "right_foot", "right_wrist")]
+
+SIDES = ["", "left", "right"]            # numbers 0, 1 and -1: mirroring changes the sign
+NONE = -1                                # the activity of people of no activity
+IS_UPPER = np.isin(BODY_PARTS, ["head", "left_arm", "right_arm"])             # (7,)
 
 # What an edit reads in activities.json in place of a part's own entry
 EDIT_ENTRIES = {"trunk": "edit_trunk", "left_leg": "edit_legs", "right_leg": "edit_legs",
@@ -242,10 +258,23 @@ EDIT_WEIGHTS = {"trunk": 2, "left_leg": 2, "left_arm": 1, "right_arm": 1}   # th
 N_EDITS_CDF = (0.10, 0.40)               # P(one part is edited), P(at most two); at most three are
 VIEW_CDF = (0.7, 0.8, 0.9)               # P(front), P(front or right) ...; the rest: left
 SPLIT_SIZE = 1 << 20                     # people of a split, at most
-SPLITS = {"train": 0, "val": SPLIT_SIZE, "test": 2 * SPLIT_SIZE}     # numbers of their first people
+SPLITS = {                               # numbers of their first people
+    "train": 0,
+    "val": SPLIT_SIZE,
+    "test": 2 * SPLIT_SIZE,
+    "test_wide": 3 * SPLIT_SIZE,
+}
+NARROW = "test"                          # as when the first weights were made
+N_NARROW = 48                            # activities of its people, the first of the table
+KINDS_CDF = (0.5, 0.7)                   # P(one activity), P(one or two); the rest: none
+SHARE_OF_ONE_DRAW = 0.7                  # of people of no activity: both legs, or both arms, match
+SHARE_OF_WHOLE = 0.5                     # of people of no activity: all of the body does
+SHARE_OF_ANY_ROOT = 0.15                 # of people of no activity: they float any way up
+LOOSENESS = (0.3, 1.0)                   # at most: of people of an activity, and of none
 
-# A person is made from a row of 96 random numbers. Every row uses these columns,
-N_UNIFORMS = 96
+# A person is made from a row of 256 random numbers, a narrow one from the first 96 of them. Every
+# row uses these columns,
+N_UNIFORMS = 256
 U_ACTIVITY = 0
 U_MIRROR = 1
 U_VIEW = 2
@@ -260,6 +289,21 @@ U_N_EDITS = 11
 U_EDIT_HEAD = 12
 U_DRAFT_1 = slice(13, 44)                # 4 gestures, 27 angles
 U_DRAFT_2 = slice(44, 75)
+# Wide people use these besides, of the first person of a pair.
+U_KIND = 96
+U_TWO = slice(97, 99)                    # the activity of the arms, that of the legs
+U_NAMED = 99                             # which of both is named
+U_PARTS_1 = slice(100, 107)              # 7 body parts
+U_PARTS_2 = slice(107, 114)
+U_MATCH_1 = slice(114, 117)              # right leg, right arm, all
+U_MATCH_2 = slice(117, 120)
+U_SWAP = slice(120, 123)                 # arms, arms of the second draft, all of the second draft
+U_BLEND = 123
+U_ANY_ROOT = slice(124, 127)
+U_LOOSENESS = 127
+U_SECOND = slice(128, 159)               # 4 gestures, 27 angles
+U_SPREAD = slice(159, 186)               # 27 angles
+U_LOOSE = slice(186, 252)                # 22 joints, 3 turns each
 
 
 def hash_uniform(rows, n):
@@ -287,41 +331,66 @@ class JointTurn(NamedTuple):
     scale: float            # radians of the turn per degree of the angle
 
 
+class Drawn(NamedTuple):
+    """People as they were drawn, before joint limits."""
+
+    activity: np.ndarray    # (M,) which of the table's activities they show; NONE: no one
+    side: np.ndarray        # (M,) the side of that activity: 1 left, -1 right, 0 none
+    parts: np.ndarray       # (M,7) from which activity each of BODY_PARTS is
+    angles: np.ndarray      # (M,C) degrees
+    looseness: np.ndarray   # (M,) 0..1: the share of "spread" and "loose" that is added
+
+
 class ActivityTable:
     """assets/activities.json as arrays, and the steps from random numbers to poses.
 
-    angles: C tuples (body part, name); columns: {body part: slice of its angles}; limits (C,2),
-    degrees; turns: list of JointTurn; activities: A names; cdf (A,): how often they are drawn.
-    fresh_ranges, edit_ranges: per activity {body part: (G,2,c)}, the lowest and the highest angles
-    of each of the G gestures that the part chooses from.
+    angles: C tuples (body part, name); columns: {body part: slice of its angles}; limits (C,2) and
+    narrow_limits (C,2), degrees; spread (C,), loose (22,2,3): what is added to the angles and to
+    the joints of loose people, degrees; turns: list of JointTurn; activities: A names; sides (A,);
+    by_arms, by_legs: the activities that arms and head show, or the other parts; cdf (A,): how
+    often they are drawn; fresh_ranges, edit_ranges: per activity {body part: (G,2,c)}, the lowest
+    and the highest angles of each of the G gestures that the part chooses from.
     """
 
     def __init__(self):
         table = load_asset("activities")
         self.angles = []
         self.columns = {}
+        narrow_limits = []
         limits = []
+        spread = []
         for part in BODY_PARTS:
             kind = part.split("_")[-1]                     # left and right limbs share their limits
             start = len(self.angles)
             self.angles += [(part, angle) for angle in table["limits"][kind]]
             self.columns[part] = slice(start, len(self.angles))
-            limits += table["limits"][kind].values()
+            narrow_limits += table["limits"][kind].values()
+            limits += (table["limits"][kind] | table["wide_limits"][kind]).values()
+            spread += [table["spread"][kind][angle] for angle in table["limits"][kind]]
+        self.narrow_limits = np.array(narrow_limits, np.float64)
         self.limits = np.array(limits, np.float64)
+        self.spread = np.array(spread, np.float64)
+        self.loose = self.read_loose(table["loose"])
         assert len(self.angles) == 27, "U_FRESH and its neighbours are laid out for 27 angles"
 
         self.turns = self.read_turns(table["axes"])
         self.activities = list(table["activities"])
         self.fresh_ranges = []
         self.edit_ranges = []
+        sides = []
+        shown_by = []
         weights = []
         for row in table["activities"].values():
             row = table["usual"] | row
             self.fresh_ranges.append(self.read_ranges(table, row, {}))
             self.edit_ranges.append(self.read_ranges(table, row, EDIT_ENTRIES))
+            sides.append(SIDES.index(row.get("side", "")))
+            shown_by.append(row.get("shown_by", ""))
             weights.append(row.get("weight", 1.0))
-        cdf = np.cumsum(weights)
-        self.cdf = cdf / cdf[-1]
+        self.sides = np.array(sides)
+        self.by_arms = np.flatnonzero(np.array(shown_by) == "arms")
+        self.by_legs = np.flatnonzero(np.array(shown_by) == "legs")
+        self.cdf = np.cumsum(weights)
 
     def at(self, angle):
         """The columns of an angle: at("knee") -> those of both legs."""
@@ -339,6 +408,18 @@ class ActivityTable:
                 column = self.angles.index((part, angle))
                 turns.append(JointTurn(order, JOINTS.index(joint), axis, column, scale))
         return turns
+
+    def read_loose(self, rows):
+        """The turns that joints are free to add: (22,2,3), degrees; 0 where the table has none."""
+        ranges = np.zeros((len(JOINTS), 2, 3))
+        for joint, axes in rows.items():
+            low_high = np.array(axes, np.float64).T                           # (2,3)
+            for j, name in enumerate(JOINTS):
+                if name.removeprefix("left_") == joint:
+                    ranges[j] = low_high
+                elif name == f"right_{joint}":
+                    ranges[j] = low_high * [1, -1, -1]     # the mirror image turns the other way
+        return ranges
 
     def read_ranges(self, table, row, entries):
         """The ranges of one activity: {body part: (G,2,c)}.
@@ -365,15 +446,17 @@ class ActivityTable:
             rows.append(gesture.get(angle, [default, default]))
         return np.array(rows, np.float64).T
 
-    def draw(self, ranges, activity, u):
-        """Activities (M,), random numbers (M,4+C) -> angles (M,C), each within its range.
+    def draw(self, ranges, parts, u):
+        """Draws people of which each body part may be from another activity.
 
-        ranges: `fresh_ranges` or `edit_ranges`.
+        parts (M,7): those activities; random numbers (M,4+C) -> angles (M,C), each within its
+        range. ranges: `fresh_ranges` or `edit_ranges`.
         """
         bounds = np.zeros((len(u), 2, len(self.angles)))                      # (M,2,C)
-        for a in np.unique(activity):
-            rows = np.flatnonzero(activity == a)
-            for part, gestures in ranges[a].items():
+        for p, part in enumerate(BODY_PARTS):
+            for a in np.unique(parts[:, p]):
+                rows = np.flatnonzero(parts[:, p] == a)
+                gestures = ranges[a][part]                                    # (G,2,c)
                 chosen = np.zeros(len(rows), int)
                 if part in LIMBS:
                     lot = u[rows, LIMBS.index(part)]                          # (m,) in [0,1)
@@ -383,11 +466,114 @@ class ActivityTable:
         high = bounds[:, 1]
         return low + u[:, 4:] * (high - low)
 
-    def draw_people(self, u):
-        """Random numbers of people who are no edits (M,96) -> activities (M,), angles (M,C)."""
-        activity = np.searchsorted(self.cdf, u[:, U_ACTIVITY], side="right")
-        angles = self.draw(self.fresh_ranges, activity, u[:, U_FRESH])
-        return activity, angles + 4 * u[:, U_NOISE] - 2    # up to 2 degrees of noise
+    def draw_activity(self, u, n=None):
+        """Random numbers (...) -> activities (...), out of the first n of the table."""
+        cdf = self.cdf[:n]
+        return np.searchsorted(cdf / cdf[-1], u, side="right")
+
+    def draw_narrow(self, u):
+        """Random numbers of people who are no edits (M,256) -> Drawn, as `NARROW` needs them."""
+        activity = self.draw_activity(u[:, U_ACTIVITY], N_NARROW)
+        parts = activity[:, None].repeat(len(BODY_PARTS), 1)                  # (M,7)
+        angles = self.draw(self.fresh_ranges, parts, u[:, U_FRESH])
+        angles += 4 * u[:, U_NOISE] - 2                    # up to 2 degrees of noise
+        return Drawn(activity, self.sides[activity], parts, angles, np.zeros(len(u)))
+
+    def draw_wide(self, u):
+        """Random numbers of people who are no edits (M,256) -> Drawn: of one, two or no activity.
+        """
+        kind = np.searchsorted(KINDS_CDF, u[:, U_KIND], side="right")         # (M,)
+        activity = self.draw_activity(u[:, U_ACTIVITY])
+        side = self.sides[activity]
+        parts = activity[:, None].repeat(len(BODY_PARTS), 1)                  # (M,7)
+
+        # two activities: the arms and the head show one, the rest of the body the other
+        two = kind == 1
+        arms = self.by_arms[(u[two, U_TWO.start] * len(self.by_arms)).astype(int)]
+        legs = self.by_legs[(u[two, U_TWO.stop - 1] * len(self.by_legs)).astype(int)]
+        is_swapped = u[:, U_SWAP.start] < 0.5
+        is_arms = u[two, U_NAMED] < 0.5
+        parts[two] = np.where(IS_UPPER, arms[:, None], legs[:, None])
+        activity[two] = np.where(is_arms, arms, legs)
+        arms_side = np.where(is_swapped[two], -1, 1) * self.sides[arms]
+        side[two] = np.where(is_arms, arms_side, self.sides[legs])
+
+        # none: every limb is from another activity
+        free = kind == 2
+        parts[free] = self.mix_parts(u[free, U_PARTS_1], u[free, U_MATCH_1])
+        activity[free] = NONE
+        side[free] = 0
+        angles = self.draw(self.fresh_ranges, parts, u[:, U_FRESH])           # (M,C)
+        is_swapped &= kind > 0
+        angles[is_swapped] = self.swap_arms(angles[is_swapped])
+
+        # ... and on its way to yet another
+        angles[free] = self.blend(angles[free], u[free])
+        looseness = u[:, U_LOOSENESS] * np.where(free, LOOSENESS[1], LOOSENESS[0])
+        angles += self.spread_of(u, looseness)
+        return Drawn(activity, side, parts, angles, looseness)
+
+    def mix_parts(self, u, u_match):
+        """Random numbers (M,7), (M,3) -> an activity for each body part (M,7).
+
+        The trunk and the left leg follow the root, or nobody would keep the balance.
+        """
+        parts = self.draw_activity(u)                                         # (M,7)
+        root, trunk, _, left_leg, right_leg, left_arm, right_arm = range(len(BODY_PARTS))
+        parts[:, [trunk, left_leg]] = parts[:, [root]]
+        legs_match, arms_match = (u_match[:, :2] < SHARE_OF_ONE_DRAW).T       # (M,)
+        is_whole = u_match[:, 2] < SHARE_OF_WHOLE                             # (M,)
+        parts[legs_match, right_leg] = parts[legs_match, left_leg]
+        parts[arms_match, right_arm] = parts[arms_match, left_arm]
+        parts[is_whole] = parts[is_whole][:, [root]]
+        return parts
+
+    def blend(self, angles, u):
+        """Moves people of no activity part of the way to others -> angles (M,C).
+
+        angles (M,C), random numbers (M,256).
+        """
+        parts = self.mix_parts(u[:, U_PARTS_2], u[:, U_MATCH_2])
+        goal = self.draw(self.fresh_ranges, parts, u[:, U_SECOND])            # (M,C)
+        _, swaps_arms, swaps_all = (u[:, U_SWAP] < 0.5).T                     # (M,)
+        goal[swaps_arms] = self.swap_arms(goal[swaps_arms])
+        goal[swaps_all] = self.mirror(goal[swaps_all])
+
+        share = u[:, [U_BLEND]] ** 2                       # of the way, less than half mostly
+        angles = self.level_feet(angles)
+        angles += share * (self.level_feet(goal) - angles)
+
+        # some float any way up
+        any_root, u_roll, u_pitch = u[:, U_ANY_ROOT].T
+        floats = any_root < SHARE_OF_ANY_ROOT
+        roll = np.degrees(np.arcsin(2 * u_roll - 1))       # evenly over the sphere
+        pitch = 360 * u_pitch - 180
+        root = np.stack([roll, pitch], 1)                                     # (M,2)
+        angles[floats, self.columns["root"]] = root[floats]
+        return angles
+
+    def spread_of(self, u, looseness):
+        """What is added to the angles of loose people (M,C): u (M,256), looseness (M,)."""
+        return (2 * u[:, U_SPREAD] - 1) * looseness[:, None] * self.spread
+
+    def swap_arms(self, angles):
+        """Angles (M,C) with those of the left arm and of the right arm exchanged."""
+        left = self.columns["left_arm"]
+        right = self.columns["right_arm"]
+        angles = angles.copy()
+        angles[:, left], angles[:, right] = angles[:, right], angles[:, left].copy()
+        return angles
+
+    def mirror(self, angles):
+        """Angles (M,C) of the mirror images."""
+        angles = self.swap_arms(angles)
+        left = self.columns["left_leg"]
+        right = self.columns["right_leg"]
+        angles[:, left], angles[:, right] = angles[:, right], angles[:, left].copy()
+        for part, angle in (("root", "roll"), ("trunk", "turn"), ("trunk", "lean"),
+                            ("head", "turn"), ("head", "tilt")):
+            angles[:, self.angles.index((part, angle))] *= -1
+        return angles
 
     def looks_like(self, activity, parts, angles):
         """Could a person of these angles (C,) be of an activity, by the look of some body parts?
@@ -408,10 +594,10 @@ class ActivityTable:
         mirrored = all(is_alike(part, other_side(part)) for part in parts)
         return as_drawn or mirrored
 
-    def edit(self, angles, activity, u):
+    def edit(self, drawn, u):
         """Redraws one to three parts of each person, sometimes the head as well.
 
-        angles (M,C), activities (M,), random numbers (M,96) -> (M,C).
+        drawn: Drawn of M people; random numbers (M,256) -> angles (M,C).
         """
         # weighted sampling without replacement: the items with the largest keys u^(1/weight) are
         # the sample (Efraimidis & Spirakis 2006)
@@ -422,46 +608,51 @@ class ActivityTable:
         is_edited = rank >= len(BODY_PARTS) - n_edits                         # (M,7)
         is_edited[:, BODY_PARTS.index("head")] = u[:, U_EDIT_HEAD] < 0.4
 
-        draft_1 = self.draw(self.edit_ranges, activity, u[:, U_DRAFT_1])      # (M,C)
-        draft_2 = self.draw(self.edit_ranges, activity, u[:, U_DRAFT_2])      # (M,C)
-        result = angles.copy()
+        draft_1 = self.draw(self.edit_ranges, drawn.parts, u[:, U_DRAFT_1])   # (M,C)
+        draft_2 = self.draw(self.edit_ranges, drawn.parts, u[:, U_DRAFT_2])   # (M,C)
+        spread = self.spread_of(u, drawn.looseness)                           # (M,C)
+        result = drawn.angles.copy()
         for p, part in enumerate(BODY_PARTS):
             columns = self.columns[part]
-            before = angles[:, columns]                                       # (M,c)
+            before = drawn.angles[:, columns]                                 # (M,c)
             first = draft_1[:, columns]
             second = draft_2[:, columns]
 
             # the draft that moves the part further: an edit should be visible
             move_1 = np.nansum(np.abs(first - before), 1, keepdims=True)      # (M,1)
             move_2 = np.nansum(np.abs(second - before), 1, keepdims=True)
-            after = np.where(move_2 > move_1, second, first)
+            after = np.where(move_2 > move_1, second, first) + spread[:, columns]
             result[:, columns] = np.where(is_edited[:, [p]], after, before)
         return result
 
-    def apply_joint_limits(self, angles):
-        """Angles (M,C) as drawn -> made possible: soles level, hips bowed, all within limits."""
+    def level_feet(self, angles):
+        """Angles (M,C) with the NaN of a level foot replaced by what makes its sole level."""
+        angles = angles.copy()
+        feet = angles[:, self.at("point")]
+        level = angles[:, self.at("flex")] - angles[:, self.at("knee")]
+        angles[:, self.at("point")] = np.where(np.isnan(feet), level, feet)
+        return angles
+
+    def apply_joint_limits(self, angles, limits):
+        """Angles (M,C) as drawn -> made possible: soles level, hips bowed, all within limits (C,2).
+        """
+        angles = self.level_feet(angles)
         flex = self.at("flex")
         hips = angles[:, flex]                                                # (M,2)
-        knees = angles[:, self.at("knee")]
-        feet = angles[:, self.at("point")]
         hinge = angles[:, self.at("hinge")]                                   # (M,1)
 
-        feet = np.where(np.isnan(feet), hips - knees, feet)
         # a seated person cannot bow far: the hips are bent already
-        room = self.limits[flex, 1] - hips                                    # (M,2)
+        room = limits[flex, 1] - hips                                         # (M,2)
         hinge = np.minimum(hinge, room.min(1, keepdims=True))
-
-        angles = angles.copy()
         angles[:, flex] = hips + hinge
-        angles[:, self.at("point")] = feet
         angles[:, self.at("hinge")] = hinge
-        low, high = self.limits.T
+        low, high = limits.T
         return angles.clip(low, high)
 
-    def rotations(self, angles, low_motion):
+    def rotations(self, angles, loose):
         """Angles within limits (M,C) -> rotmat (M,22,3,3) float32.
 
-        low_motion (M,6,3): axis-angles of collars, feet and wrists, degrees.
+        loose (M,22,3): axis-angles of further turns of the joints, degrees.
         """
         angles = angles.copy()
         angles[:, self.at("raise")] -= 90                  # at rest the arms are level: a T
@@ -470,10 +661,22 @@ class ActivityTable:
         turns = np.zeros((3, len(JOINTS), 3, len(angles)))                    # (3,22,3,M)
         for order, joint, axis, column, scale in self.turns:
             turns[order, joint, axis] += scale * angles[:, column]
-        turns[2, LOW_MOTION_JOINTS] = np.radians(low_motion).transpose(1, 2, 0)
+        turns[2] += np.radians(loose).transpose(1, 2, 0)
         turns = torch.tensor(turns).float().permute(0, 3, 1, 2)               # (3,M,22,3)
         first, second, third = aa_to_matrix(turns)                            # (M,22,3,3)
         return first @ second @ third
+
+    def loose_turns(self, u, looseness):
+        """The further turns of the joints of loose people (M,22,3), degrees.
+
+        Random numbers (M,256), looseness (M,). Collars, feet and wrists always turn a little.
+        """
+        loose = np.zeros((len(u), len(JOINTS), 3))
+        loose[:, LOW_MOTION_JOINTS] = (6 * u[:, U_LOW_MOTION] - 3).reshape(-1, 6, 3)
+        low = self.loose[:, 0]                                                # (22,3)
+        high = self.loose[:, 1]
+        wide = low + u[:, U_LOOSE].reshape(-1, len(JOINTS), 3) * (high - low)
+        return loose + looseness[:, None, None] * wide
 
 
 def other_side(part):
@@ -493,37 +696,49 @@ def expand_sets(names, sets):
 activity_table = functools.cache(ActivityTable)            # read once
 
 
-def sample_people(split, n):
-    """The first n people of a split, n even.
+class People(NamedTuple):
+    """Some people of a split. Rows 2i and 2i+1 are a pair: the second is an edit of the first."""
 
-    -> activities (n,), indices; rotmat (n,22,3,3), facing +z; headings (n,), radians. Rows 2i and
-    2i+1 are a pair: the second is an edit of the first. Half of the pairs are mirrored, because the
-    activities of the table are one-sided. Raises UserError.
+    activity: np.ndarray    # (n,) indices, NONE: of no activity
+    poses: torch.Tensor     # (n,22,3,3), facing +z
+    headings: np.ndarray    # (n,) radians
+    sides: list             # n entries of SIDES: which side of the body the activity is on
+    angles: np.ndarray      # (n,C) as they were drawn, before some are mirrored
+
+
+def sample_people(split, n):
+    """The first n people of a split, n even: People.
+
+    Half of the pairs are mirrored, because the activities of the table are one-sided. Raises
+    UserError.
     """
     if split not in SPLITS or n % 2 or not 2 <= n <= SPLIT_SIZE:
         raise UserError(f"cannot draw {n} people of split {split!r}: the splits are "
                         f"{', '.join(SPLITS)}; people come in pairs, 2 to {SPLIT_SIZE} of them")
     table = activity_table()
-    u = hash_uniform(SPLITS[split] + np.arange(n), N_UNIFORMS)                # (n,96)
-    even = u[0::2]                                                            # (n/2,96)
+    u = hash_uniform(SPLITS[split] + np.arange(n), N_UNIFORMS)                # (n,256)
+    even = u[0::2]                                                            # (n/2,256)
     odd = u[1::2]
 
-    activity, drawn = table.draw_people(even)                                 # (n/2,), (n/2,C)
-    edited = table.edit(drawn, activity, odd)                                 # (n/2,C)
-    angles = np.stack([drawn, edited], 1)                                     # (n/2,2,C)
-    angles = table.apply_joint_limits(angles.reshape(n, -1))                  # (n,C)
+    is_narrow = split == NARROW
+    drawn = table.draw_narrow(even) if is_narrow else table.draw_wide(even)
+    edited = table.edit(drawn, odd)                                           # (n/2,C)
+    angles = np.stack([drawn.angles, edited], 1).reshape(n, -1)               # (n,C)
+    limits = table.narrow_limits if is_narrow else table.limits
+    possible = table.apply_joint_limits(angles, limits)                       # (n,C)
 
-    low_motion = 6 * even[:, U_LOW_MOTION] - 3             # up to 3 degrees about each axis
-    low_motion = low_motion.reshape(-1, 6, 3).repeat(2, 0)
-    rotmat = table.rotations(angles, low_motion)                              # (n,22,3,3)
-    mirrored = torch.tensor(even[:, U_MIRROR] < 0.5).repeat_interleave(2)     # (n,)
-    rotmat[mirrored] = mirror(rotmat[mirrored])
+    loose = table.loose_turns(even, drawn.looseness).repeat(2, 0)             # (n,22,3)
+    rotmat = table.rotations(possible, loose)                                 # (n,22,3,3)
+    is_mirrored = (even[:, U_MIRROR] < 0.5).repeat(2)                         # (n,)
+    rotmat[is_mirrored] = mirror(rotmat[is_mirrored])
+    side = np.where(is_mirrored, -1, 1) * drawn.side.repeat(2)                # (n,)
 
     view = np.searchsorted(VIEW_CDF, u[:, U_VIEW], side="right")              # (n,)
     deviation = (2 * u[:, U_HEADING] - 1) * math.radians(35)
     heading = view * math.pi / 2 + deviation
     heading = (heading + math.pi) % (2 * math.pi) - math.pi
-    return activity.repeat(2), rotmat, heading
+    sides = [SIDES[s] for s in side]
+    return People(drawn.activity.repeat(2), rotmat, heading, sides, angles)
 
 
 # ---- 3. The renderer, and photographs ------------------------------------------------------------
@@ -1032,7 +1247,435 @@ def save_png(picture, path):
         picture.save(new, format="PNG")
 
 
-# ---- 4. World and Mixture ------------------------------------------------------------------------
+# ---- 4. What people type -------------------------------------------------------------------------
+# A fact is what people say of a pose and joints show. assets/requests.json has them as rows:
+#
+#   "arm up": {"if": ["relativePosY s_wrist head = 0.12 inf"],
+#              "is": ["{the} {side} arm is up", ...], "do": ["raise {the} {side} arm", ...]}
+#
+#   poses --measure--> values (n,S) --ranges--> which facts hold (n,F) --choose, word--> "Raise ..."
+#
+# A fact is said of a pose where it holds with a margin. A pose that was made shows a fact where it
+# holds at all.
+METRES = ("distance", "relativePos", "onGround")           # kinds of measures; others are degrees
+MARGINS = (0.04, 5.0)                                      # metres, degrees
+# of which a mirror changes the sign
+SIGNED_KINDS = ("relativePosX", "bodyInclineY", "bodyInclineZ", "relativeRotY", "relativeRotZ")
+FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, drawn evenly
+SHARE_OF_BASE = 0.75                                       # of requests: say what the body does
+SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
+MOST_CHANGES = 6                                           # in one instruction
+BOTH_SIDES = tuple(SIDES[1:])
+CHUNK = 1000                                               # people whose facts are found at once
+
+
+class Fact(NamedTuple):
+    """What can be said of a pose."""
+
+    name: str               # of its row
+    side: str               # "left" | "right" | "both" | ""
+    parts: frozenset        # what it is about: {"left_arm"}; "base" is the whole body
+    weight: float           # how often it is said, relative to others
+    lines: dict             # {"is": [...], "do": [...], "name": [...], "who": [...]}
+    activity: str = ""      # of activities.json, if it is only said of people who do that
+
+    def wordings(self, kind, split):
+        """Its lines of a kind that a split may say, see `lines_of`."""
+        return lines_of(self.lines.get(kind, []), split)
+
+
+class Change(NamedTuple):
+    """How a measure differs between two poses."""
+
+    column: int             # of the measure
+    little: float           # a smaller difference is not worth a word
+    much: float
+    parts: frozenset
+    less: list              # commands that make it smaller, {more} in them: how much
+    more: list
+
+
+class Request(NamedTuple):
+    """A text, and the numbers of the facts that it says."""
+
+    text: str
+    facts: list
+
+
+def lines_of(lines, split):
+    """Those of some lines that a split may say: of four or more the last is for tests only."""
+    if len(lines) < 4:
+        return lines
+    return lines[-1:] if split.startswith("test") else lines[:-1]
+
+
+def fill_sides(lines, side):
+    """Writes a side, and the other one, into lines; {the} stays open."""
+    other = {"left": "right", "right": "left"}.get(side, "")
+    return [line.replace("{side}", side).replace("{other}", other) for line in lines]
+
+
+class FactTable:
+    """assets/requests.json as arrays: facts, F Facts; changes, C Changes.
+
+    columns: {"lift pelvis neck": its column} of S measures. Terms (T,): column, low and high of
+    each range, and the margin within it; starts (F,): the first term of each fact. Of facts:
+    weights, is_base, activity, side (F,). Of changes: changed (C,), their columns, and little (C,).
+    """
+
+    def __init__(self):
+        book = load_asset("requests")
+        self.names = {}                                    # of measures
+        for name, measured in book["measures"].items():
+            for side in BOTH_SIDES:
+                self.names[name_sides(name, side)] = name_sides(measured, side)
+
+        self.columns = {}
+        self.facts = []
+        self.starts = []
+        terms = []
+        for group in ("facts", "activities"):
+            for name, row in book[group].items():
+                activity = name if group == "activities" else ""
+                for side in self.sides(row):
+                    self.starts.append(len(terms))
+                    terms += self.read_terms(row["if"], side)
+                    self.facts.append(self.read_fact(name, row, side, activity))
+        column, low, high, margin = zip(*terms)
+        self.column = np.array(column)                                        # (T,)
+        self.low = np.array(low, np.float32)
+        self.high = np.array(high, np.float32)
+        self.margin = np.array(margin, np.float32)
+
+        self.changes = []
+        for row in book["changes"]:
+            for side in self.sides(row):
+                self.changes.append(self.read_change(row, side))
+        self.changed = np.array([change.column for change in self.changes])   # (C,)
+        self.little = np.array([change.little for change in self.changes])
+        self.weights = np.array([fact.weight for fact in self.facts])         # (F,)
+        self.is_base = np.array(["base" in fact.parts for fact in self.facts])
+        self.activity = np.array([fact.activity for fact in self.facts])
+        self.side = np.array([fact.side for fact in self.facts])
+
+    def sides(self, row):
+        """For which sides a row is written."""
+        if not re.search(r"\b[so]_|{(side|other)}", json.dumps(row)):
+            return ("",)
+        return (*BOTH_SIDES, "both") if "both" in row else BOTH_SIDES
+
+    def column_of(self, measured, side):
+        """The column of a measure, by its name or as captions.measure takes it: "angle ..."."""
+        measured = name_sides(measured, side or "left")
+        measured = self.names.get(measured, measured)
+        return self.columns.setdefault(measured, len(self.columns)), measured.split()[0]
+
+    def read_terms(self, texts, side):
+        """Ranges, "s_knee bend = 150 inf" -> [(column, low, high, margin), ...]."""
+        if side == "both":
+            return self.read_terms(texts, "left") + self.read_terms(texts, "right")
+        terms = []
+        for text in texts:
+            measured, bounds = text.split(" = ")
+            column, kind = self.column_of(measured, side)
+            low, high = map(float, bounds.split())
+            if side == "right" and kind in SIGNED_KINDS:
+                low, high = -high, -low
+            margin = MARGINS[0] if kind.startswith(METRES) else MARGINS[1]
+            terms.append((column, low, high, margin))
+        return terms
+
+    def read_parts(self, row, side):
+        """What a row is about: {"left_arm", "left_elbow"}."""
+        sides = BOTH_SIDES if side == "both" else (side or "left",)
+        parts = set()
+        for one in sides:
+            parts.update(name_sides(row["part"], one).split())
+        return frozenset(parts)
+
+    def read_fact(self, name, row, side, activity):
+        """A row of "facts" or "activities" for one side -> Fact."""
+        said = row["both"] if side == "both" else row
+        lines = {}
+        for kind in ("is", "do", "name", "who"):
+            lines[kind] = fill_sides(said.get(kind, []), side)
+        row = {"part": "base", "weight": 8 if activity else 1} | row
+        return Fact(name, side, self.read_parts(row, side), row["weight"], lines, activity)
+
+    def read_change(self, row, side):
+        """A row of "changes" for one side -> Change."""
+        column, kind = self.column_of(row["measure"], side)
+        less = fill_sides(row["less"], side)
+        more = fill_sides(row["more"], side)
+        if side == "right" and kind in SIGNED_KINDS:
+            less, more = more, less
+        little, much = row["by"]
+        return Change(column, little, much, self.read_parts(row, side), less, more)
+
+    def values(self, poses):
+        """Poses (n,22,3,3) that face +z -> their measures (n,S), metres or degrees."""
+        rotmat = poses.detach().float().cpu()
+        keypoints = find_keypoints(forward_kinematics(rotmat, rest_joints()))  # (n,35,3)
+        by_kind = {}
+        for measured, column in self.columns.items():
+            kind, *joints = measured.split()
+            by_kind.setdefault(kind, []).append((column, keypoint_ids(" ".join(joints))))
+
+        values = np.zeros((len(poses), len(self.columns)), np.float32)        # (n,S)
+        for kind, rows in by_kind.items():
+            columns = [column for column, _ in rows]
+            joint_sets = np.array([joints for _, joints in rows])
+            values[:, columns] = measure(kind, joint_sets, keypoints, rotmat.numpy())
+        return values
+
+    def holds(self, values, slack=0):
+        """Which facts hold for measures (n,S): (n,F) bool.
+
+        slack: by how many margins the ranges are widened: -1 where facts are said, 0 where an
+        answer shows them, 1: it would not be wrong to say so.
+        """
+        low = self.low - slack * self.margin
+        high = self.high + slack * self.margin
+        holds = []
+        for start in range(0, len(values), CHUNK):
+            value = values[start:start + CHUNK, self.column]                  # (CHUNK,T)
+            is_within = (low <= value) & (value <= high)
+            holds.append(np.logical_and.reduceat(is_within, self.starts, axis=1))
+        return np.concatenate(holds)
+
+    def choose(self, candidates, n, rng, taken=frozenset()):
+        """Up to n of some facts (m,), no two about one part, none about the parts `taken`.
+
+        Facts are given by their numbers.
+        """
+        # weighted sampling without replacement, see `ActivityTable.edit`
+        keys = rng.random(len(candidates)) ** (1 / self.weights[candidates])
+        chosen = []
+        for k in candidates[np.argsort(-keys)]:
+            fact = self.facts[k]
+            if len(chosen) < n and not fact.parts & taken:
+                taken = taken | fact.parts
+                chosen.append(int(k))
+        return chosen
+
+
+fact_table = functools.cache(FactTable)                    # read once
+
+
+def request_metrics(requests, poses):
+    """Requests and the poses (n,22,3,3) that they led to, facing +z -> {metric: value}.
+
+    facts_shown: share of the facts that the requests say which hold for the poses; requests_shown:
+    share of the requests of which every fact holds.
+    """
+    table = fact_table()
+    holds = table.holds(table.values(poses))                                  # (n,F)
+    shown = [row[request.facts] for row, request in zip(holds, requests)]
+    return {
+        "facts_shown": float(np.concatenate(shown).mean()),
+        "requests_shown": float(np.mean([row.all() for row in shown])),
+    }
+
+
+def without_verb(clause):
+    """A clause as a phrase: "{the} left arm is up" -> "{the} left arm up"."""
+    return re.sub(r" (is|are) ", " ", clause, count=1)
+
+
+@functools.cache
+def verbs():
+    """The first words of all commands."""
+    found = set()
+    for fact in fact_table().facts:
+        found.update(line.split()[0] for line in fact.lines["do"])
+    return found - {"be", "do"}
+
+
+def inflect(command, form):
+    """A command with all its verbs in another form: "kneel down and look up" -> "kneeling ...".
+
+    form: changes a verb.
+    """
+    def change(found):
+        before, verb = found.groups()
+        is_verb = not before or verb in verbs()
+        return before + form(verb) if is_verb else found[0]
+
+    return re.sub(r"(^| and )(\w+)", change, command).strip()
+
+
+@functools.cache
+def gerund(command):
+    """A command as a gerund: "sitting down", "not bending {the} knees"; "be upright" -> "upright".
+    """
+    if command.startswith("do not "):
+        return "not " + gerund(command.removeprefix("do not "))
+
+    def form(verb):
+        irregular = load_asset("requests")["gerunds"]
+        if verb in irregular:
+            return irregular[verb]
+        return re.sub(r"(?<!e)e$", "", verb) + "ing"
+
+    return inflect(command, form)
+
+
+@functools.cache
+def third_person(command):
+    """A command as a statement without its subject: "sits down", "does not bend {the} knees"."""
+    def form(verb):
+        if verb in ("be", "have"):
+            return {"be": "is", "have": "has"}[verb]
+        verb = re.sub(r"(?<=[^aeiou])y$", "ie", verb)
+        return verb + ("es" if re.search(r"(s|sh|ch|x|[^o]o)$", verb) else "s")
+
+    return inflect(command, form)
+
+
+class Writer:
+    """Puts the facts of one request into words.
+
+    rng: np.random.Generator; split: whose phrases are used, see `lines_of`. Parts of the body are
+    "the", "your" or "his" in all of the text.
+    """
+
+    def __init__(self, rng, split):
+        self.rng = rng
+        self.split = split
+        self.book = load_asset("requests")
+
+    def pick(self, choices):
+        """One of a list, all equally likely. Faster than rng.choice."""
+        return choices[int(self.rng.random() * len(choices))]
+
+    def line(self, fact, kind):
+        """A line of a Fact of a kind, "" if it has none."""
+        lines = fact.wordings(kind, self.split)
+        return self.pick(lines) if lines else ""
+
+    def request(self, facts):
+        """Facts -> a text. The one about the whole body, if any, comes first."""
+        base = [fact for fact in facts if "base" in fact.parts]
+        others = [fact for fact in facts if "base" not in fact.parts]
+        form = self.rng.random()
+        if form < 0.3:
+            return self.commands(base + others)
+        if not base:
+            return self.portrait(others)
+        if form < 0.4:
+            return self.fragments(base[0], others)
+        return self.scene(base[0], others)
+
+    def commands(self, facts):
+        """ "Kneel on one knee, raise your left arm and look up." """
+        lines = [self.line(fact, "do") for fact in facts]
+        return self.finish(self.join(lines), self.pick(["the", "your", "your"]))
+
+    def fragments(self, base, others):
+        """ "kneeling, left arm up, head down" """
+        phrases = [gerund(self.line(base, "do"))]
+        phrases += [without_verb(self.line(fact, "is")) for fact in others]
+        return self.finish(self.join(phrases), "")
+
+    def portrait(self, facts):
+        """ "a man with his left arm up", "left arm up, head down": nothing of the whole body. """
+        who, whose = self.person(facts)
+        clauses = [self.line(fact, "is") for fact in facts]
+        phrases = [without_verb(clause) for clause in clauses]
+        form = self.pick(["with", "doing", "phrases", "clauses"])
+        if form == "phrases":
+            return self.finish(self.join(phrases), "")
+
+        if form == "with":
+            text = f"{who} with {join_words(phrases)}"
+        elif form == "doing":
+            doing = [gerund(self.line(fact, "do")) for fact in facts]
+            text = who + self.pick([" ", " is ", " who is "]) + join_words(doing)
+        else:
+            text = self.join(clauses)
+            whose = self.pick(["your", whose])
+        return self.finish(text, self.pick(["the", whose]))
+
+    def scene(self, base, others):
+        """ "A man is kneeling on one knee with his left arm up." """
+        who, whose = self.person([base])
+        do = self.line(base, "do")
+        name = self.line(base, "name")
+        opening = self.pick(self.book["openings"])
+        doing = gerund(do)
+        heads = 2 * [f"{opening}{who} {doing}"]
+        heads += [f"{who} is {doing}", f"{who} {third_person(do)}", doing]
+        if name:
+            heads += 3 * [opening + name]
+        if name.endswith(("pose", "position", "stance")):
+            heads.append(f"{opening}{who} in {name}")
+        text = self.pick(heads) + self.tail(others, whose)
+        return self.finish(text, self.pick(["the", whose]))
+
+    def tail(self, others, whose):
+        """What follows the first words of a scene: " with his left arm up and his head down"."""
+        if not others:
+            return ""
+        clauses = [self.line(fact, "is") for fact in others]
+        commands = [self.line(fact, "do") for fact in others]
+        form = self.pick(["with", "with", "with", "doing", "clauses", "does"])
+        if form == "with":
+            phrases = [without_verb(clause) for clause in clauses]
+            return self.pick([" with ", ", with ", ", "]) + join_words(phrases)
+        if form == "doing":
+            doing = [gerund(command) for command in commands]
+            return self.pick([" and ", ", "]) + join_words(doing)
+        if form == "clauses":
+            return ". " + self.join(clauses)
+        pronoun = {"his": "he", "her": "she"}.get(whose, "it")
+        does = [third_person(command) for command in commands]
+        return f". {pronoun} {join_words(does)}"
+
+    def instruction(self, facts, changes):
+        """Facts that a pose should show, and Changes to make -> "Raise your left arm. Look up."
+
+        changes: [(Change, by how much), ...].
+        """
+        lines = [self.demand(fact) for fact in facts]
+        for change, size in changes:
+            line = self.pick(change.less if size < 0 else change.more)
+            how_much = "much" if abs(size) > change.much else "little"
+            line = line.replace("{more}", self.pick(self.book[how_much]))
+            lines.append(line.strip())
+        text = self.pick(self.book["before"]) + self.join(lines)
+        return self.finish(text, self.pick(["the", "your", "your"]))
+
+    def demand(self, fact):
+        """A fact that a pose should show: "raise {the} left arm", "{the} left arm should be up"."""
+        clause = self.line(fact, "is")
+        if not clause or self.rng.random() < 0.8:
+            return self.line(fact, "do")
+        verb = self.pick([" should be ", " must be ", " "])
+        return re.sub(r" (is|are) ", verb, clause, count=1)
+
+    def person(self, facts):
+        """Somebody, and the possessive: ("a man", "his"). Some facts have people of their own."""
+        who = self.line(facts[0], "who")
+        if who and self.rng.random() < 0.5:
+            return who, self.pick(["his", "her", "their"])
+        who = self.pick([*self.book["people"]])
+        return who, self.book["people"][who]
+
+    def join(self, lines):
+        """Joins lines by commas, full stops or "and"; after commas the last one may follow "and".
+        """
+        mark = self.pick([", ", ". ", " and "])
+        if mark == ", " and self.rng.random() < 0.5:
+            return join_words(lines)
+        return mark.join(lines)
+
+    def finish(self, text, the):
+        """Fills in {the}; half of the texts begin with a capital and end with a full stop."""
+        text = " ".join(text.replace("{the}", the).split())
+        return tidy_sentence(text + ".") if self.rng.random() < 0.5 else text
+
+
+# ---- 5. World and Mixture ------------------------------------------------------------------------
 PICTURES_KEPT = 2048                                       # by a World; 100 MB at 128 pixels
 PLACES = {                                                 # of n people, from left to right
     2: ["left", "right"],
@@ -1041,6 +1684,11 @@ PLACES = {                                                 # of n people, from l
 }
 POOL = 64                                                  # rows that have the people of a group
 POOL_STEP = 4                                              # the pool of the next group starts later
+
+
+# The methods of World that write the texts of training prompts, drawn evenly
+PROMPTS = [*4 * ["caption"], "short_caption", *4 * ["request"], "speculation"]
+SHARE_OF_INSTRUCTIONS = 0.5                                # of edits; the others are differences
 
 
 class Group(NamedTuple):
@@ -1091,10 +1739,10 @@ def ask_about(features, target, rng):
 def speculations(activity, split):
     """The requests that imply the pose of an activity and name neither: a list.
 
-    Their last N_HELD_OUT are those of the split "test", the others of all other splits.
+    Their last N_HELD_OUT are those of the splits for tests, the others of all other splits.
     """
     wordings = load_asset("speculative")["activities"][activity]
-    if split == "test":
+    if split.startswith("test"):
         return wordings[-N_HELD_OUT:]
     return wordings[:-N_HELD_OUT]
 
@@ -1103,15 +1751,21 @@ class World:
     """The embedded data set: the first n people of a split, and what can be said and shown of them.
 
     poses (n,22,3,3) facing +z; camera_poses (n,22,3,3), the same turned as photographs show them;
-    headings (n,) radians; activity: n names; size: pixels of a photograph. Rows 2i and 2i+1 are a
-    pair. Row i depends on (split, i) only, never on n. Raises UserError.
+    headings (n,) radians; activity: n names, "" for people of none; side: on which side of the body
+    it is, "left" | "right" | "", as `about` of activities.json says; size: pixels of a photograph.
+    Rows 2i and 2i+1 are a pair. Row i depends on (split, i) only, never on n. Raises UserError.
     """
 
     def __init__(self, split="train", n=2000, size=128):
         self.split = split
         self.size = size
-        activity, self.poses, self.headings = sample_people(split, n)
-        self.activity = [activity_table().activities[a] for a in activity]
+        people = sample_people(split, n)
+        self.poses = people.poses
+        self.headings = people.headings
+        self.side = people.sides
+        self.angles = people.angles[0::2]                  # (n/2,C) of those who are no edits
+        names = [*activity_table().activities, ""]         # the last is that of NONE
+        self.activity = [names[a] for a in people.activity]
         turns = np.stack([rotation_y(heading) for heading in self.headings])  # (n,3,3)
         self.camera_poses = turn_root(self.poses, torch.tensor(turns))
         self.pictures = {}                                 # what `image` has drawn
@@ -1172,10 +1826,10 @@ class World:
         return render_group(poses, self.size, group.shirts, looks, rng)
 
     @functools.cached_property
-    def angles(self):
-        """The angles of the people who are no edits (n/2,C), as they were drawn."""
-        rows = SPLITS[self.split] + np.arange(0, len(self.poses), 2)
-        return activity_table().draw_people(hash_uniform(rows, N_UNIFORMS))[1]
+    def named(self):
+        """The people whose activity is known: who show one, and are no edits that may have left it.
+        """
+        return [i for i in range(0, len(self.poses), 2) if self.activity[i]]
 
     def clothes_feature(self, group, shirt, rng):
         """A shirt as a Feature."""
@@ -1189,8 +1843,10 @@ class World:
         return Feature(str(words), [taken == place for taken in group.places])
 
     def activity_feature(self, group, i):
-        """What person i does, as a Feature: it fits all who look alike."""
+        """What person i does, as a Feature that fits all who look alike. None: no activity."""
         activity = self.activity[i]
+        if not activity:
+            return None
         doing, does, parts = load_asset("questions")["activities"][activity]
         fits = []
         for other in group.people:
@@ -1283,7 +1939,7 @@ class World:
 
     def coarse_caption(self, i):
         """Activity and side of a photograph: "tree pose, seen from the left"."""
-        text = self.activity[i]
+        text = self.activity[i] or "a pose"
         if self.views[i]:
             text += ", " + add_view(self.views[i])
         return text.lower().rstrip(".")
@@ -1297,35 +1953,117 @@ class World:
         return add_view(self.views[i], self.caption(i, rng))
 
     def user_prompt(self, i, rng):
-        """The caption as people type it: whole, or the activity, some statements, or both."""
-        if rng.random() < 0.5:
-            return self.caption(i, rng)
+        """What people type to get the pose of person i: a caption, whole or short, a request, or
+        something that only implies the pose."""
+        kind = PROMPTS[rng.integers(len(PROMPTS))]
+        if kind == "speculation" and (i % 2 or not self.activity[i]):
+            kind = "request"                               # what the person does is not known
+        return getattr(self, kind)(i, rng)
 
+    def short_caption(self, i, rng):
+        """The activity of person i, if known, and some of the statements of its caption."""
         share = rng.choice([0.0, 0.1, 0.3, 0.5])
         codes = choose_codes(eligible_codes(pose_table(), self.codes, i), rng)
         codes = [code for code in codes if rng.random() < share]
 
         sentences = []
         # of a pair only the first is named: its edit may have left the activity
-        if i % 2 == 0 and rng.random() < 0.7:
-            activity = self.activity[i]
+        activity = self.activity[i]
+        if i % 2 == 0 and activity and rng.random() < 0.7:
             sentences.append(f"{activity[0].upper()}{activity[1:]}.")
         if codes:
             sentences.append(to_text(codes, rng))
         return " ".join(sentences) or self.caption(i, rng)
 
+    @functools.cached_property
+    def measures(self):
+        """What facts measure (n,S), metres or degrees."""
+        return fact_table().values(self.poses)
+
+    @functools.cached_property
+    def facts(self):
+        """The facts that may be said of each person (n,F) bool.
+
+        Of an edit no activity is said: it may have left it.
+        """
+        table = fact_table()
+        sides = np.array(self.side)[:, None]
+        activities = np.array(self.activity)[:, None]
+        activities[1::2] = "an edit"
+        is_side = (table.side == sides) | (table.side == "")
+        is_doing = (table.activity == activities) & is_side
+        return table.holds(self.measures, slack=-1) & (is_doing | (table.activity == ""))
+
+    @functools.cached_property
+    def possible_facts(self):
+        """The facts that are not clearly false of each person (n,F) bool, activities aside."""
+        return fact_table().holds(self.measures, slack=1)
+
+    def ask(self, i, rng):
+        """A Request for the pose of person i in words of the grammar, all of it true."""
+        table = fact_table()
+        may_say = self.facts[i]                                               # (F,)
+        n = FACTS_SAID[rng.integers(len(FACTS_SAID))]
+        facts = []
+        if rng.random() < SHARE_OF_BASE:
+            facts = table.choose(np.flatnonzero(may_say & table.is_base), 1, rng)
+        n_others = n - len(facts)
+        taken = table.facts[facts[0]].parts if facts else set()
+        others = np.flatnonzero(may_say & ~table.is_base)
+        facts += table.choose(others, n_others, rng, taken)
+        if not facts:
+            return Request(self.caption(i, rng), [])
+        text = Writer(rng, self.split).request([table.facts[k] for k in facts])
+        return Request(text, facts)
+
+    def request(self, i, rng):
+        """What people type to get the pose of person i."""
+        return self.ask(i, rng).text
+
     def speculation(self, i, rng):
         """A request for what person i does that never names it: "You just dropped your keys."
 
-        i is even: an edit may have left the activity.
+        The caption, where the activity is not known.
         """
-        assert i % 2 == 0, f"person {i} is an edit, whose activity is not known"
+        if i % 2 or not self.activity[i]:
+            return self.caption(i, rng)
         wordings = speculations(self.activity[i], self.split)
         return wordings[rng.integers(len(wordings))]
 
     def difference(self, i, rng):
         """How to get from person i to its partner, in words."""
         return difference(self.pairs[i % 2], i // 2, rng)
+
+    def edit_prompt(self, i, rng):
+        """The same as people type it: a difference text, or an instruction."""
+        if rng.random() < SHARE_OF_INSTRUCTIONS:
+            return self.instruction(i, rng)
+        return self.difference(i, rng)
+
+    def instruction(self, i, rng):
+        """How to get from person i to its partner in words of the grammar: "Raise your left arm."
+
+        It says facts that begin to hold and changes of measures, all of them or some.
+        """
+        table = fact_table()
+        begins = self.facts[i ^ 1] & ~self.possible_facts[i]                  # (F,)
+        difference = (self.measures[i ^ 1] - self.measures[i])[table.changed]
+        n = MOST_CHANGES
+        if rng.random() > SHARE_OF_ALL:
+            n = 1 + int(rng.integers(3))
+
+        facts = table.choose(np.flatnonzero(begins), n, rng)
+        facts = [table.facts[k] for k in facts]
+        taken = frozenset().union(*[fact.parts for fact in facts])
+        changes = []
+        for k in rng.permutation(np.flatnonzero(np.abs(difference) > table.little)):
+            change = table.changes[k]
+            if len(facts) + len(changes) < n and not change.parts & taken:
+                taken |= change.parts
+                changes.append((change, float(difference[k])))
+        if not facts and not changes:
+            return self.difference(i, rng)
+        return Writer(rng, self.split).instruction(facts, changes)
 
     def group_of(self, i):
         """The group that a question about person i is about: of 2, 3 or 4 people in turn."""
@@ -1455,8 +2193,8 @@ class Mixture:
         if "image" in row.inputs or row.turn:
             n_people = self.photos
         i = int(rng.integers(n_people))
-        if task == "speculate":
-            i -= i % 2                                     # the activity of an edit is not known
+        if task == "speculate" and self.world.named:
+            i = self.world.named[i % len(self.world.named)]
 
         share = SHARE_OF_ABSENT if row.group else SHARE_OF_SAME
         same = np.random.default_rng((self.seed, k, 1)).random() < share
@@ -1490,19 +2228,35 @@ def words_in(grammar):
     return [line for part in grammar for line in words_in(part)]
 
 
+def request_words():
+    """All that `Writer` can say, in pieces."""
+    book = load_asset("requests")
+    lines = ["his her its their he she it your who is doing in with and should must be"]
+    for fact in fact_table().facts:
+        lines += fact.lines["is"] + fact.lines["name"] + fact.lines["who"]
+        for command in fact.lines["do"]:
+            lines += [command, gerund(command), third_person(command)]
+    for change in fact_table().changes:
+        lines += change.less + change.more
+    for words in ("people", "openings", "little", "much", "before"):
+        lines += [*book[words]]
+    return [re.sub(r"{\w+}", "", line) for line in lines]
+
+
 def vocabulary(texts=()):
     """All words and punctuation marks of templates, captions and `texts`: sorted, lower case."""
     lines = [*activity_table().activities, *texts]
     lines += [add_view(view) for view in VIEWS]
     lines += [NOBODY, "whose", "whoever", *SHIRTS]
     lines += [*words_in(load_asset("questions")), *words_in(load_asset("speculative"))]
+    lines += request_words()
     for task in TASKS:
         lines += [SLOT.sub(" ", line) for line in templates(task)]
     words = re.findall(r"[^\s.,?]+|[.,?]", " ".join(lines).lower())
     return sorted({*words, *caption_words()})
 
 
-# ---- 5. Pose files and pictures ------------------------------------------------------------------
+# ---- 6. Pose files and pictures ------------------------------------------------------------------
 JOINT_COUNTS = (22, 24, 52, 55)  # ours; SMPL, SMPL-H, SMPL-X: the first 22 joints are the same
 
 
@@ -2061,7 +2815,7 @@ def check_box(box, size):
                         f"of {size[0]}x{size[1]} pixels")
 
 
-# ---- 6. Readers of real data sets ----------------------------------------------------------------
+# ---- 7. Readers of real data sets ----------------------------------------------------------------
 # A reader is a generator over one release on disk. It yields records: dicts with the same keys,
 # whatever the release. All but the first two are optional.
 #
@@ -2487,7 +3241,7 @@ def check_file(path):
 
 
 def check_record(record, skipped):
-    """Makes sure that a record is as section 6 promises -> the record, without unusable texts.
+    """Makes sure that a record is as section 7 promises -> the record, without unusable texts.
 
     Poses, pictures and boxes were checked where they were converted: by `as_rotations` and
     `picture_record`. skipped: gets the reason for each text that is left out. Raises UserError.
@@ -2645,7 +3399,7 @@ def save_cells(cells, path, n_columns=8):
     save_png(contact_sheet(rows), path)
 
 
-# ---- 7. ImageScript and ImageDiff ----------------------------------------------------------------
+# ---- 8. ImageScript and ImageDiff ----------------------------------------------------------------
 # UniPose, appendix A: all poses --farthest-point sampling--> poses B, each with a picture and three
 # captions (ImageScript). ImageDiff gives each B a pose A, one of its 100 nearest poses that differs
 # enough, and the texts say how to get from A to B.
@@ -2926,11 +3680,11 @@ def write_half(record, pose, k, seed, out, body):
     return {"id": record["id"], "image": name, "pose": axis_angles.tolist()}
 
 
-# ---- 8. Run it: one example of each task ---------------------------------------------------------
+# ---- 9. Run it: one example of each task ---------------------------------------------------------
 @dataclass
 class Config:
     """Print one example of each task and draw people; or check real data; or build a data set."""
-    split: str = "train"  # split of the embedded world: train | val | test
+    split: str = "train"  # split of the embedded world: train | val | test | test_wide
     seed: int = 0  # random seed of the examples, or of the data set to build
     out: str = ""  # folder for the files that are written; empty: out
     speed: int = 0  # time the full captions of this many poses instead
@@ -2990,7 +3744,9 @@ def draw_people(split, path, n=32):
     world = World(split, n, size=CELL)
     cells = []
     for i in range(n):
-        name = world.activity[i] if i % 2 == 0 else "an edit of it"
+        name = f"{world.activity[i] or 'no activity'} {world.side[i]}"
+        if i % 2:
+            name = "an edit of it"
         cells.append((name, world.image(i)))
     save_cells(cells, path)
 

@@ -52,7 +52,7 @@ from captions import (
 )
 from data import (
     HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
-    records_with_pose, vocabulary,
+    records_with_pose, request_metrics, vocabulary,
 )
 from sample import DECODINGS, CachedModel, generate, question, validate_decoding, want_of
 from tokenizer import (
@@ -578,9 +578,14 @@ class EvalSet:
             return person, self.world.caption(person, rng)
 
         person = self.world.subjects(self.task, 2 * k, negative)[-1]
-        if self.task == "speculate":
+        if self.task in ("request", "speculate"):
             return person, self.world.caption(person, rng)
         return person, self.world.text(self.task, 2 * k, rng, same=negative)
+
+    @functools.cached_property
+    def requests(self):
+        """The Requests whose texts the prompts of the task `request` are."""
+        return [self.world.ask(i, self.rng(k)) for k, i in enumerate(self.rows.tolist())]
 
     def question(self, k, model=None, first=None):
         """The k-th prompt, in the plain wording that `model` was trained on.
@@ -700,6 +705,8 @@ class Evaluator(NamedTuple):
             metrics |= self.person_metrics(evalset, self.nearest_people(evalset, answers))
         if evalset.task == "image_text2pose":
             metrics["hidden_mpjpe"] = self.hidden_error(evalset, poses)
+        if evalset.task == "request":
+            metrics |= request_metrics(evalset.requests, front)
         if evalset.task == "speculate":
             asked = [evalset.world.activity[i] for i in evalset.rows]
             is_right = [name == other for name, other in zip(asked, nearest_activities(front))]
@@ -1063,7 +1070,8 @@ person: share of answers that are nearest to the person asked for, by MPJPE or b
 of 3, of 4: in groups of so many; nobody: share of questions which nobody fits that are told so;
 wrongly: of all others; hidden: MPJPE of the joints that an object hides, all poses facing front;
 action: share of poses of the activity that was asked for, judged by the nearest training person,
-chance {chance:.3f}
+chance {chance:.3f}; facts: share of what the requests say that the poses show; all: share of the
+requests whose poses show all of it
 R@10: own answer among the best 10 of all for a question, back: own question for an answer
 """
 THOUGHT_COLUMNS = {  # the same of the tasks that ask for thought
@@ -1073,6 +1081,8 @@ THOUGHT_COLUMNS = {  # the same of the tasks that ask for thought
     "wrongly": ["nobody_mistaken"],
     "hidden": ["hidden_mpjpe"],
     "action": ["activity_accuracy"],
+    "facts": ["facts_shown"],
+    "all": ["requests_shown"],
     "R@10": ["recall_at"],
     "back": ["recall_back"],
 }
@@ -1463,7 +1473,7 @@ class Config:
     """Measure a model on its embedded test split."""
     weights: str = TINY  # the folder of the model, or the official release's `cache`
     size: str = ""  # nano | tiny | paper: random weights of this size instead, for --speed
-    split: str = "test"  # test | val | train
+    split: str = "test"  # test | test_wide | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # evaluate only this task
     decode: str = "argmax"  # argmax | soft | ar, several separated by commas
@@ -1502,7 +1512,7 @@ def validate(config):
     """Raises UserError for settings that cannot work."""
     decodings = config.decode.split(",")
     check_choice("size", config.size, ["", *SIZES])
-    check_choice("split", config.split, ["test", "val", "train"])
+    check_choice("split", config.split, ["test", "test_wide", "val", "train"])
     for task in config.tasks:
         check_choice("tasks", task, TASKS)
     for decode in decodings:

@@ -814,11 +814,12 @@ def validate_length(model, text):
 
 
 def report_unknown_words(model, text):
-    """Prints a note on the words that the model does not know, each with the nearest known one."""
+    """Prints a note on the words that the model does not know, each with the nearest known one, and
+    one more where these are most of the words."""
     if not model.is_word_level:
         return
 
-    words = dict.fromkeys(normalise_text(text, model.words).split())
+    words = dict.fromkeys(re.findall(r"[^\s.,?]+", normalise_text(text, model.words)))
     unknown = [word for word in words if word not in model.words]
     notes = []
     for word in unknown[:8]:
@@ -827,6 +828,9 @@ def report_unknown_words(model, text):
     if notes:
         print(f"note: the model does not know {len(unknown)} of the words: {', '.join(notes)}",
               file=sys.stderr)
+    if 2 * len(unknown) > len(words):
+        print("note: these are most of the words, so the answer has little to do with the text; "
+              "ask in plain English", file=sys.stderr)
 
 
 def check_typed(model, question):
