@@ -147,6 +147,25 @@ class RowState:
     pose: torch.Tensor | None = None    # (22,3,3)
 
 
+def demand_of(model, prompt):
+    """What a prompt demands of a pose: its texts, a line each, and the pose (22,3,3) they change.
+
+    That is the pose of the prompt, or the last one of the turns before it; None if there is none.
+    """
+    lines = []
+    source = None
+    for kind, value, is_target in prompt:
+        if kind == "turn":
+            _, source = demand_of(model, [(*segment[:2], False) for segment in value])
+        elif kind == "text" and not is_target:
+            lines.append(value)
+        elif kind == "pose" and not is_target:
+            source = torch.as_tensor(value)
+            if not source.is_floating_point():
+                [source] = model.pose_tokenizer.decode(source[None].to(model.device)).cpu()
+    return "\n".join(lines), source
+
+
 # ---- 2. Decoding ---------------------------------------------------------------------------------
 class KVCache:
     """Keys and values of all layers, as the attention of transformers asks for them.
@@ -420,7 +439,7 @@ class Engine:
         if self.code_by_code:
             return
 
-        block = 1 + max(sequence.block)         # the queries see each other in both directions
+        block = sequence.new_block()            # the queries see each other in both directions
         for query in range(vocab.query0, vocab.query0 + self.n_tokens):
             sequence.add(query, block=block)
         sequence.add(vocab.p_close)
@@ -560,6 +579,7 @@ class Engine:
             ))
         return answers
 
+    @torch.no_grad()
     def decode_poses(self, rows):
         """Gives rows with all their codes the poses (22,3,3) that these stand for."""
         if not rows:

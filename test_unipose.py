@@ -5496,14 +5496,37 @@ def test_labels_are_the_answer_and_its_end(task, attn):
 
 @each_attention
 @each_task
-def test_attn_says_which_poses_are_blocks(task, attn):
-    """mixed: target poses; mixed_all: input poses as well; causal: none."""
+def test_attn_says_which_poses_and_images_are_blocks(task, attn):
+    """mixed: target poses; mixed_all: input poses as well; mixed_image: images; causal: nothing."""
     poses_of_row = [is_target for kind, _, is_target in QUESTIONS[task] if kind == "pose"]
-    n_blocks = {"mixed": sum(poses_of_row), "mixed_all": len(poses_of_row), "causal": 0}
+    n_images = sum(kind == "image" for kind, _, _ in QUESTIONS[task])
+    n_blocks = {
+        "mixed": sum(poses_of_row),
+        "mixed_all": len(poses_of_row),
+        "mixed_image": sum(poses_of_row) + n_images,
+        "causal": 0,
+    }
 
     row = nano(attn=attn).encode(QUESTIONS[task])
 
     assert sorted(set(row.block) - {-1}) == list(range(n_blocks[attn]))
+
+
+@pytest.mark.parametrize("attn, sees", [("mixed", False), ("mixed_image", True)])
+def test_the_patches_of_an_image_see_each_other_if_attn_says_so(attn, sees):
+    """All of the same image, and none of a later one."""
+    model = nano(attn=attn)
+    batch = batch_of(model, "imagediff")
+    first, *_, last = batch["patches"][:model.vision.n_patches]
+    before = reread(model, batch)
+
+    batch["images"][1] += 1
+    of_another = reread(model, batch)
+    batch["images"][0, -1] += 1
+    of_the_same = reread(model, batch)
+
+    assert torch.equal(of_another[0, :last + 1], before[0, :last + 1])
+    assert (not torch.equal(of_the_same[0, first], before[0, first])) == sees
 
 
 @each_attention
@@ -7695,6 +7718,7 @@ def step_widths(model, monkeypatch):
     pytest.param("edit", {"attn": "mixed_all"}, id="edit-mixed_all"),
     pytest.param("edit", {"attn": "causal"}, id="edit-causal"),
     pytest.param("edit", {"llm": MISTRAL}, id="edit-mistral"),
+    pytest.param("image2pose", {"attn": "mixed_image"}, id="image2pose-mixed_image"),
     pytest.param("image2pose", {"vision": "pose", "projector": "linear"}, id="image2pose-pose_vit"),
 ])
 def test_cached_codes_are_the_argmax_of_one_uncached_pass(task, changes):
@@ -7713,6 +7737,7 @@ def test_cached_codes_are_the_argmax_of_one_uncached_pass(task, changes):
     pytest.param("posediff", {"attn": "causal"}, id="posediff-causal"),
     pytest.param("imagediff", {}, id="imagediff"),
     pytest.param("imagediff", {"vision": "clip"}, id="imagediff-clip"),
+    pytest.param("imagediff", {"attn": "mixed_image"}, id="imagediff-mixed_image"),
 ])
 def test_a_cached_text_is_the_argmax_of_one_uncached_pass(task, changes):
     model = nano(4, **changes)
@@ -10346,7 +10371,7 @@ def test_a_codes_model_is_what_it_was_without_a_pose_head():
 
 @pytest.mark.parametrize("attn", ["causal", "mixed_all"])
 def test_an_attention_over_codes_is_refused_without_codes(attn):
-    with pytest.raises(tokenizer.UserError, match=f"attn {attn} is about codes"):
+    with pytest.raises(tokenizer.UserError, match=f"attn {attn} needs a pose_head"):
         chatpose(attn=attn)
 
 
@@ -12136,6 +12161,7 @@ ABLATIONS = [  # flags, the setting in config.json, the stages that stand afterw
     ("--stage project,instruct --vision pose", ("vision", "pose"), "align project instruct"),
     ("--stage align --projector linear", ("projector", "linear"), "align"),
     ("--stage align --attn causal", ("attn", "causal"), "align"),
+    ("--stage project --attn mixed_image", ("attn", "mixed_image"), "align project"),
     ("--stage instruct --lora_r 5", ("lora_r", 5), "align project instruct"),
     ("--stage instruct --lora_r 0", ("lora_r", 0), "align project instruct"),
 ]
