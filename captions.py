@@ -1376,7 +1376,7 @@ def check_text(text, rotmat, source=None):
 def share_true(text, poses, source=None):
     """Which share of the statements of a text holds for each of M poses (M,22,3,3) -> (M,).
 
-    Within the tolerance, as in `check_text`; but sentences outside the grammar do not count, and
+    source: pose A (22,3,3) of a difference text. Sentences outside the grammar do not count here;
     for a text without statements all shares are 0.
     """
     found = statements(text)

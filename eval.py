@@ -49,7 +49,7 @@ from captions import (
     statements, to_text, view_in,
 )
 from data import TASKS, Mixture, World, answerable, records_with_pose, vocabulary
-from sample import DECODINGS, CachedModel, generate, question, validate_decoding
+from sample import AVERAGED, DECODINGS, CachedModel, generate, question, validate_decoding
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, load_body,
     matrix_to_sixd, progress_bar, run_main, turn_root, validate_writable,
@@ -723,7 +723,7 @@ def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
     """One task -> its metrics by the first decoding that affects it; the others stand under
     "decoding"."""
     if evalset.target == "text":
-        decodings = [decode for decode in decodings if decode != "soft"] or ["argmax"]
+        decodings = [decode for decode in decodings if decode not in AVERAGED] or ["argmax"]
 
     metrics = {}
     for decode in decodings:
@@ -1180,7 +1180,7 @@ class Config:
     split: str = "test"  # test | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # evaluate only this task
-    decode: str = "argmax"  # argmax | soft | ar, several separated by commas
+    decode: str = "argmax"  # argmax | soft | check | ar, several separated by commas
     batch: int = 32  # questions answered in one batch
     pool: int = 1024  # training people that the baselines may look at
     seed: int = 0  # seed of the captions

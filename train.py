@@ -75,9 +75,10 @@ from tokenizer import (
 )
 from unipose import (
     CHECKPOINT_FILES, CHOICES, EXACT, POSE_CHARACTERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
-    WITHOUT_CODES, DualVision, Row, UniPose, adapts_llm, base_model, cast_frozen, collate, copy_history,
-    default_dtype, find_device, git_hash, load, make_projector, merge_lora, model_config, provenance,
-    read_config, read_tensors, save, set_threads, trainable, word_tokenizer,
+    WITHOUT_CODES, DualVision, Row, UniPose, adapts_llm, base_model, cast_frozen, collate,
+    copy_history, default_dtype, find_device, git_hash, load, make_projector, merge_lora,
+    model_config, provenance, read_config, read_tensors, save, set_threads, trainable,
+    word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def column(size):
 @dataclass
 class Config:
     """Train one stage of UniPose, several, or all."""
-    stage: str = "all"  # all, or any of backbones,tokenizer,retrieval,align,project,instruct
+    stage: str = "all"  # or of backbones,tokenizer,retrieval,align,project,instruct,reason,reward
     size: str = "tiny"  # nano | tiny | paper
     out: str = ""  # folder of the checkpoint; empty: out/<size>
     init: str = ""  # start from the checkpoint in this folder instead of the one in --out
