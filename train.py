@@ -6,7 +6,8 @@ A stage trains a few parts of the model and freezes the rest (paper §3.3):
     tokenizer ────► align ─────┴────► project ────► instruct            retrieval
 
     stage       trains                            on
-    backbones   small CLIP, small pose ViT        photographs; stand-ins for two downloads
+    backbones   small CLIP, small pose ViT        photographs of people and groups; stand-ins
+                                                  for two downloads
     tokenizer   the VQ-VAE                        poses (§3.1)
     retrieval   the retrieval model of eval.py    poses and captions (B.2); not part of UniPose
     align       the LLM                           tasks of poses and texts
@@ -64,8 +65,9 @@ from torch import nn
 
 from captions import share_true
 from data import (
-    CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable, contact_sheet,
-    crop_picture, read_records, render_template, save_png, task_values, templates, vocabulary,
+    CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable,
+    contact_sheet, crop_picture, read_records, render_template, save_png, task_values, templates,
+    vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from sample import demand_of
@@ -379,10 +381,8 @@ class FeatureCache:
     @cached_property
     def group_features(self):
         """Features (n_photos/2,P,Dv) of the photographs of groups, float16."""
-        pictures = []
-        for i in progress_bar(range(0, self.n_photos, 2), "photographs of groups", not is_first()):
-            pictures.append(self.world.group_image(i))
-        return self._in_batches(self._see, np.stack(pictures), "features of groups")
+        pictures = [picture for picture, boxes in self.group_photos]
+        return self._in_batches(self._see, pictures, "features of groups")
 
     @cached_property
     def photos(self):
@@ -394,6 +394,15 @@ class FeatureCache:
             pictures.append(picture)
             keypoints.append(joints)
         return np.stack(pictures), torch.tensor(np.stack(keypoints), dtype=torch.float32)
+
+    @cached_property
+    def group_photos(self):
+        """n_photos/2 photographs of groups: pairs of a picture (S,S,3) uint8 and boxes (n,4)."""
+        photos = []
+        for i in progress_bar(range(0, self.n_photos, 2), "photographs of groups", not is_first()):
+            picture, boxes = self.world.group_photo(self.world.group_of(i))
+            photos.append((picture, boxes.astype(np.float32)))
+        return photos
 
     def _encode(self, poses):
         if not self.model.has_codes:
@@ -441,9 +450,9 @@ def step_seed(config, step):
 class BackboneHeads(nn.Module):
     """Auxiliary heads for pre-training the small backbones; discarded afterwards.
 
-    Each patch of the pose ViT predicts which joints lie on it. The mean over patches, which is what
-    an LLM gets from uniform attention, predicts 3D joints and rotations. CLIP matches coarse
-    captions (`World.coarse_caption`), read as bags of words.
+    Each patch of the pose ViT predicts which joints lie on it. The mean over the patches of a
+    person, which is what an LLM gets that attends to this person, predicts 3D joints and rotations.
+    CLIP's mean over them matches a coarse caption (`World.coarse_caption`), read as a bag of words.
     """
 
     def __init__(self, model):
@@ -458,104 +467,200 @@ class BackboneHeads(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0))
 
 
+class PhotoBatch(NamedTuple):
+    """B photographs and the n people in them; each of the first m photographs shows one person."""
+
+    pictures: list           # B arrays (S,S,3)
+    photo: torch.Tensor      # (n,) which of the photographs each person is in
+    boxes: torch.Tensor      # (n,4) left, top, width, height in pixels; of one alone: the picture
+    poses: torch.Tensor      # (n,22,3,3) in the camera's frame
+    keypoints: torch.Tensor  # (m,22,2) pixels, of the people alone
+    captions: list           # n coarse captions; in a group they also name the shirt
+
+
+def photo_batch(cache, alone, in_groups):
+    """A PhotoBatch of the people `alone`, and of the groups of the people `in_groups` (m > 0, >= 0
+    rows of the world)."""
+    world = cache.world
+    pictures, keypoints = cache.photos
+    whole = np.array([0, 0, world.size, world.size], np.float32)
+
+    shown = [pictures[i] for i in alone]
+    photo = list(range(len(alone)))
+    people = list(alone)
+    boxes = [whole] * len(alone)
+    captions = [world.coarse_caption(i) for i in alone]
+
+    for i in in_groups:
+        picture, places = cache.group_photos[i // 2]
+        group = world.group_of(i)
+        photo += [len(shown)] * len(places)
+        shown.append(picture)
+        people += group.people
+        boxes += [*places]
+        for person, shirt in zip(group.people, group.shirts):
+            captions.append(f"{world.coarse_caption(person)}, {shirt} shirt")
+
+    boxes = torch.from_numpy(np.stack(boxes))                                # (n,4)
+    return PhotoBatch(shown, torch.tensor(photo), boxes, world.camera_poses[people],
+                      keypoints[alone], captions)
+
+
+def overlap(start, length, n):
+    """How much of each of n unit intervals lies in k ranges: start, length (k,) -> (k,n)."""
+    edges = torch.arange(n)
+    start = start[:, None]
+    low = torch.maximum(start, edges)
+    high = torch.minimum(start + length[:, None], edges + 1)
+    return (high - low).clamp(min=0)
+
+
+def patch_masks(boxes, patch_size, grid):
+    """Which share of each patch lies in each box: boxes (n,4) in pixels, grid h, w -> (n,h,w)."""
+    left, top, width, height = (boxes / patch_size).unbind(-1)               # (n,) each
+    rows = overlap(top, height, grid[0])                                     # (n,h)
+    columns = overlap(left, width, grid[1])                                  # (n,w)
+    return rows[:, :, None] * columns[:, None, :]
+
+
+def person_features(features, masks, photo):
+    """The mean over the patches of each person: features (B,C,h,w), masks (n,h,w), photo (n,) ->
+    (n,C).
+
+    Patches are weighted at random. An LLM may attend to any of them, for example to those that say
+    "red", so each must know the whole person: a shirt, what the legs do.
+    """
+    weights = masks * torch.empty_like(masks).exponential_()
+    weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-6)
+    of_person = features[photo.to(features.device)]                          # (n,C,h,w)
+    return torch.einsum("nchw,nhw->nc", of_person, weights.to(features))
+
+
 def flip_photos(pixels, poses, keypoints):
-    """Mirrors photographs: pixels (B,3,H,W), poses (B,22,3,3), keypoints (B,22,2) in pixels."""
-    x, y = keypoints[:, MIRROR].unbind(-1)                                   # (B,22) each
+    """Mirrors photographs: pixels (B,3,H,W), poses (n,22,3,3), keypoints (m,22,2) in pixels."""
+    x, y = keypoints[:, MIRROR].unbind(-1)                                   # (m,22) each
     return pixels.flip(-1), mirror(poses), torch.stack([pixels.size(-1) - x, y], -1)
 
 
-def random_affine(pixels, keypoints):
-    """Zooms, shifts and recolours photographs (B,3,H,W), and moves keypoints (B,22,2) along.
+def random_affine(n):
+    """n zooms and shifts (n,2,3): affine maps from places in the new picture to the old one, both
+    in -1..1.
 
-    Without it the pose ViT overfits: 135 mm on the photographs it was trained on, 164 on others.
+    Without them the pose ViT overfits: 135 mm on the photographs it was trained on, 164 on others.
     """
-    B = len(pixels)
-    size = torch.tensor([pixels.size(-1), pixels.size(-2)])
-    zoom = 0.95 + 0.25 * torch.rand(B, 1, 1)
-    shift = 0.2 * torch.rand(B, 2, 1) - 0.1
-    grid = F.affine_grid(
-        torch.cat([zoom * torch.eye(2), shift], 2), pixels.shape, align_corners=False)
-    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-
-    # the grid says where each output pixel comes from, so keypoints take the inverse
-    normalised = 2 * keypoints / size - 1                                    # (B,22,2) in -1..1
-    keypoints = ((normalised - shift.mT) / zoom + 1) * size / 2
-
-    gain = 0.8 + 0.4 * torch.rand(B, 3, 1, 1)
-    bias = 0.2 * torch.randn(B, 3, 1, 1)
-    return pixels * gain + bias, keypoints
+    zoom = 0.95 + 0.25 * torch.rand(n, 1, 1)
+    shift = 0.2 * torch.rand(n, 2, 1) - 0.1
+    return torch.cat([zoom * torch.eye(2), shift], 2)
 
 
-def pose_vit_loss(model, heads, body, pictures, poses, keypoints):
-    """Loss of the pose ViT on photographs -> (loss, mean error of the 3D joints in millimetres).
+def move_pixels(pixels, affine):
+    """Zooms and shifts pictures or masks (n,C,H,W)."""
+    grid = F.affine_grid(affine, pixels.shape, align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
-    pictures: B arrays (S,S,3); poses (B,22,3,3) in the camera's frame; keypoints (B,22,2), pixels.
+
+def move_keypoints(keypoints, affine, size):
+    """Moves keypoints (n,22,2) as `move_pixels` does. size (2,): pixels, width and height."""
+    zoom = affine[:, :1, :1]
+    shift = affine[:, :, 2]
+    # the map says where each new pixel comes from, so keypoints take the inverse
+    places = 2 * keypoints / size - 1                                        # (n,22,2) in -1..1
+    places = (places - shift[:, None]) / zoom
+    return (places + 1) * size / 2
+
+
+def random_exposure(pixels):
+    """Recolours photographs (B,3,H,W)."""
+    gain = 0.8 + 0.4 * torch.rand(len(pixels), 3, 1, 1)
+    bias = 0.2 * torch.randn(len(pixels), 3, 1, 1)
+    return pixels * gain + bias
+
+
+def pose_vit_loss(model, heads, body, batch):
+    """Loss of the pose ViT on a PhotoBatch -> (loss, mean error of the 3D joints in millimetres).
     """
-    pixels = model.vision.pose_pixels(pictures)                              # (B,3,H,W)
+    pixels = model.vision.pose_pixels(batch.pictures)                        # (B,3,H,W)
     high, wide = model.vision.pose_size
-    keypoints = keypoints - torch.tensor([(high - wide) / 2, 0])  # the ViT sees the middle columns
+    patch_size = model.config["pose_vit"]["patch_size"][0]
+    h, w = high // patch_size, wide // patch_size
 
-    # half of the batch is mirrored
-    half = len(pixels) // 2
-    flipped = flip_photos(pixels[:half], poses[:half], keypoints[:half])
-    pixels = torch.cat([flipped[0], pixels[half:]])
-    poses = torch.cat([flipped[1], poses[half:]])
-    keypoints = torch.cat([flipped[2], keypoints[half:]])
-    pixels, keypoints = random_affine(pixels, keypoints)
+    # a ViT that is higher than wide sees the middle columns
+    margin = (high - wide) / 2
+    keypoints = batch.keypoints - torch.tensor([margin, 0])
+    boxes = batch.boxes - torch.tensor([margin, 0, 0, 0])
+    masks = patch_masks(boxes, patch_size, (h, w))                           # (n,h,w)
+    poses = batch.poses
 
+    # half of the batches are mirrored
+    if torch.rand(()) < 0.5:
+        pixels, poses, keypoints = flip_photos(pixels, poses, keypoints)
+        masks = masks.flip(-1)
+
+    affine = random_affine(len(pixels))                                      # (B,2,3)
+    pixels = random_exposure(move_pixels(pixels, affine))
+    masks = move_pixels(masks[:, None], affine[batch.photo])[:, 0]           # (n,h,w)
+    m = len(keypoints)
+    keypoints = move_keypoints(keypoints, affine[:m], torch.tensor([wide, high]))
     features = model.vision.pose_map(pixels.to(model.device))                # (B,C,h,w)
-    h, w = features.shape[2:]
 
-    # 2D: for each joint a classification over patches
-    heat = heads.keypoints(features.flatten(2).mT)                           # (B,h*w,22)
-    column, row = (keypoints / model.config["pose_vit"]["patch_size"][0]).long().unbind(-1)
-    cells = row.clamp(0, h - 1) * w + column.clamp(0, w - 1)                 # (B,22)
+    # 2D, of the people alone: for each joint a classification over patches
+    heat = heads.keypoints(features[:m].flatten(2).mT)                       # (m,h*w,22)
+    column, row = (keypoints / patch_size).long().unbind(-1)
+    cells = row.clamp(0, h - 1) * w + column.clamp(0, w - 1)                 # (m,22)
     heat_loss = F.cross_entropy(heat, cells.to(heat.device))
 
     # 3D: joints in metres and 6D rotations
-    pred = heads.body(features.mean((2, 3))).float()                         # (B,198)
+    people = person_features(features, masks, batch.photo)                   # (n,C)
+    pred = heads.body(people).float()                                        # (n,198)
     joints, sixd = pred.split([22 * 3, 22 * 6], -1)
     distance = (joints.view(-1, 22, 3) - body.joints(poses).to(joints)).norm(dim=-1).mean()
     rotation = F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(poses).to(sixd))
     return heat_loss + 5 * distance + rotation, 1000 * distance.detach()
 
 
-def clip_loss(model, heads, pictures, captions):
-    """Contrastive loss of CLIP: B photographs (S,S,3) against their coarse captions."""
-    pixels = model.vision.clip_pixels(pictures).to(model.device)             # (B,3,S,S)
+def clip_loss(model, heads, batch):
+    """Contrastive loss of CLIP: the n people of a PhotoBatch against their coarse captions."""
+    pixels = model.vision.clip_pixels(batch.pictures).to(model.device)       # (B,3,S,S)
     states = model.vision.clip(pixels, output_hidden_states=True).hidden_states
-    image = F.normalize(heads.picture(states[-2][:, 1:].mean(1)), dim=-1)    # (B,64)
+    grid = (model.vision.grid, model.vision.grid)
+    features = states[-2][:, 1:].mT.unflatten(2, grid)                       # (B,C,h,w)
+    masks = patch_masks(batch.boxes, model.config["clip"]["patch_size"], grid)
+    people = person_features(features, masks, batch.photo)                   # (n,C)
+    image = F.normalize(heads.picture(people), dim=-1)                       # (n,64)
 
-    ids, mask = tokenize_texts(model.text_tokenizer, captions)               # (B,T) each
+    ids, mask = tokenize_texts(model.text_tokenizer, batch.captions)         # (n,T) each
     ids = ids.to(model.device)
     mask = mask.to(model.device)
     text = (heads.words(ids) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    text = F.normalize(text, dim=-1)                                         # (B,64)
+    text = F.normalize(text, dim=-1)                                         # (n,64)
 
-    # several photographs of a batch may have the same caption: they share the target
-    same = (ids[:, None] == ids).all(-1).float()                             # (B,B)
+    # several people of a batch may have the same caption: they share the target
+    same = (ids[:, None] == ids).all(-1).float()                             # (n,n)
     target = same / same.sum(1, keepdim=True)
-    similarity = heads.scale * image.float() @ text.float().T                # (B,B)
+    similarity = heads.scale * image.float() @ text.float().T                # (n,n)
     return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
 
 def backbones(model, retrieval_model, cache, config):
     """Small stand-ins for CLIP and the pose ViT, trained on the same batches; they share no weight.
 
+    Half of the photographs show one person, half a group, if there are people enough. Boxes tell
+    the people of a group apart, here only: later the LLM has to find the one it is asked about.
     The third download, the LLM, has no stand-in: a small one learns to speak in `align`. Training
     it on captions alone beforehand gained nothing.
     """
-    world = cache.world
     body = load_body(config.body)
     heads = BackboneHeads(model).to(model.device)
-    pictures, keypoints = cache.photos
 
     def batch_loss(rows, step):
-        people = [sample_index(cache.n_photos, k, config.seed) for k in rows]
-        pose_loss, millimetres = pose_vit_loss(
-            model, heads, body, pictures[people], world.camera_poses[people], keypoints[people])
-        captions = [world.coarse_caption(i) for i in people]
-        match = clip_loss(model, heads, pictures[people], captions)
+        alone = [sample_index(cache.n_photos, k, config.seed) for k in rows]
+        in_groups = []
+        if cache.world.n_groups:
+            in_groups = alone[1::2]
+            alone = alone[::2]
+        batch = photo_batch(cache, alone, in_groups)
+        pose_loss, millimetres = pose_vit_loss(model, heads, body, batch)
+        match = clip_loss(model, heads, batch)
         logs = {"joints_mm": millimetres, "match": match.detach(), "terms": len(rows)}
         return pose_loss + match, logs
 
@@ -1313,9 +1418,9 @@ def wait_for_first(model, out):
 
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
-    "stage", "size", "seed", "tasks", "steps", "batch", "lr", "accumulate", "data", "people", "photos",
-    "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "joint_weight", "body",
-    "root_noise", "part_noise",
+    "stage", "size", "seed", "tasks", "steps", "batch", "lr", "accumulate", "data", "people",
+    "photos", "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "joint_weight",
+    "body", "root_noise", "part_noise",
 )
 
 

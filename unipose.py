@@ -82,8 +82,8 @@ SIZES = {
             "hidden_size": 32,  # channels of a patch
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "image_size": [64, 48],  # pixels, height and width: upright, as people are
-            "patch_size": [8, 8],  # 8 x 6 patches, resized to the grid of CLIP
+            "image_size": [64, 64],  # pixels, height and width; groups of people are wide
+            "patch_size": [8, 8],  # 8 x 8 patches, resized to the grid of CLIP
         },
         "tokenizer": {
             "codes": 64,  # K
@@ -118,8 +118,8 @@ SIZES = {
             "hidden_size": 128,  # wider than CLIP: the bottleneck of the image tasks
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "image_size": [128, 96],
-            "patch_size": [16, 16],  # 8 x 6 patches
+            "image_size": [128, 128],
+            "patch_size": [16, 16],  # 8 x 8 patches
         },
         "tokenizer": {
             "codes": 512,
@@ -157,7 +157,7 @@ SIZES = {
             "hidden_size": 1280,
             "num_hidden_layers": 32,
             "num_attention_heads": 16,
-            "image_size": [256, 192],
+            "image_size": [256, 192],  # upright, as one person is: it sees the middle columns
             "patch_size": [16, 16],  # 16 x 12 patches
         },
         "tokenizer": {  # the paper's VQ-VAE (section 3.1)
@@ -940,9 +940,9 @@ class UniPose(nn.Module):
     def prepare_all(self, prompts):
         """Turns poses (22,3,3) into codes (N,) and pictures into features (P,Dv), all together.
 
-        prompts: lists of segments without turns. Values that are prepared already (integer codes, features of
-        rank 2) stay as they are, and so do the target poses of --pose_head mlp; those of text
-        become words. Raises UserError if a model without codes is shown a pose.
+        prompts: lists of segments without turns. Values that are prepared already (integer codes,
+        features of rank 2) stay as they are, and so do the target poses of --pose_head mlp; those
+        of text become words. Raises UserError if a model without codes is shown a pose.
         """
         poses = {}  # (index of the prompt, index of the segment): value
         pictures = {}
