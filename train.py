@@ -879,9 +879,10 @@ def reward(model, retrieval_model, cache, config):
     """
     stage = STAGES[config.stage]
     tasks = tasks_of(config)
-    mixture = cache.real_data.get(config.stage) or Mixture(
-        tasks, config.seed, cache.world, cache, stage.n_templates)
-    cache.compute(tasks)  # now: later the model is in training mode
+    mixture = cache.real_data.get(config.stage)
+    if not mixture:
+        mixture = Mixture(tasks, config.seed, cache.world, cache, stage.n_templates)
+        cache.compute(tasks)  # now: later the model is in training mode
     body = load_body(config.body).to(model.device)
 
     def trials(samples):
