@@ -87,10 +87,11 @@ class Task(NamedTuple):
     pair: bool = False      # about person A and the edit of A, person B; the target is about B
     group: bool = False     # about one of several people: its text is a question that says whom
     turn: bool = False      # a turn of a conversation, after those of `World.history`
+    stage: str = "instruct"  # the last that teaches it: "reason" asks for thought; "": none does
 
 
-# The first seven are those of UniPose's table 1: comprehension, generation, editing
 TASKS = {
+    # UniPose table 1: comprehension, generation, editing
     "pose2text": Task(("pose",), "text"),
     "posediff": Task(("pose", "pose"), "text", text="difference", pair=True),
     "image2text": Task(("image",), "text", text="image_caption"),
@@ -99,20 +100,25 @@ TASKS = {
     "image2pose": Task(("image",), "pose", frame="camera"),
     "edit": Task(("pose", "text"), "pose", text="difference", pair=True),
 
-    # text-enhanced pose estimation (UniPose figure 5): no stage trains it
-    "image_text2pose": Task(("image", "text"), "pose", frame="camera"),
+    # text-enhanced pose estimation (UniPose figure 5)
+    "image_text2pose": Task(("image", "text"), "pose", frame="camera", stage=""),
 
-    # what thought is asked for, learned in the stage `reason`: reasoning-based pose estimation
-    # (UniPose appendix D), speculative pose generation (ChatPose), conversation
-    "reason": Task(("image", "text"), "pose", text="question", frame="camera", group=True),
-    "reason_text": Task(("image", "text"), "text", text="question", group=True),
-    "speculate": Task(("text",), "pose", text="speculation"),
-    "chat_edit": Task(("text",), "pose", text="difference", pair=True, turn=True),
-    "chat_describe": Task((), "text", turn=True),
-    "chat_compare": Task((), "text", text="difference", pair=True, turn=True),
+    # reasoning-based pose estimation (UniPose appendix D): who of several people?
+    "reason": Task(
+        ("image", "text"), "pose", text="question", frame="camera", group=True, stage="reason"),
+    "reason_text": Task(("image", "text"), "text", text="question", group=True, stage="reason"),
+
+    # speculative pose generation (ChatPose): the text implies a pose
+    "speculate": Task(("text",), "pose", text="speculation", stage="reason"),
+
+    # conversation
+    "chat_edit": Task(
+        ("text",), "pose", text="difference", pair=True, turn=True, stage="reason"),
+    "chat_describe": Task((), "text", turn=True, stage="reason"),
+    "chat_compare": Task((), "text", text="difference", pair=True, turn=True, stage="reason"),
 }
-SEVEN = tuple(TASKS)[:7]
-REASONING = tuple(TASKS)[8:]                               # the tasks of the stage `reason`
+SEVEN = tuple(task for task, row in TASKS.items() if row.stage == "instruct")
+REASONING = tuple(task for task, row in TASKS.items() if row.stage == "reason")
 SLOT = re.compile(r"(<\w+>)")                              # where a template takes an input
 N_TEMPLATES = 200                                          # per task, as in the paper
 
@@ -209,7 +215,10 @@ def render_template(task, values, template):
             segments.append(inputs[piece])
         elif piece:
             segments.append(("text", piece, False))
-    segments.append((row.target, values[-1], True))
+
+    # where a pose is asked for, that nobody fits is said in words
+    kind = "text" if isinstance(values[-1], str) else row.target
+    segments.append((kind, values[-1], True))
     return segments
 
 
@@ -2959,13 +2968,20 @@ def print_examples(split, seed):
     for task in TASKS:
         print(f"\n{task}")
         _, segments = Mixture([task], seed, world)[0]
-        for kind, value, is_target in segments:
-            arrow = "->" if is_target else "  "
-            if kind == "text":
-                print(f"  {arrow} {value.strip()}")
-            else:
-                shape = " x ".join(map(str, value.shape))
-                print(f"  {arrow} <{kind}> {shape}")
+        print_segments(segments)
+
+
+def print_segments(segments):
+    """Prints segments, one a line, those of earlier turns first."""
+    for kind, value, is_target in segments:
+        arrow = "->" if is_target else "  "
+        if kind == "turn":
+            print_segments(value)
+        elif kind == "text":
+            print(f"  {arrow} {value.strip()}")
+        else:
+            shape = " x ".join(map(str, value.shape))
+            print(f"  {arrow} <{kind}> {shape}")
 
 
 def draw_people(split, path, n=32):

@@ -17,13 +17,15 @@ changes an answer.
 Letters: B rows, T tokens of the longest prompt, q columns read in one step, N pose tokens, K codes,
 D LLM width.
 
-    python sample.py                          # the tour: seven tasks on test examples, one picture
+    python sample.py                          # the tour: an example of each task, one picture
     python sample.py --text "The left knee is bent. Both hands are above the head."
     python sample.py --image photo.jpg --task image2pose --save person.glb --show person.html
     python sample.py --image crowd.jpg --task image2pose --box 40,10,120,300
     python sample.py --pose a.npz --ask "Let the person in <pose> kneel." --task edit
     python sample.py --pose walk.npz --every 30     # a caption of every 30th frame
     python sample.py --jsonl questions.jsonl --out answers.jsonl
+    python sample.py --chat                         # a conversation; Ctrl-D ends it
+    python sample.py --chat < turns.txt             # the same, a turn a line
 
     >>> from unipose import load
     >>> model = load("weights/tiny")
@@ -37,13 +39,28 @@ Several questions at once, in a batch:
     >>> prompts = [question("text2pose", ["Kneeling."]), question("pose2text", [answer.pose])]
     >>> kneeling, caption = generate(model, prompts, wants=["pose", "text"])
 
+A conversation goes on from turn to turn: "now raise the left arm", "describe it". <image photo.jpg>
+and <pose walk.npz:120> stand for files. The model decides whether it answers with a pose or a text.
+Earlier turns stand in front of the prompt, in which their poses face front; when the context is
+full, the oldest ones are forgotten.
+
+    >>> from sample import Conversation
+    >>> conversation = Conversation(model)    # of a model that has been through the stage `reason`
+    >>> conversation.ask("Create the pose that fits this text. Kneeling.").pose.shape
+    torch.Size([22, 3, 3])
+    >>> conversation.ask("Describe it.").text
+
+A question about one of several people (`reason`, `reason_text`) may fit nobody: then the answer is
+the text data.NOBODY, and no pose. That is also what to expect of a picture without people, but no
+training picture is one.
+
 A line of a file of questions holds what the flags would say: {"text": "Kneeling."}, or {"task":
 "image2text", "image": "photo.jpg"}; paths begin at the folder of the file, "id" may be anything. Of
 each there is a row of answers: its "line" and "question", then "text", or "pose": axis-angles
 (22,3) in radians, y up, +z front, or "error". A run that was cut goes on behind the last whole row.
 
-Left out: conversations of several turns, streaming, top-k and beam search, and captions of a motion
-as a whole: --every describes single frames.
+Left out: streaming, top-k and beam search, and captions of a motion as a whole: --every describes
+single frames.
 """
 import base64
 import contextlib
@@ -71,10 +88,10 @@ from PIL import Image
 
 from captions import check_text, share_true
 from data import (
-    HEAD, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable, as_rotations, body_colors,
-    contact_sheet, default_body, draw_pose, open_picture, project, read_frames, read_pose,
-    render_template, save_png, split_pose_path, square, templates, to_rgb, upright_reading,
-    uprightness, vertex_normals, write_pose,
+    HEAD, POOL, REASONING, SEVEN, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable,
+    as_rotations, body_colors, contact_sheet, default_body, draw_pose, open_picture, project,
+    read_frames, read_pose, render_template, save_png, split_pose_path, square, templates, to_rgb,
+    upright_reading, uprightness, vertex_normals, write_pose,
 )
 from tokenizer import (
     ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, as_user_error, atomic_write,
@@ -358,7 +375,8 @@ class Engine:
         """Prompts, and what each wants -> list of RowState, n for each prompt."""
         # 1) prefill: all prompts in one step, each with the pose that it wants; padded on the left,
         #    their last tokens share a column
-        prompts = [self.square_pictures(prompt) for prompt in prompts]
+        if self.model.config["prompt_style"] != "released":     # that sees the square in the middle
+            prompts = [square_pictures(prompt) for prompt in prompts]
         sequences = self.model.encode_all(prompts)
         for sequence, want in zip(sequences, wants):
             if want == "pose":
@@ -389,23 +407,6 @@ class Engine:
             states = cached.read(self.next_batch(rows, tokens))                 # (B,q,D)
             self.decode_queries(rows, states)
             hidden = states[:, -1]                                              # (B,D)
-
-    def square_pictures(self, prompt):
-        """The segments of a prompt, its pictures padded to squares: the model sees squares only.
-
-        The official model keeps to the square in the middle, as it was trained (`preprocess`).
-        """
-        if self.model.config["prompt_style"] == "released":
-            return prompt
-
-        segments = []
-        for kind, value, is_target in prompt:
-            if isinstance(value, np.ndarray):
-                value = Image.fromarray(value)
-            if isinstance(value, Image.Image):
-                value = square(value)
-            segments.append((kind, value, is_target))
-        return segments
 
     def allowed_tokens(self):
         """Which tokens may come next in a row -> bool (states,vocabulary)."""
@@ -625,24 +626,57 @@ class Engine:
             row.pose = pose
 
 
+def square_pictures(segments):
+    """Segments, their pictures padded to squares: the model sees squares only (`preprocess`)."""
+    squared = []
+    for kind, value, is_target in segments:
+        if kind == "turn":
+            value = square_pictures(value)
+        if isinstance(value, np.ndarray):
+            value = Image.fromarray(value)
+        if isinstance(value, Image.Image):
+            value = square(value)
+        squared.append((kind, value, is_target))
+    return squared
+
+
+def kinds_in(segments):
+    """The kinds of segments, "turn" and those within turns among them."""
+    kinds = set()
+    for kind, value, _ in segments:
+        kinds.add(kind)
+        if kind == "turn":
+            kinds |= kinds_in(value)
+    return kinds
+
+
+def longest_answer(model):
+    """How many tokens an answer has at most."""
+    n_words = 160 if model.is_word_level else 512
+    return max(n_words, model.pose_length + 4)      # <p>, </p>, perhaps a space, and </s>
+
+
 def generate(model, prompts, wants=None, decode="argmax", temperature=0.0, generator=None,
              max_new=0, n=1):
     """Answers a batch of prompts -> list of Answer.
 
-    prompts: segments without a target, see `question`. wants: for each prompt "pose", "text", or
-    None if the model may decide. decode, temperature: see `Engine`. max_new: a row stops after so
-    many tokens at the latest; 0: 160, or 512 for a model of word pieces, as released. n: how many
-    answers each prompt gets; they stand one behind the other in the list.
+    prompts: segments without a target, see `question`; earlier turns of a conversation may stand in
+    front, see `UniPose.join_turns`. wants: for each prompt "pose", "text", or None if the model may
+    decide. decode, temperature: see `Engine`. max_new: a row stops after so many tokens at the
+    latest; 0: 160, or 512 for a model of word pieces, as released. n: how many answers each prompt
+    gets; they stand one behind the other in the list.
 
     A greedy answer is the same as if its prompt came alone. Answers at a temperature depend on the
     state of the generator, on all prompts of the batch and on n. Raises UserError if the model has
     not been trained for such prompts.
     """
-    kinds = {kind for prompt in prompts for kind, _, _ in prompt}
-    require_stages(model.stages, "image" in kinds, model.config["pose_head"])
-    if not max_new:
-        max_new = 160 if model.is_word_level else 512
-        max_new = max(max_new, model.pose_length + 4)   # <p>, </p>, perhaps a space, and </s>
+    kinds = set()
+    for prompt in prompts:
+        kinds |= kinds_in(prompt)
+    require_stages(
+        model.stages, "image" in kinds, model.config["pose_head"], with_thought="turn" in kinds)
+
+    max_new = max_new or longest_answer(model)
     engine = Engine(model, decode, temperature, generator, max_new)
     return engine.generate(prompts, wants or [None] * len(prompts), n)
 
@@ -656,7 +690,7 @@ def question(task, inputs, model=None):
     template = templates(task)[0]
     if model is not None and model.config["prompt_style"] == "released":
         # the official model learned each task from one phrase before it saw others
-        template = load_asset("instructions")["released"][task]
+        template = load_asset("instructions")["released"].get(task, template)
 
     segments = render_template(task, [*inputs, None], template)
     return segments[:-1]            # without the target
@@ -685,11 +719,14 @@ class Question(NamedTuple):
     want: str | None    # "pose" or "text"; None: the model decides
     words: str = ""     # one's own, see `own_question`; "": those of the task
     label: str = ""     # which of several it is
+    earlier: tuple = ()  # turns of a conversation before it: (Question, pose or text that answered)
 
     @property
     def shown(self):
         """What a picture shows of it: its inputs, behind one's own words."""
-        return [self.words, *self.inputs] if self.words else self.inputs
+        if self.words:
+            return [self.words, *self.inputs]
+        return self.inputs or [templates(self.name)[0]]         # "Describe it."
 
     @property
     def has_image(self):
@@ -703,9 +740,13 @@ class Question(NamedTuple):
 
     def prompt(self, model):
         """Its prompt to a model, segments."""
+        turns = []
+        for asked, value in self.earlier:
+            answer = (kind_of(value), value, True)
+            turns.append(("turn", [*asked.prompt(model), answer], False))
         if self.words:
-            return own_question(self.words, self.inputs)
-        return question(self.name, self.inputs, model)
+            return [*turns, *own_question(self.words, self.inputs)]
+        return [*turns, *question(self.name, self.inputs, model)]
 
 
 def kind_of(value):
@@ -723,14 +764,34 @@ def count_inputs(kinds):
     return " and ".join(parts) or "nothing"
 
 
+# what can be asked alone: a turn of a conversation needs the turns before it
+SINGLE_TASKS = {name: row for name, row in TASKS.items() if not row.turn}
+
+
+def want_of(task):
+    """What a task is answered with, "pose" or "text"; None: the model decides, as in `reason`.
+
+    Where nobody in a picture fits the question, the answer is the text data.NOBODY, not a pose.
+    """
+    row = TASKS[task]
+    return None if row.group and row.target == "pose" else row.target
+
+
+def require_trained(stages, pose_head, questions):
+    """Raises UserError unless a model that has been through `stages` can be asked questions."""
+    for question in questions:
+        with_thought = question.name in REASONING
+        require_stages(stages, question.has_image, pose_head, with_thought)
+
+
 def infer_task(kinds, task=""):
     """The task that takes inputs of exactly these kinds, such as ["pose", "text"].
 
     task: the user's choice, "" for none. Raises UserError if it does not fit, or if without it
     no task fits, or several.
     """
-    fitting = [name for name, row in TASKS.items() if Counter(row.inputs) == Counter(kinds)]
-    takes = {name: count_inputs(row.inputs) for name, row in TASKS.items()}
+    fitting = [name for name, row in SINGLE_TASKS.items() if Counter(row.inputs) == Counter(kinds)]
+    takes = {name: count_inputs(row.inputs) for name, row in SINGLE_TASKS.items()}
     given = count_inputs(kinds)
 
     validate_task(task)
@@ -740,17 +801,25 @@ def infer_task(kinds, task=""):
         return task
 
     if not fitting:
-        tasks = "; ".join(f"{name} takes {takes[name]}" for name in TASKS)
+        tasks = "; ".join(f"{name} takes {takes[name]}" for name in takes)
         raise UserError(f"no task takes {given}: {tasks}")
-    if len(fitting) > 1:
-        raise UserError(f"{given} fits several tasks: add --task {' or --task '.join(fitting)}")
+
+    # `speculate` asks for the same as text2pose, in the same words
+    distinct = {}
+    for name in fitting:
+        distinct.setdefault((templates(name)[0], TASKS[name].target), name)
+    if len(distinct) > 1:
+        choices = " or --task ".join(distinct.values())
+        raise UserError(f"{given} fits several tasks: add --task {choices} (see --help)")
     return fitting[0]
 
 
 def validate_task(task):
-    """Raises UserError unless there is such a task; "" stands for none."""
+    """Raises UserError unless there is such a task that can be asked alone; "" stands for none."""
+    if task in TASKS and task not in SINGLE_TASKS:
+        raise UserError(f"--task {task} is a turn of a conversation; have one with --chat")
     if task and task not in TASKS:
-        raise UserError(f"--task {task} is not one of {', '.join(TASKS)}")
+        raise UserError(f"--task {task} is not one of {', '.join(SINGLE_TASKS)}")
 
 
 def validate_text(text, flag="--text"):
@@ -760,8 +829,8 @@ def validate_text(text, flag="--text"):
     except UnicodeEncodeError:
         raise UserError(f"{flag} is not valid UTF-8; check the encoding of the terminal") from None
     if not any(character.isalnum() for character in text):
-        raise UserError(f"{flag} is empty or has no words; give a sentence, as in "
-                        f"{flag} 'Bend the left knee.'")
+        raise UserError(f"{flag} is empty or has no words; give a sentence such as "
+                        "'Bend the left knee.'")
 
 
 def match_slots(words, kinds):
@@ -792,8 +861,8 @@ def validate_length(model, text):
     n_poses = 4 if model.has_codes else 1
     reserved = 2 * model.vision.n_patches + n_poses * model.pose_length
     if n + reserved > longest:
-        raise UserError(f"--text has {n} words and marks, and the model reads {longest} tokens in "
-                        "all; shorten it")
+        raise UserError(f"the text has {n} words and marks, and the model reads {longest} tokens "
+                        "in all; shorten it")
 
 
 def report_unknown_words(model, text):
@@ -934,18 +1003,18 @@ def read_question(text=None, image=None, pose=None, task="", box=None, up="", as
     kinds = []
     for kind, values in given.items():
         if len(values) > MOST_INPUTS[kind]:
-            raise UserError(f"--{kind} was given {len(values)} times; a task takes at most "
+            raise UserError(f"{len(values)} {kind}s were given; a question takes at most "
                             f"{MOST_INPUTS[kind]}")
         kinds += [kind] * len(values)
 
     if ask:
         validate_task(task)
         name = "ask"
-        want = TASKS[task].target if task else None
+        want = want_of(task) if task else None
         order = match_slots(ask, kinds)
     else:
         name = infer_task(kinds, task)
-        want = TASKS[name].target
+        want = want_of(name)
         order = TASKS[name].inputs
 
     for text in given["text"]:
@@ -959,6 +1028,7 @@ def read_question(text=None, image=None, pose=None, task="", box=None, up="", as
 def answer_questions(model, questions, decode="argmax", temperature=0.0, generator=None, n=1):
     """Answers a batch of Question -> list of Answer; see `generate`."""
     validate_decoding(model, decode)
+    require_trained(model.stages, model.config["pose_head"], questions)
     prompts = [question.prompt(model) for question in questions]
     wants = [question.want for question in questions]
     return generate(model, prompts, wants, decode, temperature, generator, n=n)
@@ -1448,17 +1518,48 @@ def encode_array(array, dtype):
 
 
 # ---- 7. The tour ---------------------------------------------------------------------------------
+def tour_tasks(model):
+    """The tasks that show what a model can do: all, or the seven if it has not learned the rest."""
+    has_learned_all = model.stages is None or "reason" in model.stages
+    return answerable(TASKS if has_learned_all else SEVEN, model.config["pose_head"])
+
+
+def tour_question(world, task, i, reads_poses):
+    """What the tour asks about person i -> (Question, its target). reads_poses: see `history`."""
+    rng = np.random.default_rng((0, i))
+    earlier = []
+    if TASKS[task].turn:
+        for past, person in world.history(task, i, rng, reads_poses):
+            *inputs, target = world.example(past, person, rng)
+            if TASKS[past].frame == "camera":
+                target = world.poses[person]            # a later turn is about it
+            earlier.append((Question(past, inputs, want_of(past)), target))
+
+    *inputs, target = world.example(task, i, rng)
+    return Question(task, inputs, want_of(task), earlier=tuple(earlier)), target
+
+
+def tour_people(world, task, i):
+    """Whom the target of `tour_question` is about: one pose (22,3,3), or those of A and B."""
+    if not TASKS[task].group:
+        return [world.poses[person] for person in world.subjects(task, i)]
+
+    group = world.group_of(i)
+    asked = world.question(group, np.random.default_rng((0, i)), TASKS[task].target)
+    return [world.poses[group.people[asked.person]]]
+
+
 def tour(model, body, config):
     """Answers all its tasks in one batch: task k about the k-th pair of the test split."""
-    tasks = answerable(TASKS, model.config["pose_head"])
-    world = World("test", 2 * len(TASKS), model.vision.clip_size)
+    tasks = tour_tasks(model)
+    n_people = max(POOL, 2 * len(TASKS))                # a group needs a pool of people
+    world = World("test", n_people, model.vision.clip_size)
     out = pathlib.Path(config.out)
     questions = []
     targets = []
     for k, task in enumerate(tasks):
-        rng = np.random.default_rng((0, 2 * k))
-        *inputs, target = world.example(task, 2 * k, rng)
-        questions.append(Question(task, inputs, TASKS[task].target))
+        question, target = tour_question(world, task, 2 * k, model.has_codes)
+        questions.append(question)
         targets.append(target)
 
     start = time.perf_counter()
@@ -1466,15 +1567,17 @@ def tour(model, body, config):
     seconds = time.perf_counter() - start
 
     rows = []
-    for k, (task, inputs, *_) in enumerate(questions):
+    for k, (task, question) in enumerate(zip(tasks, questions)):
         answer = answers[k]
         target = targets[k]
-        poses = [world.poses[i] for i in world.subjects(task, 2 * k)]
-        note = score(task, answer, target, poses, body)
-        rows.append((task, note, inputs, [("answer", answer.value), ("target", target)]))
+        note = score(task, answer, target, tour_people(world, task, 2 * k), body)
+        for number, (asked, value) in enumerate(question.earlier, 1):
+            rows.append((task, f"turn {number}", asked.shown, [("answer", value)]))
+        results = [("answer", answer.value), ("target", target)]
+        rows.append((task, note, question.shown, results))
 
         print(f"\n{task}   {note}")
-        for value in inputs:
+        for value in question.shown:
             if isinstance(value, str):
                 print_labelled("question", value)
         if answer.pose is None:
@@ -1512,7 +1615,131 @@ def score(task, answer, target, poses, body):
     return f"{n_true}/{len(verdicts)} statements true"
 
 
-# ---- 8. Many questions ---------------------------------------------------------------------------
+# ---- 8. A conversation ---------------------------------------------------------------------------
+TURN_FILE = re.compile(r"<(image|pose) +([^<>]*[^<> ]) *>")
+
+
+def read_turn(line, up=""):
+    """A turn as it is typed -> Question. Raises UserError.
+
+    <image PATH> and <pose PATH> stand for files. up: see `read_pose`.
+    """
+    validate_text(line, "the turn")
+    mark = re.search(r"<[a-z][^<>]*(>?)", TURN_FILE.sub(" ", line), re.I)
+    if mark and not mark[1]:
+        raise UserError(f"the turn ends in the middle of {shorten(mark[0])}; close it with >, as "
+                        "in <image photo.jpg>")
+    if mark:
+        raise UserError(f"{shorten(mark[0])} in the turn stands for no file; write <image PATH> or "
+                        "<pose PATH>")
+
+    paths = {"image": [], "pose": []}
+    for kind, path in TURN_FILE.findall(line):
+        paths[kind].append(os.path.expanduser(path))
+    words = TURN_FILE.sub(r"<\1>", line.strip())
+    return read_question(**paths, up=up, ask=words)._replace(name="chat")
+
+
+class Conversation:
+    """Questions to one model, each of which may refer to those before it and to their answers.
+
+    earlier: the turns that it remembers, see `Question`.
+    """
+
+    def __init__(self, model, decode="argmax", temperature=0.0, generator=None):
+        """decode, temperature: see `Engine`. Raises UserError if the model has not learned this."""
+        validate_decoding(model, decode)
+        require_stages(model.stages, True, model.config["pose_head"], with_thought=True)
+        self.model = model
+        self.decode = decode
+        self.temperature = temperature
+        self.generator = generator
+        self.earlier = []
+
+    def ask(self, turn):
+        """A turn, as typed (see `read_turn`) or a Question -> Answer. Raises UserError.
+
+        The model decides whether it answers with a pose or a text. A turn that cannot be asked
+        leaves the conversation as it was.
+        """
+        question = read_turn(turn) if isinstance(turn, str) else turn
+        check_typed(self.model, question)
+        self.make_room(question)
+        whole = question._replace(earlier=tuple(self.earlier))
+        [answer] = answer_questions(
+            self.model, [whole], self.decode, self.temperature, self.generator)
+
+        value = answer.value
+        if question.has_image and answer.pose is not None:
+            [value] = face_front(answer.pose[None])     # only then is it in the camera's frame
+        self.earlier.append((question, value))
+        return answer
+
+    def make_room(self, question):
+        """Drops the oldest turns, so that the others, a question and its answer fit the model.
+
+        Raises UserError if the question alone does not fit.
+        """
+        room = self.model.llm.config.max_position_embeddings - longest_answer(self.model)
+        n_dropped = 0
+        while True:
+            whole = question._replace(earlier=tuple(self.earlier[n_dropped:]))
+            n_tokens = len(self.model.encode(whole.prompt(self.model)).ids)
+            if n_tokens <= room:
+                break
+            if not whole.earlier:
+                raise UserError(f"the turn has {n_tokens} tokens, and the model reads {room} "
+                                "beside its answer; shorten it")
+            n_dropped += 1
+
+        if n_dropped:
+            print(f"note: the model reads {room} tokens beside its answer; it forgets the oldest "
+                  f"{n_dropped} of {len(self.earlier)} turns", file=sys.stderr)
+            self.earlier = self.earlier[n_dropped:]
+
+
+def typed_turns():
+    """The lines that are typed at a prompt, until Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then has a history; not on Windows
+    print("one turn a line; <image PATH> and <pose PATH> stand for files; Ctrl-D ends it")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+    print()
+
+
+def chat(model, body, config):
+    """Has a conversation: turns are typed at a prompt, or come one a line from standard input.
+
+    What is wrong with a typed turn is said, and the conversation goes on. Raises UserError if a
+    line of another input cannot be a turn, after those before it have been answered.
+    """
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    conversation = Conversation(model, config.decode, config.temperature, generator)
+    is_terminal = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="surrogateescape")     # `validate_text` refuses what is left
+
+    rows = []
+    try:
+        for number, line in enumerate(typed_turns() if is_terminal else sys.stdin, 1):
+            try:
+                question = read_turn(line, config.up)
+                answer = conversation.ask(question)
+                rows.append(write_answers(question, [answer], body, config, number))
+            except UserError as error:
+                if not is_terminal:
+                    raise UserError(f"line {number} of standard input: {error}") from None
+                print(f"error: {error}", file=sys.stderr)
+    finally:
+        if rows:
+            show_rows(rows[-MAX_PAGE_ANSWERS:], body, config)
+    if not rows and not is_terminal:
+        raise UserError(
+            "standard input holds no turn; write one a line, such as 'Bend the left knee.'")
+
+
+# ---- 9. Many questions ---------------------------------------------------------------------------
 def read_motions(config):
     """--pose and --every -> what is asked of each frame, a list of Question. Raises UserError.
 
@@ -1692,6 +1919,7 @@ def answer_lines(model, lines, config, stamp):
         try:
             with as_user_error("the question cannot be read: "):
                 question = line_question(content, folder)
+                require_trained(model.stages, model.config["pose_head"], [question])
                 validate_length(model, question.typed)
         except UserError as error:
             row["error"] = str(error)
@@ -1738,19 +1966,34 @@ def answer_jsonl(model, config, lines, answers):
         print(f"    {config.jsonl}:{row['line']}: {row['error']}", file=sys.stderr)
 
 
-# ---- 9. The command line -------------------------------------------------------------------------
+# ---- 10. The command line ------------------------------------------------------------------------
 @dataclass
 class Config:
-    """Ask UniPose; without a question, take the tour of all seven tasks."""
+    """Ask UniPose; without a question, take the tour of its tasks.
+
+    What is given decides the task, except for a picture alone: --task image2text or image2pose,
+    and for a picture with a text:
+      --task image_text2pose   the text describes the person in the picture
+      --task reason            the text asks for the pose of one of several people
+      --task reason_text       the text asks for a description of one of them
+    Where nobody fits, the answer to the last two is a sentence that says so.
+
+    In a conversation, --chat, a turn is a line. Later turns may refer to earlier ones:
+      Estimate the pose of the person in the image <image photo.jpg>.
+      Now raise the left hand a lot.
+      What has changed?
+      Describe the pose <pose walk.npz:120>.
+    """
 
     text: list[str] = field(default_factory=list)  # a description, or with --pose an instruction
     image: list[str] = field(default_factory=list)  # a picture of a person; twice for two
     pose: list[str] = field(default_factory=list)  # a pose file, AMASS .npz or .npy; twice for two
     box: list[str] = field(default_factory=list)  # X,Y,W,H of the person in each --image, in pixels
     up: str = ""  # up in --pose: y | z | camera (y down, z ahead); empty: as the kind of file says
-    task: str = ""  # needed for one picture only: image2text or image2pose
+    task: str = ""  # where several take the same, see above
     ask: str = ""  # your own words, with <image>, <pose> or <caption> in the place of each input
     every: int = None  # describe every so many frames of a motion in --pose; of two: A's way to B
+    chat: bool = False  # a conversation, typed or from standard input, a turn a line
     jsonl: str = ""  # a file of questions, one JSON object a line; needs --out ANSWERS.jsonl
     batch: int = 16  # how many questions of --jsonl, or frames of --every, are answered together
     weights: str = TINY  # a trained folder, or the official release's `cache`
@@ -1768,7 +2011,9 @@ class Config:
 
 
 def mode_of(config):
-    """What the command line asks for: "jsonl", "every", "question" or "tour"."""
+    """What the command line asks for: "chat", "jsonl", "every", "question" or "tour"."""
+    if config.chat:
+        return "chat"
     if config.jsonl:
         return "jsonl"
     if config.every is not None:
@@ -1779,6 +2024,8 @@ def mode_of(config):
 
 # mode -> where it is, which flags have no effect there, and what to do about it
 NO_EFFECT = {
+    "chat": ("with --chat", "leave it out: a turn says all, with <image PATH> and <pose PATH>", (
+        "text", "image", "pose", "box", "task", "ask", "every", "jsonl", "batch", "n")),
     "jsonl": ("with --jsonl", "leave it out: each line of the file is a question of its own", (
         "text", "image", "pose", "box", "up", "task", "ask", "every", "n", "temperature", "seed",
         "body", "save", "show", "mesh")),
@@ -1816,11 +2063,13 @@ def validate_flags(config):
         raise UserError(f"--every {config.every} must be 1 or more; 30 describes every 30th frame")
     if config.every is not None and not config.pose:
         raise UserError(f"--every {config.every} is about a motion; give its file with --pose")
+    if config.chat and sys.stdin is None:
+        raise UserError("--chat reads standard input, which is closed; type turns, or pipe a file")
     where, advice, flags = NO_EFFECT[mode_of(config)]
     for name in flags:
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--{name} has no effect {where}; {advice}")
-    if config.up and not config.pose:
+    if config.up and not (config.pose or config.chat):
         raise UserError(f"--up {config.up} is about pose files; give one with --pose, or leave it "
                         "out")
     if config.mesh and not (config.body and (config.save or config.show)):
@@ -1856,11 +2105,7 @@ def validate_outputs(config, questions, body):
 
 
 def answer_question(model, body, config, question):
-    """Answers the question of the command line --n times.
-
-    Texts are printed; poses and a picture of question and answers are written to --out, under
-    names that are free, and poses also to the files that --save names.
-    """
+    """Answers the question of the command line --n times; see `write_answers`."""
     check_typed(model, question)
     temperature = config.temperature
     if config.n > 1 and temperature == 0:
@@ -1868,9 +2113,19 @@ def answer_question(model, body, config, question):
     generator = torch.Generator(model.device).manual_seed(config.seed)
     answers = answer_questions(model, [question], config.decode, temperature, generator, config.n)
 
+    show_rows([write_answers(question, answers, body, config)], body, config)
+
+
+def write_answers(question, answers, body, config, first=1):
+    """Writes answers to a question -> the row of them in `write_page`.
+
+    Texts are printed; poses and a picture of question and answers are written to --out, under
+    names that are free, and poses also to the files that --save names: `first` is the number of the
+    first of them.
+    """
     out = pathlib.Path(config.out)
     number = next_number(out, question.name)
-    missing = "(no pose)" if question.want == "pose" else ""
+    missing = "" if question.want == "text" else "(no pose)"
     results = []
     for k, answer in enumerate(answers):
         results.append((f"answer {k + 1}" if config.n > 1 else "answer", answer.value))
@@ -1880,14 +2135,14 @@ def answer_question(model, body, config, question):
             path = out / f"{numbered(question.name, number + k)}.npz"
             write_pose(path, answer.pose)
             print(f"pose: {path}")
-        save_answer(answer, k + 1, body, config)
+        save_answer(answer, first + k, body, config)
         report_cut(answer)
 
     path = out / f"{numbered(question.name, number)}.png"
     row = (question.name, "", question.shown, results)
     save_png(contact_sheet([sheet_row(*row, body)]), path)
-    print(f"picture: {path}")
-    show_rows([row], body, config)
+    print(f"picture: {path}", flush=True)
+    return row
 
 
 def report_cut(answer):
@@ -1922,7 +2177,7 @@ def show_rows(rows, body, config):
 
 
 def main(argv=None):
-    """Answers one question, a motion or a file of questions, or takes the tour."""
+    """Answers one question, a motion, a file of questions or a conversation, or takes the tour."""
     config = cli(Config, argv)
 
     # whatever can be wrong with the inputs is found before the weights are read, which takes long
@@ -1939,7 +2194,7 @@ def main(argv=None):
     validate_outputs(config, questions, body)
 
     notes = read_config(config.weights)
-    with_images = mode == "tour" or any(question.has_image for question in questions)
+    with_images = mode == "tour"
     if mode == "jsonl":
         answers = AnswerFile(config.out, notes, config.decode)
         lines = answers.unanswered(read_lines(config.jsonl))
@@ -1947,7 +2202,9 @@ def main(argv=None):
         if not lines:
             print(f"{config.out} holds an answer to every question")
             return
-    require_stages(notes.get("stages"), with_images, notes["pose_head"])
+    require_stages(notes.get("stages"), with_images, notes["pose_head"],
+                   with_thought=mode == "chat")
+    require_trained(notes.get("stages"), notes["pose_head"], questions)
     if config.pose:
         require_codes(notes["pose_head"])
     set_threads(config.threads, notes)
@@ -1957,7 +2214,9 @@ def main(argv=None):
         print("note: this model was not trained with --attn causal, so --decode ar measures its "
               "speed only, and its poses mean nothing", file=sys.stderr)
 
-    if mode == "jsonl":
+    if mode == "chat":
+        chat(model, body, config)
+    elif mode == "jsonl":
         answer_jsonl(model, config, lines, answers)
     elif mode == "every":
         answer_motion(model, body, config, questions)

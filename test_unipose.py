@@ -3004,6 +3004,128 @@ def test_the_other_side_of_a_body_part_is_named(part, other):
     assert data.other_side(part) == other
 
 
+# ---- data.py: answers about a group, and conversations -------------------------------------------
+GROUP_TASKS = [task for task, row in data.TASKS.items() if row.group]
+TURNS = [task for task, row in data.TASKS.items() if row.turn]
+every_group_task = pytest.mark.parametrize("task", GROUP_TASKS)
+every_turn = pytest.mark.parametrize("task", TURNS)
+
+
+def test_questions_about_a_group_are_about_two_three_and_four_people_in_turn(group_world):
+    sizes = [len(group_world.group_of(i).people) for i in range(0, 12, 2)]
+
+    assert sizes == [2, 3, 4, 2, 3, 4]
+
+
+@pytest.mark.parametrize("i", [0, 6, 22])
+def test_the_group_of_a_person_does_not_depend_on_how_many_people_there_are(group_world, i):
+    larger = data.World("test", 600)
+
+    assert group_world.group_of(i) == larger.group_of(i)
+
+
+def test_the_answer_to_a_question_about_a_group_is_the_pose_that_the_camera_sees(group_world):
+    group = group_world.group_of(4)
+    _, person = group_world.question(group, np.random.default_rng(0))
+
+    picture, _, answer = group_world.example("reason", 4, np.random.default_rng(0))
+
+    expected = group_world.camera_poses[group.people[person]]
+    assert torch.equal(answer, expected)
+    assert np.array_equal(picture, group_world.group_photo(group)[0])
+
+
+def test_a_description_of_one_of_a_group_is_the_caption_of_the_person(group_world):
+    group = group_world.group_of(4)
+    _, person = group_world.question(group, np.random.default_rng(0), "text")
+
+    *_, answer = group_world.example("reason_text", 4, np.random.default_rng(0), training=True)
+
+    assert answer == group_world.image_caption(group.people[person], None)
+
+
+@every_group_task
+def test_where_nobody_fits_the_answer_says_so(group_world, task):
+    *_, answer = group_world.example(task, 4, np.random.default_rng(0), same=True)
+
+    assert answer == data.NOBODY
+
+
+@every_group_task
+def test_one_in_ten_questions_about_a_group_fits_nobody(mixture_of, task):
+    mixture = mixture_of([task])
+
+    answers = [mixture[k][1][-1] for k in range(600)]
+
+    n_absent = sum(value == data.NOBODY for _, value, _ in answers)
+    assert 40 <= n_absent <= 85
+
+
+def past_turns(world, task, i, reads_poses=True):
+    """The histories of 40 conversations that end with a task about person i."""
+    return [world.history(task, i, np.random.default_rng(k), reads_poses) for k in range(40)]
+
+
+@every_turn
+def test_a_conversation_has_two_to_four_turns(group_world, task):
+    lengths = {len(history) + 1 for history in past_turns(group_world, task, 5)}
+
+    assert lengths <= {2, 3, 4}
+
+
+@every_turn
+@pytest.mark.parametrize("i", [4, 5])
+def test_the_turns_before_lead_to_the_person_whom_the_next_turn_is_about(group_world, task, i):
+    """What is compared are the two people that the edit before went from and to."""
+    for history in past_turns(group_world, task, i):
+        (_, person), *later = history
+        edits = [name for name, _ in later].count("chat_edit")
+        for name, start in later:
+            assert name in ("chat_edit", "chat_compare")
+            assert start == person
+        reached = person ^ (edits % 2)
+        assert reached == (i ^ 1 if task == "chat_compare" else i)
+
+
+@every_turn
+def test_a_conversation_begins_with_a_pose(group_world, task):
+    openings = {history[0][0] for history in past_turns(group_world, task, 5)}
+
+    assert openings == {"text2pose", "image2pose", "pose2text"}
+
+
+@every_turn
+def test_a_model_that_reads_no_poses_is_shown_none_in_earlier_turns(group_world, task):
+    openings = {history[0][0] for history in past_turns(group_world, task, 5, reads_poses=False)}
+
+    assert openings == {"text2pose", "image2pose"}
+
+
+def test_earlier_turns_come_first_each_with_its_answer(mixture_of):
+    mixture = mixture_of(["chat_compare"])
+
+    for k in range(20):
+        _, segments = mixture[k]
+        turns = [value for kind, value, _ in segments if kind == "turn"]
+
+        assert [kind for kind, *_ in segments[:2]] == ["turn", "turn"]
+        for turn in turns:
+            assert [is_target for *_, is_target in turn].count(True) == 1
+            assert turn[-1][2]
+        assert segments[-1][2]
+
+
+def test_a_pose_that_a_later_turn_is_about_faces_front(group_world):
+    mixture = data.Mixture(["chat_edit"], 0, group_world)
+
+    for k in range(30):
+        _, segments = mixture[k]
+        earlier = [value[-1] for kind, value, _ in segments if kind == "turn"]
+        for kind, pose, _ in earlier:
+            if kind == "pose":
+                assert (group_world.poses == pose).flatten(1).all(1).any()
+
+
 # ---- data.py: readers, builders, real data in training -------------------------------------------
 def parametrize(arguments, cases):
     """Runs a test once for each case, {id: value of the argument, or tuple of values}."""
@@ -3453,9 +3575,20 @@ def test_a_bad_line_of_questions_is_skipped_and_counted(real, replace, capsys, l
     assert_one_is_skipped(real.specs["questions"], 1, capsys)
 
 
-def test_a_picture_with_a_question_is_an_example_of_no_task_about_one_person(real):
-    for record in data.read_records([real.specs["questions"]]):
-        assert train.tasks_offered(record) == ()
+def test_a_question_of_a_file_is_asked_about_the_whole_picture(real):
+    mixture = train.RealData({real.specs["questions"]: 1}, GROUP_TASKS)
+    records = list(data.read_records([real.specs["questions"]]))
+
+    for k in range(8):
+        task, (picture, text, answer), _ = mixture.example(k)
+
+        [record] = [record for record in records if record["question"] == text]
+        whole = data.square(data.open_picture(record["image"]))
+        assert np.array_equal(np.asarray(picture), np.asarray(whole))
+        if task == "reason_text":
+            assert [answer] == record["texts"]
+        else:
+            assert np.array_equal(answer, record["pose"])
 
 
 def test_groups_of_the_world_can_be_written_as_questions_and_read_back(tmp_path):
@@ -5413,6 +5546,65 @@ def test_eager_and_sdpa_attention_read_the_same_mask():
     close(losses[0], losses[1], atol=1e-6)
 
 
+CONVERSATION = [
+    ("turn", QUESTIONS["text2pose"], False),
+    ("turn", QUESTIONS["pose2text"], False),
+    ("text", "lower the right hand", False),
+    ("pose", B, True),
+]
+
+
+def test_an_earlier_turn_reads_like_a_question_with_its_answer():
+    """[INST] prompt [/INST] <p> codes </p> </s> [INST] ..., as if the answer had been given."""
+    model = nano()
+    alone = model.encode(QUESTIONS["text2pose"])
+    codes = model.pose_tokenizer.encode(torch.as_tensor(QUESTIONS["text2pose"][-1][1])[None])
+    expected = list(alone.ids)
+    queries = [i for i, block in enumerate(alone.block) if block == 0]
+    expected[queries[0]:queries[-1] + 1] = (codes[0] + model.vocab.pose0).tolist()
+
+    row = model.encode(CONVERSATION)
+
+    assert row.ids[:len(expected)] == expected
+    assert row.ids[len(expected)] == model.prompt_marks[0][0]
+
+
+def test_only_the_last_answer_of_a_conversation_is_learned():
+    model = nano()
+    *_, target = CONVERSATION
+    alone = model.encode([("text", "lower the right hand", False), target])
+
+    row = model.encode(CONVERSATION)
+
+    learned = [label for label in row.labels if label != unipose.IGNORE_INDEX]
+    assert learned == [label for label in alone.labels if label != unipose.IGNORE_INDEX]
+
+
+def test_an_earlier_pose_is_read_from_its_codes_and_not_in_both_directions():
+    model = nano()
+
+    row = model.encode(CONVERSATION)
+
+    n = model.vocab.n_tokens
+    assert [i for i in row.code_index if i >= 0] == [*range(n), *range(n)]
+    assert set(row.block) == {-1, 0}
+    assert row.block.count(0) == n
+
+
+def test_chatpose_keeps_the_position_of_an_earlier_pose_in_the_conversation():
+    model = nano(pose_head="mlp")
+    vocab = model.vocab
+    pose = ("pose", torch.eye(3).expand(22, 3, 3), True)
+    turn = [("text", "lower the right hand", False), pose]
+
+    row = model.encode([("turn", turn, False), *turn])
+
+    at = [i for i, token in enumerate(row.ids) if token == vocab.query0]
+    assert len(at) == 2
+    assert [row.block[i] for i in at] == [-1, 0]
+    assert len(row.poses) == 1
+
+
 def test_queries_of_a_pose_do_not_see_what_comes_after_it():
     """Changing any token after the first pose leaves its queries' hidden states bit-identical."""
     model = nano()
@@ -6753,6 +6945,10 @@ def test_a_model_is_asked_what_it_was_trained_for(stages, with_images):
 def test_a_loaded_model_knows_its_stages(nano_checkpoint):
     assert unipose.load(nano_checkpoint).stages == ["align"]
     assert nano().stages is None
+
+
+def test_the_official_release_knows_its_stages(official_model):
+    assert official_model.stages[-1] == "instruct"
 
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpu:x"])
@@ -8323,11 +8519,12 @@ def check_wording(task, template, model):
 
 
 @pytest.mark.parametrize("task", data.TASKS)
-def test_the_official_model_is_asked_in_its_own_words(task):
+def test_the_official_model_is_asked_in_its_own_words_if_it_has_some(task):
     released = tokenizer.load_asset("instructions")["released"]
     official = types.SimpleNamespace(config={"prompt_style": "released"})
 
-    check_wording(task, released[task], official)
+    check_wording(task, released.get(task, data.templates(task)[0]), official)
+    assert set(data.SEVEN) == set(released)
 
 
 @pytest.mark.parametrize("task", data.TASKS)
@@ -8338,22 +8535,69 @@ def test_our_models_are_asked_in_the_plain_words(task):
     check_wording(task, plain, None)
 
 
-@pytest.mark.parametrize("task", data.TASKS)
-def test_a_task_is_inferred_from_its_inputs_unless_two_take_the_same(task):
+@pytest.mark.parametrize("task", [task for task, row in data.TASKS.items() if not row.turn])
+def test_the_task_that_is_named_is_asked(task):
+    assert sample.infer_task(data.TASKS[task].inputs, task) == task
+
+
+@pytest.mark.parametrize("task", ["pose2text", "posediff", "imagediff", "text2pose", "edit"])
+def test_a_task_is_inferred_from_its_inputs_in_any_order(task):
+    """A text alone leaves no choice: `speculate` asks for the same in the same words."""
     kinds = data.TASKS[task].inputs
 
-    assert sample.infer_task(kinds, task) == task
-    if kinds == ("image",):
-        refused("--task image2text or --task image2pose", sample.infer_task, kinds)
-    else:
-        assert sample.infer_task(kinds[::-1]) == task   # the order of the flags is free
+    assert sample.infer_task(kinds) == task
+    assert sample.infer_task(kinds[::-1]) == task
 
 
-def test_inputs_that_no_task_takes_are_answered_by_what_the_tasks_take():
-    sentence = refused("no task takes 2 images and 1 text", sample.infer_task,
-                       ["image", "text", "image"])
-    for task in data.TASKS:
-        assert f"{task} takes" in sentence
+@pytest.mark.parametrize("kinds, choices", [
+    (["image"], "--task image2text or --task image2pose"),
+    (["text", "image"], "--task image_text2pose or --task reason or --task reason_text"),
+], ids=str)
+def test_inputs_that_several_tasks_take_need_its_name(kinds, choices):
+    refused(f"fits several tasks: add {choices} (see --help)", sample.infer_task, kinds)
+
+
+@pytest.mark.parametrize("kinds", [[], ["image", "text", "image"]], ids=str)
+def test_inputs_that_no_task_takes_are_answered_by_what_the_tasks_take(kinds):
+    sentence = refused("no task takes ", sample.infer_task, kinds)
+
+    for task, row in data.TASKS.items():
+        assert (f"{task} takes" in sentence) == (not row.turn)
+
+
+@pytest.mark.parametrize("task", ["chat_edit", "chat_describe", "chat_compare"])
+def test_a_turn_of_a_conversation_is_not_asked_alone(task):
+    refused("have one with --chat", sample.infer_task, data.TASKS[task].inputs, task)
+    refused("have one with --chat", lambda: sample.read_question(ask="Kneel.", task=task))
+
+
+@pytest.mark.parametrize("task, want", [
+    ("reason", None), ("reason_text", "text"), ("image_text2pose", "pose"), ("speculate", "pose"),
+])
+def test_whether_somebody_fits_is_up_to_the_model(task, want):
+    assert sample.want_of(task) == want
+
+
+def test_the_answer_that_nobody_fits_is_printed_and_no_pose_is_written(
+        tmp_path, free_body, capsys):
+    config = sample.Config(out=str(tmp_path))
+    text = "Show me the pose of the one in green."
+    question = sample.read_question(text, PICTURES[0], task="reason")
+
+    sample.write_answers(question, [answer_with(text=data.NOBODY)], free_body, config)
+
+    assert capsys.readouterr().out.splitlines()[0] == data.NOBODY
+    assert os.listdir(tmp_path) == ["reason.png"]
+
+
+@pytest.mark.parametrize("task", data.REASONING)
+def test_a_task_that_asks_for_thought_needs_the_stage_that_teaches_it(task):
+    model = nano()
+    model.stages = [stage for stage in train.STAGES if stage != "reason"]
+    question = sample.Question(task, [TEXT] * len(data.TASKS[task].inputs), sample.want_of(task))
+
+    refused("questions that ask for thought: it has not been through reason",
+            sample.answer_questions, model, [question])
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
@@ -9836,15 +10080,54 @@ def test_a_page_shows_the_question_of_the_command_line_and_all_its_answers(tmp_p
     assert [cell["name"] for cell in row["cells"]] == ["text", "answer 1", "answer 2"]
 
 
-def test_a_page_shows_the_tour(tmp_path):
+def test_a_page_shows_the_tour(tiny, tmp_path):
     page = tmp_path / "page.html"
 
     ask_main("--out", tmp_path, "--show", page)
 
     rows = page_content(page)["rows"]
-    assert [row["title"] for row in rows] == list(data.TASKS)
+    assert list(dict.fromkeys(row["title"] for row in rows)) == sample.tour_tasks(tiny)
     for row in rows:
-        assert [cell["name"] for cell in row["cells"][-2:]] == ["answer", "target"]
+        names = ["answer"] if row["note"].startswith("turn ") else ["answer", "target"]
+        assert [cell["name"] for cell in row["cells"]][-len(names):] == names
+
+
+@pytest.mark.parametrize("stages, pose_head, tasks", [
+    (["tokenizer", "align", "instruct"], "codes", list(data.SEVEN)),
+    (["tokenizer", "align", "instruct", "reason"], "codes", list(data.TASKS)),
+    (None, "codes", list(data.TASKS)),
+    (["align", "instruct"], "mlp", ["image2text", "imagediff", "text2pose", "image2pose"]),
+], ids=str)
+def test_the_tour_shows_what_the_model_has_learned(stages, pose_head, tasks):
+    model = types.SimpleNamespace(stages=stages, config={"pose_head": pose_head})
+
+    assert sample.tour_tasks(model) == tasks
+
+
+@pytest.mark.parametrize("task", ["chat_edit", "chat_describe", "chat_compare"])
+def test_the_tour_shows_a_turn_of_a_conversation_behind_earlier_ones(task):
+    """Their poses face front, even the one that was estimated from a photograph."""
+    world = data.World("test", 64, 64)
+
+    question, _ = sample.tour_question(world, task, 26, reads_poses=True)
+
+    assert 1 <= len(question.earlier) <= 3
+    for asked, value in question.earlier:
+        if asked.want == "pose":
+            close(value, tokenizer.face_front(value[None])[0], atol=0.2)
+    *turns, own = [kind for kind, _, _ in question.prompt(nano())]
+    assert turns == ["turn"] * len(turns)
+    assert own == "text"
+
+
+def test_the_tour_checks_a_text_about_one_of_several_against_that_person():
+    world = data.World("test", 64, 64)
+    _, text = sample.tour_question(world, "reason_text", 18, reads_poses=True)
+
+    [pose] = sample.tour_people(world, "reason_text", 18)
+
+    verdicts = captions.check_text(text, pose)
+    assert all(is_near for is_near, _ in verdicts)
 
 
 # --ask
@@ -10027,6 +10310,7 @@ MANY = [  # questions of all kinds
     {"ask": "Describe <pose>.", "pose": "a.npz", "task": "pose2text"},
 ]
 BAD_LINES = {  # a line: what is said of it
+    '{"task": "chat_edit", "text": "a"}': "have one with --chat",
     "{not json": "no JSON object",
     "5": "no JSON object",
     "[]": "no JSON object",
@@ -10121,6 +10405,20 @@ def test_a_bad_line_gets_a_row_that_says_what_is_wrong(tiny, question_files, lin
     assert row["line"] == 7
     assert BAD_LINES[line] in row["error"]
     assert "\n" not in row["error"]
+
+
+def test_a_line_may_ask_for_thought_if_the_model_has_learned_it():
+    model = nano(words=data.vocabulary())
+    fields = {"task": "speculate", "text": "You just dropped your keys."}
+    config = sample.Config(jsonl="questions.jsonl")
+
+    [answered] = sample.answer_lines(model, [(1, fields)], config, {})
+    model.stages = [stage for stage in train.STAGES if stage != "reason"]
+    [refusal] = sample.answer_lines(model, [(1, fields)], config, {})
+
+    assert answered["task"] == "speculate"
+    assert len(answered["pose"]) == 22
+    assert "has not been through reason" in refusal["error"]
 
 
 def test_bad_lines_are_counted_and_named_at_the_end(question_files, tmp_path, capsys):
@@ -10218,6 +10516,294 @@ def test_a_model_that_saw_no_images_refuses_a_file_with_one_before_it_is_loaded(
 
     refused("questions with images", ask_main, "--jsonl", many, "--out",
             tmp_path / "answers.jsonl")
+
+
+# ---- sample.py: a conversation -------------------------------------------------------------------
+def talker(**changes):
+    """A conversation with an untrained nano model that knows all words."""
+    return sample.Conversation(nano(words=data.vocabulary(), **changes))
+
+
+def answers_with(monkeypatch, **answer):
+    """Lets the model answer every question in the same way -> the list of all Questions asked."""
+    asked = []
+
+    def answered(model, questions, *settings):
+        asked.extend(questions)
+        return [answer_with(**answer)]
+
+    monkeypatch.setattr(sample, "answer_questions", answered)
+    return asked
+
+
+def pipe_in(monkeypatch, content):
+    """Makes bytes the standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def type_in(monkeypatch, *lines):
+    """Types lines at a terminal, then Ctrl-D."""
+    def typed(prompt):
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    left = iter(lines)
+    terminal = io.TextIOWrapper(io.BytesIO())
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr("builtins.input", typed)
+
+
+# what is typed
+
+def test_a_turn_names_its_pictures_and_poses_where_they_belong(question_files, tmp_path):
+    photo = shutil.copy(question_files / "photo.png", tmp_path / "my photo.png")
+
+    question = sample.read_turn(f" Is <pose {question_files}/a.npz> as in <image  {photo} >?\n")
+
+    assert question.words == "Is <pose> as in <image>?"
+    assert [sample.kind_of(value) for value in question.inputs] == ["pose", "image"]
+    close(question.inputs[0], tokenizer.face_front(A[None])[0])
+    assert question.want is None
+
+
+def test_less_than_is_no_mark_of_a_file():
+    assert sample.read_turn("Bend the knee by < 90 degrees.").inputs == []
+
+
+BAD_TURNS = {
+    "": "the turn is empty",
+    " \n": "the turn is empty",
+    "?!": "the turn is empty or has no words",
+    "the left \udcff knee": "the turn is not valid UTF-8",
+    "Describe <image photo.png": "ends in the middle of <image photo.png",
+    "Describe <image photo.png> and <po": "ends in the middle of <po",
+    "Describe <pose>.": "<pose> in the turn stands for no file",
+    "Describe <image >.": "stands for no file",
+    "Describe <dance photo.png>.": "stands for no file",
+    "Describe <image no.png>.": "there is no image file no.png",
+    "Describe <pose no.npz>.": "no.npz cannot be read",
+    3 * "<pose a.npz> ": "3 poses were given; a question takes at most 2",
+    "knee " * 10_000: "10000 words",
+}
+
+
+@pytest.mark.parametrize("turn", BAD_TURNS, ids=lambda turn: ascii(turn[:30]))
+def test_a_bad_turn_is_refused_and_leaves_the_conversation_as_it_was(
+        question_files, monkeypatch, turn):
+    monkeypatch.chdir(question_files)
+    answers_with(monkeypatch, text="no")
+    conversation = talker()
+    conversation.ask("Kneel.")
+
+    refused(BAD_TURNS[turn], conversation.ask, turn)
+
+    assert len(conversation.earlier) == 1
+
+
+# what the model reads
+
+def test_earlier_turns_and_their_answers_stand_in_front_of_the_next_prompt():
+    """As data.Mixture puts them."""
+    first = sample.read_turn("Kneel.")
+    second = sample.read_turn("Now raise the left arm.")
+
+    prompt = second._replace(earlier=((first, A),)).prompt(nano())
+
+    turn = [("text", "Kneel.", False), ("pose", A, True)]
+    assert prompt == [("turn", turn, False), ("text", "Now raise the left arm.", False)]
+
+
+def test_an_answer_is_that_to_the_whole_conversation():
+    conversation = talker()
+    model = conversation.model
+    texts = ["Kneel.", "Now raise the left arm.", "Describe it."]
+    turns = []
+
+    for text in texts:
+        answer = conversation.ask(text)
+        prompt = ("text", text, False)
+        [expected] = sample.generate(model, [[*turns, prompt]])
+        assert answer.ids == expected.ids
+        turns.append(("turn", [prompt, (sample.kind_of(answer.value), answer.value, True)], False))
+
+
+def test_a_pose_from_a_picture_faces_front_in_later_turns(question_files, monkeypatch):
+    """The picture is behind it: what was answered stays in the frame of the camera."""
+    turned = tokenizer.turn_root(A, tokenizer.aa_to_matrix(torch.tensor([0.0, 2, 0])))
+    asked = answers_with(monkeypatch, pose=turned)
+    conversation = talker()
+
+    seen = conversation.ask(f"Which pose is in <image {question_files}/photo.png>?")
+    conversation.ask("Now raise the left arm.")
+
+    assert torch.equal(seen.pose, turned)
+    [(_, first)] = asked[-1].earlier
+    close(first, tokenizer.face_front(A[None])[0])
+    assert torch.equal(conversation.earlier[1][1], turned)
+
+
+def test_pictures_of_earlier_turns_are_padded_to_squares():
+    segments = [("turn", [("image", np.zeros((20, 60, 3), np.uint8), False)], False)]
+
+    [(_, [(_, picture, _)], _)] = sample.square_pictures(segments)
+
+    assert picture.size == (60, 60)
+
+
+def test_python_asks_with_values_in_a_question():
+    conversation = talker()
+
+    conversation.ask(sample.read_question(ask="Describe <pose>.", pose=A))
+
+    [(asked, _)] = conversation.earlier
+    assert asked.words == "Describe <pose>."
+
+
+def test_when_the_context_is_full_the_oldest_turns_are_forgotten_with_a_note(monkeypatch, capsys):
+    """The model reads 100 tokens beside its answer, a turn and its answer have about 30."""
+    llm = unipose.SIZES["nano"]["llm"] | {"max_position_embeddings": 260}
+    asked = answers_with(monkeypatch, text=5 * "left ")
+    conversation = talker(llm=llm)
+
+    for number in range(5):
+        conversation.ask(20 * "right " + str(number))
+
+    assert [len(question.earlier) for question in asked] == [0, 1, 2, 2, 2]
+    assert [question.words[-1] for question, _ in conversation.earlier] == ["2", "3", "4"]
+    notes = capsys.readouterr().err
+    assert notes.count("the model reads 100 tokens beside its answer; it forgets the oldest 1 of 3 "
+                       "turns") == 2
+
+
+def test_a_turn_that_is_too_long_by_itself_is_refused_and_nothing_is_forgotten(monkeypatch):
+    llm = unipose.SIZES["nano"]["llm"] | {"max_position_embeddings": 260}
+    answers_with(monkeypatch, text="left")
+    conversation = talker(llm=llm)
+    conversation.ask("Kneel.")
+
+    refused("the model reads 100 beside its answer; shorten it", conversation.ask, 110 * "left ")
+
+    assert len(conversation.earlier) == 1
+
+
+# who can have one
+
+def test_a_model_that_has_not_learned_it_has_no_conversation():
+    model = nano()
+    model.stages = [stage for stage in train.STAGES if stage != "reason"]
+
+    refused("has not been through reason", sample.Conversation, model)
+    refused("has not been through reason", sample.generate, model,
+            [[("turn", QUESTIONS["text2pose"], False), ("text", "describe", False)]])
+
+
+def test_a_picture_in_an_earlier_turn_needs_the_stages_of_pictures():
+    model = nano()
+    model.stages = ["tokenizer", "align", "reason"]
+
+    refused("questions", sample.generate, model,
+            [[("turn", QUESTIONS["image2pose"], False), ("text", "describe", False)]])
+
+
+def test_weights_that_have_not_learned_it_are_refused_before_they_are_read(
+        nano_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load", None)
+    weights = [nano_checkpoint, golden("official/cache/unipose").parent]
+
+    for folder in weights:
+        refused("reason, or not again since", sample.main,
+                ["--chat", f"--weights={folder}", f"--out={tmp_path}"])
+
+
+def test_chatpose_talks_but_is_shown_no_pose():
+    conversation = sample.Conversation(chatpose(words=data.vocabulary()))
+
+    refused("but it reads none", conversation.ask,
+            sample.read_question(ask="Describe <pose>.", pose=A))
+    conversation.earlier.append((sample.read_turn("Kneel."), A))
+    conversation.ask("Now raise the left arm.")
+
+    assert len(conversation.earlier) == 2
+
+
+# the command line
+
+def test_a_conversation_comes_one_turn_a_line_from_a_pipe(
+        trained, question_files, tmp_path, monkeypatch, capsys):
+    """The last line may lack its end. Every turn has a picture, and the page has them all."""
+    monkeypatch.chdir(question_files)
+    pipe_in(monkeypatch, b"Kneel.\nCompare it to <pose a.npz>.\r\nWho is in <image photo.png>?")
+
+    run_sample(trained, tmp_path, "--chat", f"--show={tmp_path / 'page.html'}")
+
+    printed = capsys.readouterr().out
+    for name in ("chat.png", "chat_2.png", "chat_3.png"):
+        assert Image.open(tmp_path / name).height < 320
+        assert f"picture: {tmp_path / name}" in printed
+    rows = page_content(tmp_path / "page.html")["rows"]
+    cells = [[cell["name"] for cell in row["cells"]] for row in rows]
+    assert cells == [["text", "answer"], ["text", "pose", "answer"], ["text", "image", "answer"]]
+
+
+def test_poses_of_a_conversation_are_saved_under_the_numbers_of_their_turns(
+        tmp_path, monkeypatch, free_body):
+    pipe_in(monkeypatch, b"Kneel.\nSit.\n")
+    config = sample.Config(out=str(tmp_path / "out"), save=[str(tmp_path / "a.glb")])
+    answers_with(monkeypatch, pose=A)
+
+    sample.chat(nano(words=data.vocabulary()), free_body, config)
+
+    assert sorted(os.listdir(tmp_path)) == ["a.glb", "a_2.glb", "out"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "chat.npz", "chat.png", "chat_2.npz", "chat_2.png"]
+
+
+@pytest.mark.parametrize("content, n_answers, message", [
+    (b"Kneel.\n\nDescribe it.\n", 1, "line 2 of standard input: the turn is empty"),
+    (b"Kneel.\nWho is in <image pho", 1, "line 2 of standard input: the turn ends in the middle"),
+    (b"the \xff knee\n", 0, "line 1 of standard input: the turn is not valid UTF-8"),
+    (b"", 0, "standard input holds no turn"),
+], ids=str)
+def test_a_pipe_ends_at_a_bad_turn_whose_line_is_named(
+        tmp_path, monkeypatch, free_body, content, n_answers, message):
+    pipe_in(monkeypatch, content)
+    config = sample.Config(out=str(tmp_path), show=str(tmp_path / "page.html"))
+    asked = answers_with(monkeypatch, text="no")
+
+    refused(message, sample.chat, nano(words=data.vocabulary()), free_body, config)
+
+    assert len(asked) == n_answers
+    assert (tmp_path / "page.html").exists() == (n_answers > 0)
+
+
+def test_a_conversation_at_a_terminal_goes_on_after_a_bad_turn_until_ctrl_d(
+        tmp_path, monkeypatch, free_body, capsys):
+    type_in(monkeypatch, "Kneel.", "", "Describe <pose>.", "Describe it.")
+    answers_with(monkeypatch, text="The right knee is bent.")
+
+    sample.chat(nano(words=data.vocabulary()), free_body, sample.Config(out=str(tmp_path)))
+
+    printed = capsys.readouterr()
+    assert printed.out.count("The right knee is bent.\n") == 2
+    assert printed.err.count("error: ") == 2
+    assert sorted(os.listdir(tmp_path)) == ["chat.png", "chat_2.png"]
+
+
+def test_a_conversation_needs_an_open_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+
+    refused("standard input, which is closed", sample.main, ["--chat"])
+
+
+def test_a_terminal_may_be_left_at_once(tmp_path, monkeypatch, free_body):
+    type_in(monkeypatch)
+
+    sample.chat(nano(words=data.vocabulary()), free_body, sample.Config(out=str(tmp_path)))
+
+    assert not os.listdir(tmp_path)
 
 
 # ---- ChatPose beside UniPose ---------------------------------------------------------------------
@@ -12047,6 +12633,10 @@ def test_the_cache_is_filled_before_the_model_is_put_into_training_mode(stage, t
     ("image pose", ("image2pose",)),
     ("image pose texts", ("image2text",)),
     ("start_image start image pose texts", ("imagediff",)),
+    ("image question texts", ("reason_text",)),
+    ("image question pose", ("reason",)),
+    ("image question pose texts", ("reason", "reason_text")),
+    ("image question", ()),
     ("pose", ()),
     ("image", ()),
 ])
@@ -13056,7 +13646,7 @@ def test_an_added_task_answers_questions(eighth_task):
     Image.fromarray(data.World("test", 2, 64).image(0)).save(eighth_task / "photo.png")
 
     run = run_in(eighth_task, "sample.py", "--weights=out", "--image=photo.png",
-                 "--text=Raise the left hand.")
+                 "--text=Raise the left hand.", "--task=imageedit")
 
     assert run.returncode == 0, run.stderr
     assert data.read_pose(eighth_task / "out" / "imageedit.npz").shape == (22, 3, 3)
@@ -13137,6 +13727,13 @@ MISTAKES = {  # script and flags: what must be said
     f"sample --text '{'knee ' * 10_000}'": "10000 words",
     "sample --task edit --pose fine.npy": "edit takes 1 pose and 1 text",
     "sample --task dance": "not one of",
+    "sample --task chat_edit --text a": "have one with --chat",
+    "sample --image fine.png --text a": "or --task reason_text (see --help)",
+    "sample --chat --text a": "--text has no effect with --chat",
+    "sample --chat --n 2": "--n has no effect with --chat",
+    "sample --chat --jsonl questions.jsonl": "--jsonl has no effect with --chat",
+    "sample --chat --up down": "--up down is not one of",
+    "sample --chat --show page.txt": "--show page.txt would not open in a browser",
     "sample --weights 'empty weights'": "has no model.safetensors",
     "sample --weights nowhere": "no weights folder",
     "sample --body code.pkl --pose fine.npy": "code.pkl",
@@ -13324,22 +13921,24 @@ def test_a_written_pose_can_be_the_next_question(trained, tmp_path, capsys):
     assert "pose2text.png" in capsys.readouterr().out
 
 
-def test_the_tour_answers_all_seven_tasks_on_one_sheet(trained, tmp_path, capsys):
+def test_the_tour_answers_all_tasks_on_one_sheet(trained, tmp_path, capsys):
     run_sample(trained, tmp_path)
 
     printed = capsys.readouterr().out
-    for task, row in data.TASKS.items():
-        assert re.search(rf"^{task}   (MPJPE \d+ mm|\d+/\d+ statements true)$", printed, re.M), task
-        if row.target == "pose":
+    for task in data.TASKS:
+        notes = {"pose": r"MPJPE \d+ mm", "text": r"\d+/\d+ statements true",
+                 None: r"(MPJPE \d+ mm|no pose)"}
+        assert re.search(rf"^{task}   {notes[sample.want_of(task)]}$", printed, re.M), task
+        if sample.want_of(task) == "pose":
             assert data.read_pose(tmp_path / f"{task}.npz").shape == (22, 3, 3)
-    assert Image.open(tmp_path / "tour.png").height > 7 * 256
+    assert Image.open(tmp_path / "tour.png").height > len(data.TASKS) * 256
 
 
 def test_the_tour_labels_questions_and_answers(trained, tmp_path, capsys):
     run_sample(trained, tmp_path)
 
     printed = capsys.readouterr().out
-    n_questions = sum("text" in row.inputs for row in data.TASKS.values())
+    n_questions = sum(row.turn or "text" in row.inputs for row in data.TASKS.values())
     assert len(re.findall(r"^    answer    ?", printed, re.M)) == len(data.TASKS)
     assert len(re.findall(r"^    question  \w", printed, re.M)) == n_questions
     assert f"    answer    {tmp_path / 'edit.npz'}" in printed

@@ -3,7 +3,7 @@
 A stage trains a few parts of the model and freezes the rest (paper §3.3):
 
     backbones ─────────────────┐
-    tokenizer ────► align ─────┴────► project ────► instruct            retrieval
+    tokenizer ────► align ─────┴────► project ────► instruct ────► reason         retrieval
 
     stage       trains                            on
     backbones   small CLIP, small pose ViT        photographs of people and groups; stand-ins
@@ -13,7 +13,7 @@ A stage trains a few parts of the model and freezes the rest (paper §3.3):
     align       the LLM                           tasks of poses and texts
     project     the projector                     tasks with images
     instruct    the projector, the LLM by LoRA    all seven tasks, 200 instructions each
-    reason      the projector, the LLM by LoRA    tasks that ask for thought, and the seven
+    reason      the same                          also groups, implied poses, conversations
     reward      the LLM by LoRA                   what can be checked of poses; not in the paper
 
 A stage is a row of STAGES and a function that returns its modules and its loss; the loop knows
@@ -66,8 +66,8 @@ from torch import nn
 from captions import share_true
 from data import (
     CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable,
-    contact_sheet, crop_picture, read_records, render_template, save_png, task_values, templates,
-    vocabulary,
+    contact_sheet, crop_picture, open_picture, read_records, render_template, save_png, square,
+    task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from sample import demand_of
@@ -208,11 +208,12 @@ def tasks_offered(record):
     """The tasks that a record of `data.read_records` can be an example of.
 
     A picture with both texts and a pose is for tasks that use all three, and for those about the
-    picture and its texts, not for those that leave the texts out. A picture with a question is for
-    none: it shows several people.
+    picture and its texts, not for those that leave the texts out. A picture with a question shows
+    several people: it is for the tasks about a group that its answers fit.
     """
     if "question" in record:
-        return ()
+        answers = {"pose": "pose" in record, "text": "texts" in record}
+        return tuple(task for task, row in TASKS.items() if row.group and answers[row.target])
     held = set()
     for kind, key in (("image", "image"), ("text", "texts"), ("pose", "pose")):
         if key in record:
@@ -223,7 +224,8 @@ def tasks_offered(record):
     offered = []
     for task, row in TASKS.items():
         used = {*row.inputs, row.target}
-        if row.pair == is_pair and used in (kinds, held):
+        fits = row.pair == is_pair and row.stage == "instruct"
+        if fits and used in (kinds, held):
             offered.append(task)
     return tuple(offered)
 
@@ -318,6 +320,9 @@ class RealData:
                 return crop_picture(record, PICTURE_SIZE, prefix)
             return poses[which][0]
 
+        if row.group:
+            picture = square(open_picture(record["image"]))
+            return task, [picture, record["question"], value_of(row.target, 0)], rng
         return task, task_values(task, value_of), rng
 
     def __getitem__(self, k):

@@ -1558,12 +1558,13 @@ def kinds_of_parts(description):
     return kinds
 
 
-def require_stages(stages, with_images, pose_head="codes"):
+def require_stages(stages, with_images, pose_head="codes", with_thought=False):
     """Raises UserError unless a model that has been through `stages` can answer.
 
-    Questions of texts and poses need `align`, those with images `project` as well; a stage that is
-    trained again takes the later ones off the list. stages: None for a model whose history is not
-    known, which is never refused. pose_head: of its config.
+    Questions of texts and poses need `align`, those with images `project` as well, and those that
+    ask for thought `reason`; a stage that is trained again takes the later ones off the list.
+    stages: None for a model whose history is not known, which is never refused. pose_head: of its
+    config.
     """
     if stages is None:
         return
@@ -1572,6 +1573,9 @@ def require_stages(stages, with_images, pose_head="codes"):
     if with_images:
         needed += ["backbones", "project"]
         kind = "questions with images"
+    if with_thought:
+        needed.append("reason")
+        kind = "questions that ask for thought"
     missing = [stage for stage in needed if stage not in stages]
     if missing:
         raise UserError(
@@ -2080,6 +2084,7 @@ def load_official(cache, device="cpu", dtype=torch.float32, exact=EXACT, merge=T
             tensors[name] = tensors.pop(name.replace(".base.", "."))
     assign_weights(model, tensors, cache, device, dtype, exact)
 
+    model.stages = config["stages"]
     if merge:
         merge_lora(model.llm.model.layers)
         model.config["lora"] = False
