@@ -174,7 +174,8 @@ def demand_of(model, prompt):
     source = None
     for kind, value, is_target in prompt:
         if kind == "turn":
-            _, source = demand_of(model, [(*segment[:2], False) for segment in value])
+            _, earlier = demand_of(model, [(*segment[:2], False) for segment in value])
+            source = source if earlier is None else earlier
         elif kind == "text" and not is_target:
             lines.append(value)
         elif kind == "pose" and not is_target:

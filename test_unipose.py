@@ -8281,7 +8281,9 @@ def test_a_prompt_demands_what_its_texts_say_of_the_pose_before():
     text, source = sample.demand_of(model, edit)
     assert text == "raise\nthe left"
     assert torch.equal(source, A)
-    text, source = sample.demand_of(model, [("turn", turn, False), ("text", "lower", False)])
+    described = [("text", "describe", False), ("text", TEXT, True)]
+    turns = [("turn", turn, False), ("turn", described, False)]
+    text, source = sample.demand_of(model, [*turns, ("text", "lower", False)])
     assert text == "lower"
     assert torch.equal(source, model.pose_tokenizer.decode(codes[None])[0])
 
