@@ -10,6 +10,8 @@ Every task is evaluated on people of the test split, whose poses and captions ar
                      BLEU-4, ROUGE-L    overlap with the wording of the reference
                      same               share of pairs of equal poses that are told to be equal
     both             R-precision, FID   distances in the space of a separate retrieval model
+    one of a group   right person       share of answers that are nearest to the person asked for
+                     nobody             share of questions that fit nobody which are answered so
 
 A caption is a list of statements about joints (captions.py), so whether it is true is measured, not
 judged. Beside the figures of the model stand baselines, which it must beat, and upper bounds, which
@@ -45,14 +47,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from captions import (
-    VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, split_sentences,
-    statements, to_text, view_in,
+    VIEWS, add_view, caption, check_statements, difference, paircodes, posecodes, rest_joints,
+    split_sentences, statements, to_text, view_in,
 )
-from data import TASKS, Mixture, World, answerable, records_with_pose, vocabulary
-from sample import AVERAGED, DECODINGS, CachedModel, generate, question, validate_decoding
+from data import (
+    HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
+    records_with_pose, vocabulary,
+)
+from sample import (
+    AVERAGED, DECODINGS, CachedModel, generate, question, validate_decoding, want_of,
+)
 from tokenizer import (
-    TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, load_body,
-    matrix_to_sixd, progress_bar, run_main, turn_root, validate_writable,
+    TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, forward_kinematics,
+    load_body, matrix_to_sixd, mirror, progress_bar, run_main, turn_root, validate_writable,
 )
 from unipose import (
     PAPER_TEXT, RETRIEVAL_PREFIX, SIZES, Row, UniPose, collate, default_dtype, find_device, load,
@@ -62,15 +69,20 @@ from unipose import (
 
 
 # ---- 1. Poses: how far the joints are off --------------------------------------------------------
+def joint_errors(pred, target):
+    """How far each joint is off, pelvises at the origin: (B,J,3) metres -> (B,J) mm."""
+    pred = pred - pred[:, :1]
+    target = target - target[:, :1]
+    return 1000 * (pred - target).norm(dim=-1)
+
+
 def mpjpe(pred, target):
     """Mean per-joint position error: pelvises at the origin, no rotation removed.
 
     pred, target: (B,J,3) metres. Returns (B,) mm. The paper's text2pose figures average 52 joints,
     30 of them rigid fingers, so they are not comparable joint for joint.
     """
-    pred = pred - pred[:, :1]
-    target = target - target[:, :1]
-    return 1000 * (pred - target).norm(dim=-1).mean(-1)
+    return joint_errors(pred, target).mean(-1)
 
 
 def project_rotation(matrix):
@@ -119,6 +131,29 @@ def mpjre(pred, target):
     axis = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)       # (B,22,3)
     angle = torch.atan2(axis.norm(dim=-1) / 2, cosine)                                # (B,22)
     return angle.rad2deg().mean(-1)
+
+
+@functools.cache
+def activity_examples():
+    """The joints (m,22,3) of training people and of their mirror images, and what these do."""
+    world = World("train", 2048)
+    poses = world.poses[0::2]  # the others are edits, which may have left the activity
+    joints = forward_kinematics(torch.cat([poses, mirror(poses)]), rest_joints())
+    return joints, 2 * world.activity[0::2]
+
+
+def nearest_activities(poses):
+    """What people do, judged by the training person whose joints are nearest: 88 % of the true
+    poses of the test split are judged rightly.
+
+    poses: (n,22,3,3) that face +z. Returns n names.
+    """
+    examples, activities = activity_examples()
+    names = []
+    for joints in forward_kinematics(poses, rest_joints()):
+        distance = mpjpe(joints.expand_as(examples), examples)                        # (m,)
+        names.append(activities[distance.argmin()])
+    return names
 
 
 # ---- 2. Texts: overlap with the wording of the reference -----------------------------------------
@@ -274,10 +309,23 @@ def view_metrics(texts, views):
     }
 
 
-def says_no_difference(text):
-    """Whether a text says that nothing changes, once or several times, and nothing else."""
-    no_difference = to_text([], None, demand=True)
-    return set(split_sentences(text)) == set(split_sentences(no_difference))
+def says_only(sentence, answer):
+    """Whether an answer says a sentence, once or several times, and nothing else; a pose does not.
+    """
+    if not isinstance(answer, str):
+        return False
+    return set(split_sentences(answer)) == set(split_sentences(sentence))
+
+
+def truest_of(text, codes, people):
+    """The person, of several rows of Codes, of whom the largest share of a text's statements is
+    true; None if there is no such person, but several."""
+    shares = []
+    for i in people:
+        within, _ = share_true(check_statements(text, codes, i))
+        shares.append(within)
+    best = max(shares)
+    return people[shares.index(best)] if shares.count(best) == 1 else None
 
 
 # ---- 4. Embeddings: distances in the space of the retrieval model --------------------------------
@@ -452,16 +500,24 @@ def load_retrieval_model(folder, device="cpu"):
 
 
 # ---- 6. What is asked, and what is true ----------------------------------------------------------
-SAME_EVERY = 33  # of so many pairs the last is a person and itself: 3 %, as in training
+# Of so many questions the last calls for a fixed sentence; shares as in training
+SAME_EVERY = 33                          # pairs: of a person and itself, in whom nothing changes
+ABSENT_EVERY = 10                        # questions about a group: nobody fits
 
 
 class EvalSet:
     """n questions of one task over the first 2n people of a world, where every two make a pair.
 
+    Question k is about person 2k, about the way from it to its partner, or about one person of a
+    group of 2, 3 or 4.
+
     poses (n,22,3,3): ground truth, in the frame of the answer; sources (n,22,3,3): pose A of the
-    pair tasks, else None; texts: n true texts; views: the sides that image captions can name;
-    same (n,) bool: the questions about a person and itself, every 33rd of those that ask for a
-    text about a pair; target: "pose" | "text".
+    pair tasks, else None; texts: n true texts about these poses, whatever was asked; views: the
+    sides that image captions can name; rows: the people that the answers are about; groups: the
+    Groups that are asked about, or []; target: "pose" | "text"; want: the same, or None where the
+    model must find out which.
+    negative (n,) bool: the questions that call for a fixed sentence, `negative_text`, because two
+    poses are the same or nobody fits; kept: a list of all the others.
     """
 
     def __init__(self, world, task, n, seed=0):
@@ -469,24 +525,31 @@ class EvalSet:
         self.world = world
         self.task = task
         self.target = row.target
+        self.want = want_of(task)
         self.seed = seed
 
-        self.same = torch.zeros(n, dtype=torch.bool)
-        if row.pair and row.target == "text":
-            self.same[SAME_EVERY - 1::SAME_EVERY] = True
+        self.negative = torch.zeros(n, dtype=torch.bool)
+        self.negative_text = NOBODY if row.group else to_text([], None, demand=True)
+        if row.group:
+            self.negative[ABSENT_EVERY - 1::ABSENT_EVERY] = True
+        elif row.pair and row.target == "text" and not row.turn:
+            self.negative[SAME_EVERY - 1::SAME_EVERY] = True
+        self.kept = (~self.negative).nonzero().flatten().tolist()
 
         starts = 2 * torch.arange(n)  # person A, or the only one
-        rows = []  # the person that the answer is about
+        self.groups = [world.group_of(2 * k) for k in range(n)] if row.group else []
+        rows = []
         self.texts = []
-        for k, same in enumerate(self.same.tolist()):
-            rows.append(world.subjects(task, 2 * k, same)[-1])
-            self.texts.append(world.text(task, 2 * k, self.rng(k), same=same))
+        for k in range(n):
+            person, text = self.truth(k)
+            rows.append(person)
+            self.texts.append(text)
 
         self.rows = torch.tensor(rows)
         self.poses = world.poses[self.rows]
         self.sources = world.poses[starts] if row.pair else None
         self.views = [""] * n
-        if row.text == "image_caption":
+        if "image" in row.inputs and row.target == "text" and not row.pair:
             self.views = [world.views[i] for i in self.rows]
 
         self.body_to_answer = torch.eye(3).expand(n, 3, 3)
@@ -499,16 +562,82 @@ class EvalSet:
         """The generator that words the k-th text."""
         return np.random.default_rng((self.seed, k))
 
-    def question(self, k, model=None):
-        """The k-th prompt, in the plain wording that `model` was trained on."""
-        same = bool(self.same[k])
-        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k), same=same)
-        return question(self.task, inputs, model)
+    def truth(self, k):
+        """The person that the k-th answer is about, and a true text about the answer.
+
+        Where nobody fits, somebody of the group stands in, whom no metric looks at.
+        """
+        negative = bool(self.negative[k])
+        rng = self.rng(k)
+        if self.groups:
+            group = self.groups[k]
+            asked = self.world.question(group, rng, self.target, absent=negative)
+            person = group.people[asked.person]
+            if negative:
+                return person, NOBODY
+            if self.target == "text":
+                return person, self.world.image_caption(person, rng)
+            return person, self.world.caption(person, rng)
+
+        person = self.world.subjects(self.task, 2 * k, negative)[-1]
+        if self.task == "speculate":
+            return person, self.world.caption(person, rng)
+        return person, self.world.text(self.task, 2 * k, rng, same=negative)
+
+    def question(self, k, model=None, first=None):
+        """The k-th prompt, in the plain wording that `model` was trained on.
+
+        first: see `past_turns`.
+        """
+        negative = bool(self.negative[k])
+        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k), same=negative)
+        if self.task == "image_text2pose":
+            inputs[0], _ = self.hidden_photos[k]
+        return [*self.past_turns(k, model, first), *question(self.task, inputs, model)]
+
+    def past_turns(self, k, model=None, first=None):
+        """The turns before the k-th question: [] but in a conversation.
+
+        The first makes a pose from its caption: person 2k, to be edited and compared. A description
+        comes after an edit that has led to it, or else the caption would tell it. The answers are
+        true; first: a pose (22,3,3) in place of that of the first turn, or None.
+        """
+        if not TASKS[self.task].turn:
+            return []
+        start = 2 * k + 1 if self.task == "chat_describe" else 2 * k
+        past = ["text2pose"] if self.task == "chat_edit" else ["text2pose", "chat_edit"]
+
+        turns = []
+        for task in past:
+            *inputs, answer = self.world.example(task, start, self.rng(k))
+            if first is not None and task == "text2pose":
+                answer = first
+            segments = [*question(task, inputs, model), ("pose", answer, True)]
+            turns.append(("turn", segments, False))
+        return turns
+
+    @functools.cached_property
+    def hidden_photos(self):
+        """Of each question (picture, hidden): a photograph in which an object hides a part of the
+        person, each of HIDDEN_PARTS in turn, and which joints it hides (22,) bool."""
+        photos = []
+        for k, i in enumerate(self.rows.tolist()):
+            part = HIDDEN_PARTS[k % len(HIDDEN_PARTS)]
+            photos.append(self.world.hidden_photo(i, part))
+        return photos
 
     def facing_front(self, poses):
         """Poses (n,22,3,3) in the frame of the answer, turned back to face +z, where statements are
         defined."""
         return turn_root(poses, self.body_to_answer.mT)
+
+
+def as_poses(answers):
+    """Poses (22,3,3), with texts among them -> (n,22,3,3): the pose at rest stands in for a text.
+    """
+    rest = torch.eye(3).expand(22, 3, 3)
+    poses = [rest if isinstance(answer, str) else answer for answer in answers]
+    return torch.stack(poses)
 
 
 class Evaluator(NamedTuple):
@@ -518,47 +647,113 @@ class Evaluator(NamedTuple):
     retrieval_model: object
     text_tokenizer: object
 
-    def metrics(self, evalset, pred):
-        """pred: n poses (n,22,3,3) or n texts, as the task asks -> {metric: value}."""
+    def metrics(self, evalset, answers):
+        """answers: n poses (22,3,3) or n texts, as the task asks -> {metric: value}.
+
+        A text in place of a pose counts as the pose at rest, and in no_pose. Questions that call
+        for a fixed sentence count in `negative_metrics` only.
+        """
         if evalset.target == "text":
-            return self.text_metrics(evalset, pred)
-        return self.pose_metrics(evalset, pred)
+            metrics = self.text_metrics(evalset, answers)
+        else:
+            metrics = self.pose_metrics(evalset, answers)
+        return metrics | self.negative_metrics(evalset, answers)
 
     def text_metrics(self, evalset, texts):
-        """Metrics of n generated texts -> {metric: value}.
-
-        Pairs of a person with itself count in same_recognised only: the share whose text says that
-        nothing changes, absent where there are no such pairs. All other figures are about people
-        who differ, and so stay comparable with those of sets without such pairs.
-        """
-        kept = (~evalset.same).nonzero().flatten().tolist()
+        """Metrics of n generated texts -> {metric: value}."""
+        kept = evalset.kept
         pred = [texts[k] for k in kept]
         target = [evalset.texts[k] for k in kept]
         views = [evalset.views[k] for k in kept]
-        poses = evalset.poses[kept]
         sources = None if evalset.sources is None else evalset.sources[kept]
         metrics = {
             "bleu4": bleu4(pred, target),
             "rouge_l": rouge_l(pred, target),
-            **text_statement_metrics(pred, target, poses, sources),
+            **text_statement_metrics(pred, target, evalset.poses[kept], sources),
             **view_metrics(pred, views),
             **self.retrieval_metrics(evalset, evalset.poses, texts),
         }
-        of_same = [text for text, same in zip(texts, evalset.same) if same]
-        if of_same:
-            metrics["same_recognised"] = float(np.mean([*map(says_no_difference, of_same)]))
+        if evalset.groups:
+            codes = evalset.world.codes
+            told = []
+            for text, group in zip(texts, evalset.groups):
+                told.append(truest_of(text, codes, group.people))
+            metrics |= self.person_metrics(evalset, told)
         return metrics
 
-    def pose_metrics(self, evalset, poses):
-        """Metrics of generated poses (n,22,3,3) -> {metric: value}."""
+    def pose_metrics(self, evalset, answers):
+        """Metrics of n generated poses (22,3,3), or texts in their place -> {metric: value}."""
+        kept = evalset.kept
+        poses = as_poses(answers)                                                     # (n,22,3,3)
+        front = evalset.facing_front(poses)                                           # (n,22,3,3)
         joints = self.body.joints(poses)                                              # (n,22,3)
         target = self.body.joints(evalset.poses)                                      # (n,22,3)
-        return {
-            "mpjpe": mpjpe(joints, target).mean().item(),
-            "pa_mpjpe": pa_mpjpe(joints, target).mean().item(),
-            "mpjre": mpjre(poses, evalset.poses).mean().item(),
-            **pose_statement_metrics(evalset.texts, evalset.facing_front(poses), evalset.sources),
+        texts = [evalset.texts[k] for k in kept]
+        sources = None if evalset.sources is None else evalset.sources[kept]
+        metrics = {
+            "mpjpe": mpjpe(joints, target)[kept].mean().item(),
+            "pa_mpjpe": pa_mpjpe(joints, target)[kept].mean().item(),
+            "mpjre": mpjre(poses, evalset.poses)[kept].mean().item(),
+            "no_pose": sum(isinstance(answers[k], str) for k in kept),
+            **pose_statement_metrics(texts, front[kept], sources),
             **self.retrieval_metrics(evalset, poses, evalset.texts),
+        }
+        if evalset.groups:
+            metrics |= self.person_metrics(evalset, self.nearest_people(evalset, answers))
+        if evalset.task == "image_text2pose":
+            metrics["hidden_mpjpe"] = self.hidden_error(evalset, poses)
+        if evalset.task == "speculate":
+            asked = [evalset.world.activity[i] for i in evalset.rows]
+            is_right = [name == other for name, other in zip(asked, nearest_activities(front))]
+            metrics["activity_accuracy"] = float(np.mean(is_right))
+        return metrics
+
+    def hidden_error(self, evalset, poses):
+        """MPJPE (mm) of the joints that an object hides. All poses face front, each by its own
+        heading: of a text alone it cannot be known."""
+        hidden = torch.tensor(np.stack([mask for _, mask in evalset.hidden_photos]))  # (n,22)
+        joints = self.body.joints(face_front(poses))                                  # (n,22,3)
+        target = self.body.joints(face_front(evalset.poses))                          # (n,22,3)
+        return joint_errors(joints, target)[hidden].mean().item()
+
+    def nearest_people(self, evalset, answers):
+        """Whose pose is nearest to each answer, of the people of its group; None for a text."""
+        nearest = []
+        for answer, group in zip(answers, evalset.groups):
+            if isinstance(answer, str):
+                nearest.append(None)
+                continue
+            people = self.body.joints(evalset.world.camera_poses[group.people])       # (m,22,3)
+            joints = self.body.joints(answer[None]).expand_as(people)
+            nearest.append(group.people[mpjpe(joints, people).argmin()])
+        return nearest
+
+    def person_metrics(self, evalset, people):
+        """people: the person that each answer is about -> how often it is the one who was asked
+        for, in all groups and in those of 2, of 3, of 4."""
+        hits = {}
+        for k in evalset.kept:
+            size = len(evalset.groups[k].people)
+            hits.setdefault(size, []).append(people[k] == int(evalset.rows[k]))
+
+        metrics = {"right_person": float(np.mean(sum(hits.values(), [])))}
+        for size in sorted(hits):
+            metrics[f"right_person_of_{size}"] = float(np.mean(hits[size]))
+        return metrics
+
+    def negative_metrics(self, evalset, answers):
+        """How often a fixed sentence is said -> {metric: value}; {} where no question calls for it.
+
+        ..._recognised: share of the questions that call for it; ..._mistaken: share of the others.
+        """
+        if not evalset.negative.any():
+            return {}
+        said = np.array([says_only(evalset.negative_text, answer) for answer in answers])
+        negative = evalset.negative.numpy()
+        name = "nobody" if evalset.groups else "same"
+        return {
+            f"{name}_recognised": float(said[negative].mean()),
+            f"{name}_mistaken": float(said[~negative].mean()),
         }
 
     @torch.no_grad()
@@ -566,18 +761,20 @@ class Evaluator(NamedTuple):
         """Metrics of generated poses with true texts, or the reverse; {} without a retrieval model.
 
         r_precision: own answer among the best 1, 2, 3 of 32; recall_at: among the best 1, 5, 10, 20
-        of all n; matching: mean cosine; fid: between generated and true poses.
+        of all n; recall_back: the reverse, own question of an answer; matching: mean cosine; fid:
+        between generated and true poses. The texts are captions or differences, which the retrieval
+        model was trained on, even where the model was asked by other words.
         """
         if self.retrieval_model is None:
             return {}
 
+        kept = evalset.kept
         ids, mask = tokenize_texts(self.text_tokenizer, texts)
-        text_vectors = self.retrieval_model.embed_text(ids, mask)                     # (n,d)
-        pose_vectors = self.embed_poses(evalset, poses)                               # (n,d)
+        text_vectors = self.retrieval_model.embed_text(ids, mask)[kept]               # (n,d)
+        pose_vectors = self.embed_poses(evalset, poses)[kept]                         # (n,d)
         if evalset.target == "text":
-            kept = ~evalset.same  # all pairs of a person with itself have the same text
-            return self.ranking_metrics(pose_vectors[kept], text_vectors[kept])
-        fid = frechet(pose_vectors, self.embed_poses(evalset, evalset.poses))
+            return self.ranking_metrics(pose_vectors, text_vectors)
+        fid = frechet(pose_vectors, self.embed_poses(evalset, evalset.poses)[kept])
         return {**self.ranking_metrics(text_vectors, pose_vectors), "fid": fid}
 
     def embed_poses(self, evalset, poses):
@@ -593,6 +790,7 @@ class Evaluator(NamedTuple):
         return {
             "r_precision": r_precision(query, answer),
             "recall_at": recall_at(query, answer),
+            "recall_back": recall_at(answer, query),
             "matching": (query * answer).sum(-1).mean().item(),
         }
 
@@ -645,19 +843,19 @@ def nearest_by_features(evalset, train_set, vision):
 def baselines(evalset, train_set, model, seed):
     """name -> answers that need no language model, taken from the people of `train_set`."""
     row = TASKS[evalset.task]
+    rng = np.random.default_rng(seed)
     copied = {}  # name -> whose answer is copied
     if row.target == "text":
-        rng = np.random.default_rng(seed)
-        different = (~train_set.same).nonzero().flatten().numpy()
-        copied["random_caption"] = rng.choice(different, size=len(evalset.texts))
-    if row.inputs == ("text",):
+        copied["random_caption"] = rng.choice(train_set.kept, size=len(evalset.texts))
+    if row.inputs == ("text",) and row.text == "caption":
         copied["nearest_caption"] = nearest_by_statements(evalset.texts, train_set.texts)
     if row.inputs == ("image",):
         copied["nearest_feature"] = nearest_by_features(evalset, train_set, model.vision)
 
     answers = {}
     if row.target == "pose":
-        answers["mean_pose"] = project_rotation(train_set.poses.mean(0)).expand_as(evalset.poses)
+        mean = train_set.poses[train_set.kept].mean(0)
+        answers["mean_pose"] = project_rotation(mean).expand_as(evalset.poses)
     for name, rows in copied.items():
         if row.target == "pose":
             answers[name] = train_set.poses[rows]
@@ -665,7 +863,17 @@ def baselines(evalset, train_set, model, seed):
             answers[name] = [train_set.texts[k] for k in rows]
     if row.target == "pose" and row.pair:
         answers["input_pose"] = evalset.sources
+    if row.group:
+        answers["random_person"] = random_people(evalset, rng)
     return answers
+
+
+def random_people(evalset, rng):
+    """For each question about a group the answer about any person of it: what chance scores."""
+    people = [int(rng.choice(group.people)) for group in evalset.groups]
+    if evalset.target == "pose":
+        return evalset.world.camera_poses[people]
+    return [evalset.world.image_caption(i, rng) for i in people]
 
 
 @torch.no_grad()
@@ -686,37 +894,68 @@ def upper_bounds(evalset, model, seed):
     if model.has_codes:
         _, bounds["tokenizer"] = round_trip(model, evalset.poses)
     bounds["ground_truth"] = evalset.poses
-    if evalset.target == "pose":
-        return bounds
 
-    texts = {}
-    for name, poses in bounds.items():
-        sources = evalset.sources
-        if sources is not None:
-            # a person and itself are one pose to the tokenizer, too
-            sources = torch.where(evalset.same[:, None, None, None], poses, sources)
-        plain = true_texts(poses, sources, seed + 1)
-        texts[name] = [add_view(view, text) for view, text in zip(evalset.views, plain)]
-    return texts
+    for name, answers in bounds.items():
+        if evalset.target == "text":
+            plain = true_texts(answers, evalset.sources, seed + 1)
+            answers = [add_view(view, text) for view, text in zip(evalset.views, plain)]
+        bounds[name] = list(answers)
+        for k in evalset.negative.nonzero().flatten().tolist():
+            bounds[name][k] = evalset.negative_text
+    return bounds
 
 
 # ---- 8. The whole report -------------------------------------------------------------------------
-def answer_all(model, evalset, decode, batch):
-    """The model's answers to an EvalSet: poses (n,22,3,3) or a list of n texts, and how many lack
-    a pose that was asked for: a model that writes poses as text may write none. The pose at rest
-    stands in for these."""
-    n = len(evalset.texts)
-    answers = []
-    for start in progress_bar(range(0, n, batch), f"{evalset.task}: {decode}"):
-        prompts = [evalset.question(k, model) for k in range(start, min(start + batch, n))]
-        answers += generate(model, prompts, [evalset.target] * len(prompts), decode=decode)
+def answer_all(model, n, prompt, want, decode, batch, name):
+    """The model's answers to prompts 0 to n - 1: a list of poses (22,3,3) and texts.
 
-    if evalset.target == "pose":
-        rest = torch.eye(3).expand(22, 3, 3)
-        poses = [rest if answer.pose is None else answer.pose for answer in answers]
-        n_missing = sum(answer.pose is None for answer in answers)
-        return torch.stack(poses), n_missing
-    return [answer.text for answer in answers], 0
+    prompt: a function of the number; want: see `generate`. A model that writes poses as text, or
+    may choose what it answers, can give a text where a pose was hoped for.
+    """
+    answers = []
+    for start in progress_bar(range(0, n, batch), f"{name}: {decode}"):
+        prompts = [prompt(k) for k in range(start, min(start + batch, n))]
+        answers += generate(model, prompts, [want] * len(prompts), decode=decode)
+    return [answer.value for answer in answers]
+
+
+def variants(model, evalset, decode, batch):
+    """name -> the model's poses where the same is asked otherwise; {} for most tasks.
+
+    image_text2pose: by the picture alone, and by the text alone, from which follows a pose that
+    faces front: the true heading turns it to the camera. chat_edit: the edit alone, which is not
+    about an earlier turn, and behind a first turn that the model has answered itself.
+    """
+    def ask(name, prompt):
+        return answer_all(
+            model, len(evalset.texts), prompt, "pose", decode, batch, f"{evalset.task}, {name}")
+
+    def text_alone(k):
+        return question("text2pose", [evalset.texts[k]], model)
+
+    def image_alone(k):
+        picture, _ = evalset.hidden_photos[k]
+        return question("image2pose", [picture], model)
+
+    def edit_alone(k):
+        return question("edit", [evalset.sources[k], evalset.texts[k]], model)
+
+    def first_turn(k):
+        [(_, segments, _)] = evalset.past_turns(k, model)
+        return segments[:-1]  # without its answer
+
+    answers = {}
+    if evalset.task == "image_text2pose":
+        answers["image_alone"] = ask("image alone", image_alone)
+        front = as_poses(ask("text alone", text_alone))
+        answers["text_alone"] = turn_root(front, evalset.body_to_answer)
+    if evalset.task == "chat_edit":
+        if model.has_codes:
+            answers["edit_alone"] = ask("edit alone", edit_alone)
+        own = as_poses(ask("first turn", first_turn))
+        answers["own_turn"] = ask(
+            "own turn", lambda k: evalset.question(k, model, first=own[k]))
+    return answers
 
 
 def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
@@ -726,22 +965,25 @@ def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
         decodings = [decode for decode in decodings if decode not in AVERAGED] or ["argmax"]
 
     metrics = {}
+    prompt = functools.partial(evalset.question, model=model)
     for decode in decodings:
-        answers, n_missing = answer_all(model, evalset, decode, batch)
+        answers = answer_all(
+            model, len(evalset.texts), prompt, evalset.want, decode, batch, evalset.task)
         metrics[decode] = evaluator.metrics(evalset, answers)
-        if model.config["pose_head"] == "text":
-            metrics[decode]["no_pose"] = n_missing
 
     first, *others = decodings
     report = {**metrics[first], "decode": first}
     if others:
         report["decoding"] = {decode: metrics[decode] for decode in others}
-    report["baselines"] = {}
-    for name, answers in baselines(evalset, train_set, model, seed).items():
-        report["baselines"][name] = evaluator.metrics(evalset, answers)
-    report["ceilings"] = {}
-    for name, answers in upper_bounds(evalset, model, seed).items():
-        report["ceilings"][name] = evaluator.metrics(evalset, answers)
+    compared = {
+        "variants": variants(model, evalset, first, batch),
+        "baselines": baselines(evalset, train_set, model, seed),
+        "ceilings": upper_bounds(evalset, model, seed),
+    }
+    for group, answers_by_name in compared.items():
+        report[group] = {}
+        for name, answers in answers_by_name.items():
+            report[group][name] = evaluator.metrics(evalset, answers)
     return report
 
 
@@ -771,8 +1013,8 @@ def evaluate(model, evaluator, tasks=tuple(TASKS), split="test", n=512, decode="
     task's own figures.
     """
     size = model.vision.clip_size
-    world = World(split, 2 * n, size)
-    train_world = World("train", 2 * pool, size)
+    world = World(split, max(2 * n, POOL), size)  # a group needs POOL people
+    train_world = World("train", max(2 * pool, POOL), size)
 
     report = {
         "size": model.config["size"],
@@ -818,40 +1060,85 @@ COLUMNS = {  # heading -> the metric of a generated pose, of a text, of the toke
     "R@1/32": ["r_precision"],
     "FID": ["fid"],
 }
+THOUGHT_PROTOCOL = """
+person: share of answers that are nearest to the person asked for, by MPJPE or by statements; of 2,
+of 3, of 4: in groups of so many; nobody: share of questions which nobody fits that are told so;
+wrongly: of all others; hidden: MPJPE of the joints that an object hides, all poses facing front;
+action: share of poses of the activity that was asked for, judged by the nearest training person,
+chance {chance:.3f}
+R@10: own answer among the best 10 of all for a question, back: own question for an answer
+"""
+THOUGHT_COLUMNS = {  # the same of the tasks that ask for thought
+    "person": ["right_person"],
+    **{f"of {size}": [f"right_person_of_{size}"] for size in PLACES},
+    "nobody": ["nobody_recognised"],
+    "wrongly": ["nobody_mistaken"],
+    "hidden": ["hidden_mpjpe"],
+    "action": ["activity_accuracy"],
+    "R@10": ["recall_at"],
+    "back": ["recall_back"],
+}
+IN_UNITS = ("MPJPE", "PA", "MPJRE", "hidden")  # mm and degrees, shown with one digit
+RANKS = {"R@10": 2, "back": 2}                 # which figure of a list is shown, if not the first
 
 
 SYSTEMS = {"codes": "UniPose", "mlp": "ChatPose", "text": "in words"}  # pose head -> whose it is
 
 
-def format_cell(heading, metrics):
+def format_cell(heading, names, metrics):
     """The value of one column, 8 characters wide; blank where a row has none."""
-    for name in COLUMNS[heading]:
+    for name in names:
         value = metrics.get(name)
         if isinstance(value, list):
-            value = value[0] if value else None  # R-precision: of the best one
+            value = value[RANKS.get(heading, 0)] if value else None
         if value is not None:
-            digits = 1 if heading in ("MPJPE", "PA", "MPJRE") else 3
+            digits = 1 if heading in IN_UNITS else 3
             return f"{value:>8.{digits}f}"
     return " " * 8
 
 
-def format_table(report):
-    """The report as aligned lines: for each task the model, then its baselines and upper bounds."""
+def task_rows(report, tasks):
+    """For each task the model, then what it is compared with -> [(task, name, metrics), ...]."""
     rows = []
     system = SYSTEMS[report["pose_head"]]
-    if "tokenizer" in report:
-        tokenizer = report["tokenizer"]
-        rows.append(("tokenizer", f"{tokenizer['active']:.0%} codes active", tokenizer))
-    for task, metrics in report["tasks"].items():
+    groups = {"decoding": system, "variants": system, "baselines": "-", "ceilings": "+"}
+    for task in tasks:
+        metrics = report["tasks"][task]
         rows.append((task, f"{system} {metrics['decode']}", metrics))
-        for group, mark in (("decoding", system), ("baselines", "-"), ("ceilings", "+")):
+        for group, mark in groups.items():
             for name, group_metrics in metrics.get(group, {}).items():
                 rows.append(("", f"{mark} {name}", group_metrics))
+    return rows
 
-    lines = [" " * 34 + "".join(f"{heading:>8}" for heading in COLUMNS)]
+
+def format_rows(rows, columns):
+    """Rows [(task, name, metrics), ...] as aligned lines, below the headings of their columns."""
+    width = max(12, *[len(task) + 1 for task, _, _ in rows])
+    lines = [" " * (width + 22) + "".join(f"{heading:>8}" for heading in columns)]
     for task, name, metrics in rows:
-        cells = [format_cell(heading, metrics) for heading in COLUMNS]
-        lines.append(f"{task:<12}{name:<22}" + "".join(cells))
+        cells = [format_cell(heading, names, metrics) for heading, names in columns.items()]
+        lines.append(f"{task:<{width}}{name:<22}" + "".join(cells))
+    return lines
+
+
+def format_table(report):
+    """The report as aligned lines; the tasks that ask for thought have a second table."""
+    rows = task_rows(report, report["tasks"])
+    if "tokenizer" in report:
+        tokenizer = report["tokenizer"]
+        rows.insert(0, ("tokenizer", f"{tokenizer['active']:.0%} codes active", tokenizer))
+    lines = format_rows(rows, COLUMNS)
+
+    columns = {}
+    shown = []
+    for row in task_rows(report, [task for task in report["tasks"] if task not in SEVEN]):
+        filled = [heading for heading, [name] in THOUGHT_COLUMNS.items() if name in row[2]]
+        columns |= {heading: THOUGHT_COLUMNS[heading] for heading in filled}
+        if filled:
+            shown.append(row)
+    if shown:
+        chance = 1 / len(activity_table().activities)
+        lines += [THOUGHT_PROTOCOL.format(chance=chance), *format_rows(shown, columns)]
     return lines
 
 
@@ -939,10 +1226,11 @@ def most_tokens(model, target, decode="argmax"):
 
 
 def measure_speed(model, seed=0, repeats=7):
-    """Milliseconds: a pose in one step against one by one, from the same cached prompt, and every
-    task's latency. A model without codes has its latencies only."""
-    world = World("test", 2, model.vision.clip_size)
-    tasks = answerable(TASKS, model.config["pose_head"])
+    """Milliseconds: a pose in one step against one by one, from the same cached prompt, and the
+    latency of every task that the model has learned. A model without codes has its latencies only.
+    """
+    world = World("test", POOL, model.vision.clip_size)  # a group needs so many people
+    tasks, _ = trained_tasks(model.stages, model.config["pose_head"])
     evalsets = {task: EvalSet(world, task, 1, seed) for task in tasks}
 
     row = model.encode(evalsets["text2pose"].question(0, model))
@@ -1237,6 +1525,17 @@ def check_choice(flag, value, choices):
         raise UserError(f"--{flag} {value} is not one of {', '.join(filter(None, choices))}")
 
 
+def require_task(task, stages, pose_head="codes"):
+    """Raises UserError unless a model that has been through `stages` can answer a task.
+
+    stages, pose_head: see `require_stages`.
+    """
+    inputs = TASKS[task].inputs
+    require_stages(stages, "image" in inputs, pose_head, with_thought=task in REASONING)
+    if "pose" in inputs:
+        require_codes(pose_head)
+
+
 def trained_tasks(stages, pose_head="codes"):
     """The tasks that a model which has been through `stages` can answer, and {why not: the others}.
 
@@ -1248,11 +1547,9 @@ def trained_tasks(stages, pose_head="codes"):
 
     trained = []
     left_out = {}
-    for task, row in TASKS.items():
+    for task in TASKS:
         try:
-            require_stages(stages, "image" in row.inputs, pose_head)
-            if "pose" in row.inputs:
-                require_codes(pose_head)
+            require_task(task, stages, pose_head)
             trained.append(task)
         except UserError as reason:
             left_out.setdefault(str(reason), []).append(task)
@@ -1292,13 +1589,11 @@ def main(argv=None):
         notes = read_config(config.weights)
         stages = notes.get("stages")
         pose_head = notes["pose_head"]
-        if config.tasks or config.speed:
-            tasks = config.tasks or answerable(TASKS, pose_head)
-            with_images = any("image" in TASKS[task].inputs for task in tasks)
-            require_stages(stages, with_images, pose_head)
-            if any("pose" in TASKS[task].inputs for task in tasks):
-                require_codes(pose_head)
-        elif not config.features:
+        if config.speed:
+            require_stages(stages, True, pose_head)  # prompts grow by pictures, too
+        for task in config.tasks:
+            require_task(task, stages, pose_head)
+        if not config.tasks and not config.features and not config.speed:
             tasks, left_out = trained_tasks(stages, pose_head)
         model = load(config.weights, device)
         retrieval_model = load_retrieval_model(config.weights)

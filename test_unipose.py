@@ -2916,6 +2916,14 @@ def test_nobody_fits_what_is_asked_in_vain(asked_in_vain, group_world):
             assert question.person == -1
 
 
+def test_that_nobody_fits_is_said_in_words_where_a_pose_is_asked_for(group_world):
+    values = group_world.example("reason", 0, np.random.default_rng(0), same=True)
+
+    *_, answer = data.render_template("reason", values, data.templates("reason")[0])
+
+    assert answer == ("text", data.NOBODY, True)
+
+
 def test_questions_in_vain_are_also_about_what_is_there_but_in_another_person(asked_in_vain):
     """A shirt and a place that are there, but not together: both must be understood."""
     mixed = []
@@ -11612,6 +11620,12 @@ def test_view_metrics_count_only_texts_whose_view_is_defined():
 
 
 PAIR_TEXT_TASKS = ["posediff", "imagediff"]
+GROUP_TASKS = ["reason", "reason_text"]
+
+
+def says_no_difference(text):
+    """Whether a text says that nothing changes, and nothing else."""
+    return evaluation.says_only(captions.to_text([], None, demand=True), text)
 
 
 @pytest.mark.parametrize("task", PAIR_TEXT_TASKS)
@@ -11619,9 +11633,9 @@ def test_every_33rd_pair_to_compare_is_a_person_and_itself(world, task):
     evalset = evaluation.EvalSet(world, task, 70)
 
     is_equal = (evalset.poses == evalset.sources).flatten(1).all(1)
-    assert evalset.same.nonzero().flatten().tolist() == [32, 65]
-    assert torch.equal(is_equal, evalset.same)
-    assert [evaluation.says_no_difference(text) for text in evalset.texts] == is_equal.tolist()
+    assert evalset.negative.nonzero().flatten().tolist() == [32, 65]
+    assert torch.equal(is_equal, evalset.negative)
+    assert [says_no_difference(text) for text in evalset.texts] == is_equal.tolist()
 
 
 @pytest.mark.parametrize("task", PAIR_TEXT_TASKS)
@@ -11633,9 +11647,10 @@ def test_the_prompt_of_a_person_and_itself_shows_it_twice(world, task):
     assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("task", [task for task in data.TASKS if task not in PAIR_TEXT_TASKS])
+@pytest.mark.parametrize(
+    "task", [task for task in data.TASKS if task not in PAIR_TEXT_TASKS + GROUP_TASKS])
 def test_no_other_task_asks_about_a_person_and_itself(world, task):
-    assert not evaluation.EvalSet(world, task, 70).same.any()
+    assert not evaluation.EvalSet(world, task, 70).negative.any()
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -11647,7 +11662,7 @@ def test_no_other_task_asks_about_a_person_and_itself(world, task):
     ("", False),
 ])
 def test_only_one_sentence_says_that_nothing_changes(text, expected):
-    assert evaluation.says_no_difference(text) == expected
+    assert says_no_difference(text) == expected
 
 
 @pytest.fixture(scope="module")
@@ -11692,7 +11707,304 @@ def test_the_upper_bounds_recognise_equal_poses(with_same):
     bounds = evaluation.upper_bounds(with_same.evalset, nano(), seed=0)
 
     for name, texts in bounds.items():
-        assert evaluation.says_no_difference(texts[32]), name
+        assert says_no_difference(texts[32]), name
+
+
+# groups of people
+@pytest.fixture(scope="module")
+def about_groups(group_world, free_body):
+    """30 questions about groups, to be answered by poses, and what measures the answers."""
+    return types.SimpleNamespace(
+        evalset=evaluation.EvalSet(group_world, "reason", 30),
+        evaluator=evaluation.Evaluator(free_body, None, None),
+    )
+
+
+@pytest.fixture(scope="module")
+def described_groups(group_world):
+    """The same, to be answered by texts."""
+    return evaluation.EvalSet(group_world, "reason_text", 30)
+
+
+@pytest.mark.parametrize("task", GROUP_TASKS)
+def test_nobody_fits_every_10th_question_about_a_group(group_world, task):
+    evalset = evaluation.EvalSet(group_world, task, 30)
+
+    assert evalset.negative.nonzero().flatten().tolist() == [9, 19, 29]
+    assert [evalset.texts[k] for k in (9, 19, 29)] == [data.NOBODY] * 3
+    assert len(evalset.kept) == 27
+
+
+def test_the_pose_of_the_asked_person_answers_the_question(about_groups, group_world):
+    evalset = about_groups.evalset
+
+    for k in evalset.kept[:6]:
+        *_, answer = group_world.example("reason", 2 * k, evalset.rng(k))
+        assert torch.equal(evalset.poses[k], answer)
+
+
+def test_the_caption_of_the_asked_person_answers_the_question(described_groups, group_world):
+    for k in described_groups.kept[:6]:
+        *_, answer = group_world.example("reason_text", 2 * k, described_groups.rng(k))
+        assert described_groups.texts[k] == answer
+
+
+def poses_of_others(evalset):
+    """For each question the pose of somebody else in the picture."""
+    others = []
+    for k, group in enumerate(evalset.groups):
+        person = next(i for i in group.people if i != evalset.rows[k])
+        others.append(evalset.world.camera_poses[person])
+    return others
+
+
+def test_the_pose_of_the_asked_person_is_the_right_one(about_groups):
+    metrics = about_groups.evaluator.metrics(about_groups.evalset, about_groups.evalset.poses)
+
+    assert metrics["right_person"] == 1
+    assert metrics["mpjpe"] < 1e-3
+
+
+def test_the_pose_of_another_person_is_the_wrong_one(about_groups):
+    others = poses_of_others(about_groups.evalset)
+
+    metrics = about_groups.evaluator.metrics(about_groups.evalset, others)
+
+    assert metrics["right_person"] == 0
+    assert metrics["mpjpe"] > 50
+
+
+def test_the_rate_of_right_people_is_told_by_the_size_of_the_group(about_groups):
+    evalset = about_groups.evalset
+    answers = poses_of_others(evalset)
+    for k, group in enumerate(evalset.groups):
+        if len(group.people) == 2:
+            answers[k] = evalset.poses[k]
+
+    metrics = about_groups.evaluator.metrics(evalset, answers)
+
+    rates = [metrics[f"right_person_of_{size}"] for size in (2, 3, 4)]
+    assert rates == [1, 0, 0]
+    assert metrics["right_person"] == pytest.approx(1 / 3)
+
+
+def test_a_text_in_place_of_a_pose_is_about_the_wrong_person(about_groups):
+    answers = list(about_groups.evalset.poses)
+    answers[0] = "The left knee is bent."
+
+    metrics = about_groups.evaluator.metrics(about_groups.evalset, answers)
+
+    assert metrics["right_person"] == pytest.approx(26 / 27)
+    assert metrics["no_pose"] == 1
+    assert metrics["nobody_mistaken"] == 0
+
+
+def test_it_is_measured_how_often_nobody_is_said_rightly_and_wrongly(about_groups):
+    answers = list(about_groups.evalset.poses)
+    answers[9] = data.NOBODY
+    answers[0] = data.NOBODY.lower()
+
+    metrics = about_groups.evaluator.metrics(about_groups.evalset, answers)
+
+    assert metrics["nobody_recognised"] == pytest.approx(1 / 3)
+    assert metrics["nobody_mistaken"] == pytest.approx(1 / 27)
+
+
+def test_answers_to_questions_that_nobody_fits_move_no_other_metric(about_groups):
+    answers = poses_of_others(about_groups.evalset)
+    others = list(answers)
+    others[9] = data.NOBODY
+
+    before = about_groups.evaluator.metrics(about_groups.evalset, answers)
+    after = about_groups.evaluator.metrics(about_groups.evalset, others)
+
+    assert {name for name in before if before[name] != after[name]} == {"nobody_recognised"}
+
+
+def test_a_true_caption_is_about_the_person_whom_most_of_it_is_true_of(described_groups):
+    evaluator = evaluation.Evaluator(None, None, None)
+
+    metrics = evaluator.metrics(described_groups, described_groups.texts)
+
+    assert metrics["right_person"] > 0.9
+    assert metrics["nobody_recognised"] == 1
+
+
+def test_the_caption_of_another_person_is_about_the_wrong_one(described_groups):
+    evaluator = evaluation.Evaluator(None, None, None)
+    captions_of_others = []
+    for k, group in enumerate(described_groups.groups):
+        person = next(i for i in group.people if i != described_groups.rows[k])
+        captions_of_others.append(described_groups.world.caption(person, None))
+
+    metrics = evaluator.metrics(described_groups, captions_of_others)
+
+    assert metrics["right_person"] < 0.1
+
+
+def test_a_text_that_is_as_true_of_two_people_is_about_neither(group_world):
+    assert evaluation.truest_of("Bla bla.", group_world.codes, [0, 2]) is None
+
+
+def test_any_person_of_the_picture_is_the_right_one_by_chance(group_world, free_body):
+    evalset = evaluation.EvalSet(group_world, "reason", 60)
+    evaluator = evaluation.Evaluator(free_body, None, None)
+
+    answers = evaluation.random_people(evalset, np.random.default_rng(0))
+
+    metrics = evaluator.metrics(evalset, answers)
+    assert 0.2 < metrics["right_person"] < 0.55     # the mean of 1/2, 1/3 and 1/4 is 0.36
+
+
+def test_the_upper_bounds_know_whom_nobody_fits(about_groups):
+    bounds = evaluation.upper_bounds(about_groups.evalset, nano(), seed=0)
+
+    for name, answers in bounds.items():
+        assert answers[9] == data.NOBODY, name
+        assert torch.is_tensor(answers[8]), name
+
+
+def test_where_nobody_may_fit_the_model_chooses_what_it_answers(about_groups, monkeypatch):
+    asked = []
+
+    def record(model, prompts, wants, decode):
+        asked.extend(wants)
+        return [types.SimpleNamespace(value=data.NOBODY)] * len(prompts)
+
+    monkeypatch.setattr(evaluation, "generate", record)
+    evaluator = about_groups.evaluator
+    evalset = evaluation.EvalSet(about_groups.evalset.world, "reason", 4)
+
+    report = evaluation.evaluate_task(nano(), evaluator, evalset, evalset, ["argmax"], 4, 0)
+
+    assert asked == [None] * 4
+    assert report["no_pose"] == 4
+
+
+def test_few_questions_about_groups_can_be_asked(free_body):
+    """A group is drawn from 64 people, however few are asked about."""
+    model = nano(words=data.vocabulary())
+    evaluator = evaluation.Evaluator(free_body, None, model.text_tokenizer)
+
+    report = evaluation.evaluate(model, evaluator, ["reason"], n=2, pool=2, batch=2)
+
+    assert 0 <= report["tasks"]["reason"]["right_person"] <= 1
+
+
+# activities
+@pytest.mark.parametrize("reflected", [False, True])
+def test_activities_are_told_by_the_nearest_joints(reflected):
+    people = data.World("test", 400)
+    poses_of_activities = people.poses[0::2]
+    if reflected:
+        poses_of_activities = tokenizer.mirror(poses_of_activities)
+
+    named = evaluation.nearest_activities(poses_of_activities)
+
+    is_right = [name == true for name, true in zip(named, people.activity[0::2])]
+    assert np.mean(is_right) > 0.8
+
+
+def test_the_share_of_poses_of_the_asked_activity_is_a_metric(free_body):
+    people = data.World("test", 80)
+    evalset = evaluation.EvalSet(people, "speculate", 40)
+    evaluator = evaluation.Evaluator(free_body, None, None)
+
+    right = evaluator.metrics(evalset, evalset.poses)
+    wrong = evaluator.metrics(evalset, torch.eye(3).expand(40, 22, 3, 3))
+
+    assert right["activity_accuracy"] > 0.7
+    assert wrong["activity_accuracy"] < 0.2
+
+
+def test_a_request_is_asked_in_wordings_that_training_has_not_seen():
+    people = data.World("test", 40)
+    evalset = evaluation.EvalSet(people, "speculate", 20)
+
+    for k in range(20):
+        asked = "".join(text for _, text, _ in evalset.question(k))
+        activity = people.activity[2 * k]
+        assert any(wording in asked for wording in data.speculations(activity, "test"))
+        assert not any(wording in asked for wording in data.speculations(activity, "train"))
+
+
+# hidden parts
+@pytest.mark.parametrize("turned, hidden_error", [("left_elbow", 22), ("right_elbow", 0)])
+def test_only_hidden_joints_count_as_hidden(world, free_body, turned, hidden_error):
+    """An elbow moves one of 22 joints, the wrist; here an object hides the left wrist."""
+    evalset = evaluation.EvalSet(world, "image_text2pose", 4)
+    mask = np.zeros(22, bool)
+    mask[joint("left_wrist")] = True
+    evalset.hidden_photos = [(None, mask)] * 4
+    answers = evalset.poses.clone()
+    bend = tokenizer.aa_to_matrix(torch.tensor([0.0, 1.0, 0.0]))
+    answers[:, joint(turned)] = answers[:, joint(turned)] @ bend
+
+    metrics = evaluation.Evaluator(free_body, None, None).metrics(evalset, answers)
+
+    assert metrics["mpjpe"] > 1
+    assert metrics["hidden_mpjpe"] == pytest.approx(hidden_error * metrics["mpjpe"], abs=0.01)
+
+
+def test_each_part_is_hidden_in_turn():
+    people = data.World("test", 20, size=64)
+    evalset = evaluation.EvalSet(people, "image_text2pose", 9)
+
+    for k in (0, 3, 8):
+        [picture] = [value for kind, value, _ in evalset.question(k) if kind == "image"]
+        expected, _ = people.hidden_photo(2 * k, data.HIDDEN_PARTS[k % 8])
+        assert np.array_equal(picture, expected)
+
+
+def test_the_pose_from_the_text_alone_is_compared_in_the_cameras_frame(world, monkeypatch):
+    evalset = evaluation.EvalSet(world, "image_text2pose", 4)
+
+    def answer(model, n, prompt, want, decode, batch, name):
+        return list(world.poses[evalset.rows])
+
+    monkeypatch.setattr(evaluation, "answer_all", answer)
+
+    answers = evaluation.variants(None, evalset, "argmax", 4)
+
+    close(answers["text_alone"], evalset.poses)
+
+
+# conversation
+def pose_answers(turns):
+    """The poses that answer earlier turns."""
+    return [segments[-1][1] for kind, segments, _ in turns if kind == "turn"]
+
+
+@pytest.mark.parametrize("task, people_before, answer", [
+    ("chat_edit", [6], 7),
+    ("chat_describe", [7, 6], 6),
+    ("chat_compare", [6, 7], 7),
+])
+def test_a_conversation_is_asked_about_after_turns_with_true_poses(
+        world, task, people_before, answer):
+    evalset = evaluation.EvalSet(world, task, 4)
+
+    before = pose_answers(evalset.question(3))
+
+    assert torch.equal(torch.stack(before), world.poses[people_before])
+    assert torch.equal(evalset.poses[3], world.poses[answer])
+
+
+def test_the_same_edit_is_asked_in_a_conversation_and_alone(world):
+    in_chat = evaluation.EvalSet(world, "chat_edit", 4)
+    alone = evaluation.EvalSet(world, "edit", 4)
+
+    assert in_chat.texts == alone.texts
+    assert torch.equal(in_chat.poses, alone.poses)
+
+
+def test_a_conversation_can_go_on_from_the_models_own_pose(world):
+    evalset = evaluation.EvalSet(world, "chat_edit", 4)
+    own = poses(1)[0]
+
+    [pose] = pose_answers(evalset.question(3, first=own))
+
+    assert torch.equal(pose, own)
 
 
 @pytest.fixture(scope="module")
@@ -11867,8 +12179,38 @@ def test_the_report_holds_the_metrics_of_every_task(report, task):
     metrics = report["tasks"][task]
 
     assert expected <= set(metrics)
-    assert len(metrics["r_precision"]) == 3
-    assert len(metrics["recall_at"]) == 4
+    if task not in GROUP_TASKS:     # fewer than 32 of these have somebody to find
+        assert len(metrics["r_precision"]) == 3
+    assert len(metrics["recall_at"]) == len(metrics["recall_back"]) == 4
+
+
+GROUP_METRICS = {
+    "right_person", "right_person_of_2", "right_person_of_3", "right_person_of_4",
+    "nobody_recognised", "nobody_mistaken",
+}
+
+
+@pytest.mark.parametrize("task, expected", [
+    ("reason", GROUP_METRICS),
+    ("reason_text", GROUP_METRICS),
+    ("speculate", {"activity_accuracy"}),
+    ("image_text2pose", {"hidden_mpjpe"}),
+])
+def test_the_report_holds_what_thought_is_measured_by(report, task, expected):
+    metrics = report["tasks"][task]
+
+    assert expected <= set(metrics)
+    for name, bound in metrics["ceilings"].items():
+        assert expected <= set(bound), name
+
+
+@pytest.mark.parametrize("task, names", [
+    ("image_text2pose", {"image_alone", "text_alone"}),
+    ("chat_edit", {"edit_alone", "own_turn"}),
+    ("text2pose", set()),
+])
+def test_the_report_holds_the_same_asked_otherwise(report, task, names):
+    assert set(report["tasks"][task]["variants"]) == names
 
 
 @pytest.mark.parametrize("task, baseline", [
@@ -11879,6 +12221,12 @@ def test_the_report_holds_the_metrics_of_every_task(report, task):
     ("text2pose", "nearest_caption"),
     ("image2pose", "nearest_feature"),
     ("edit", "input_pose"),
+    ("reason", "random_person"),
+    ("reason_text", "random_person"),
+    ("speculate", "mean_pose"),
+    ("chat_edit", "input_pose"),
+    ("chat_describe", "random_caption"),
+    ("chat_compare", "random_caption"),
 ])
 def test_the_report_holds_the_baselines_of_every_task(report, task, baseline):
     assert baseline in report["tasks"][task]["baselines"]
@@ -11915,6 +12263,37 @@ def test_the_table_has_a_row_for_every_task(report):
         assert f"\n{task} " in table
 
 
+def test_the_tasks_that_ask_for_thought_have_a_second_table(report):
+    table = "\n".join(evaluation.format_table(report))
+
+    first, second = table.split("person: share of answers")
+    for task in ("reason", "speculate", "image_text2pose"):
+        assert f"\n{task} " in second
+    assert "\ntext2pose " not in second
+
+
+def test_a_task_without_figures_of_thought_is_left_out_of_the_second_table():
+    tasks = {
+        "reason": {"decode": "argmax", "right_person": 0.5},
+        "chat_edit": {"decode": "argmax", "mpjpe": 100.0},
+    }
+
+    table = "\n".join(evaluation.format_table({"pose_head": "codes", "tasks": tasks}))
+
+    first, second = table.split("person: share of answers")
+    assert "chat_edit" in first
+    assert "reason" in second
+    assert "chat_edit" not in second
+
+
+def test_a_report_of_the_seven_tasks_has_one_table(report):
+    seven = {task: report["tasks"][task] for task in data.SEVEN}
+
+    lines = evaluation.format_table(report | {"tasks": seven})
+
+    assert not any("R@10" in line for line in lines)
+
+
 @pytest.fixture
 def saved_after(tmp_path):
     """stages -> the folder of a nano model that has been through them."""
@@ -11939,7 +12318,8 @@ def test_where_only_the_tokenizer_was_trained_it_is_measured_alone(saved_after, 
 @pytest.mark.parametrize("stages, expected", [
     (["tokenizer"], []),
     (["tokenizer", "align"], ["pose2text", "posediff", "text2pose", "edit"]),
-    (["backbones", "tokenizer", "align", "project"], list(data.TASKS)),
+    (["backbones", "tokenizer", "align", "project"], [*data.SEVEN, "image_text2pose"]),
+    (["backbones", "tokenizer", "align", "project", "instruct", "reason"], list(data.TASKS)),
     (None, list(data.TASKS)),
 ], ids=str)
 def test_tasks_that_a_model_was_not_trained_for_are_left_out(stages, expected):
@@ -11957,6 +12337,13 @@ def test_a_named_task_that_a_model_was_not_trained_for_is_refused(saved_after):
     weights = saved_after(["tokenizer"])
 
     refused("align", evaluation.main, ["--weights", weights, "--tasks=edit"])
+
+
+def test_a_task_that_asks_for_thought_needs_the_stage_reason(saved_after):
+    weights = saved_after(["tokenizer", "align"])
+
+    refused("has not been through reason", evaluation.main,
+            ["--weights", weights, "--tasks=speculate"])
 
 
 def test_speed_of_a_causal_model_reads_all_codes_of_a_pose(monkeypatch):
