@@ -103,10 +103,11 @@ TASKS = {
     # text-enhanced pose estimation (UniPose figure 5)
     "image_text2pose": Task(("image", "text"), "pose", frame="camera", stage=""),
 
-    # reasoning-based pose estimation (UniPose appendix D): who of several people?
+    # reasoning-based pose estimation (UniPose appendix D): who of several people? The question is
+    # first, so that each patch of the picture, which sees only what is before it, can answer it
     "reason": Task(
-        ("image", "text"), "pose", text="question", frame="camera", group=True, stage="reason"),
-    "reason_text": Task(("image", "text"), "text", text="question", group=True, stage="reason"),
+        ("text", "image"), "pose", text="question", frame="camera", group=True, stage="reason"),
+    "reason_text": Task(("text", "image"), "text", text="question", group=True, stage="reason"),
 
     # speculative pose generation (ChatPose): the text implies a pose
     "speculate": Task(("text",), "pose", text="speculation", stage="reason"),
@@ -1378,7 +1379,7 @@ class World:
         return [(str(rng.choice(openings)), start), *later]
 
     def group_example(self, task, i, rng, training=False, cache=None, absent=False):
-        """The picture of a group, a question about one of its people, and the answer.
+        """A question about one of the people of a group, their picture, and the answer.
 
         absent: nobody fits, which is the answer then. Else it is a pose in the camera's frame, or a
         text, by target of the task. training, cache: see `example`.
@@ -1392,7 +1393,7 @@ class World:
             answer = source.camera_poses[group.people[person]]
         elif not absent:
             answer = self.image_caption(group.people[person], None if training else rng)
-        return [source.group_image(i), text, answer]
+        return [text, source.group_image(i), answer]
 
     def example(self, task, i, rng, training=False, cache=None, same=False):
         """The inputs of a task about person i, in order, then its target.

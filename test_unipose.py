@@ -1922,7 +1922,7 @@ def test_a_filled_template_holds_every_input_once_in_order(task):
 
 @every_task
 def test_a_filled_template_ends_with_its_only_target(task):
-    values = texts_with_slots(task)
+    values = [*texts_with_slots(task)[:-1], 7]  # a number stands for a pose or a text
 
     for line in data.templates(task):
         *prompt, answer = data.render_template(task, values, line)
@@ -3036,7 +3036,7 @@ def test_the_answer_to_a_question_about_a_group_is_the_pose_that_the_camera_sees
     group = group_world.group_of(4)
     _, person = group_world.question(group, np.random.default_rng(0))
 
-    picture, _, answer = group_world.example("reason", 4, np.random.default_rng(0))
+    _, picture, answer = group_world.example("reason", 4, np.random.default_rng(0))
 
     expected = group_world.camera_poses[group.people[person]]
     assert torch.equal(answer, expected)
@@ -3588,7 +3588,7 @@ def test_a_question_of_a_file_is_asked_about_the_whole_picture(real):
     records = list(data.read_records([real.specs["questions"]]))
 
     for k in range(8):
-        task, (picture, text, answer), _ = mixture.example(k)
+        task, (text, picture, answer), _ = mixture.example(k)
 
         [record] = [record for record in records if record["question"] == text]
         whole = data.square(data.open_picture(record["image"]))
@@ -8680,7 +8680,9 @@ def test_our_own_texts_are_not_changed_by_the_normalisation(world, task):
     for template in data.templates(task):
         texts += data.SLOT.split(template)[::2]         # without the slots
     if "text" in data.TASKS[task].inputs:
-        texts += [world.text(task, i, np.random.default_rng(i)) for i in range(50)]
+        for i in range(0, 50, 2):
+            values = world.example(task, i, np.random.default_rng(i))
+            texts += [value for value in values if isinstance(value, str)]
 
     for text in texts:
         assert model.text_ids(text) == ids_of(model, text)
@@ -10854,18 +10856,16 @@ def test_a_report_has_the_rotation_error_of_every_pose_in_the_json_and_in_the_ta
 
 
 def chatpose(**changes):
-    """An untrained nano ChatPose that knows a few words; its head is not at rest."""
-    model = nano(pose_head="mlp", vision="clip", lora_on="qv", **changes)
-    torch.nn.init.normal_(model.pose_mlp[-1].weight, std=0.2)
-    return model
+    """An untrained nano ChatPose that knows a few words."""
+    return nano(pose_head="mlp", vision="clip", lora_on="qv", **changes)
 
 
 @pytest.fixture(scope="session")
 def trained_chatpose(tmp_path_factory):
-    """The folder of a nano ChatPose that went through a few steps of all its stages."""
+    """The folder of a nano ChatPose that went through a few steps of its stages but `reason`."""
     out = tmp_path_factory.mktemp("chatpose") / "nano"
-    train.main(["--stage=all", "--size=nano", "--pose_head=mlp", "--people=16", "--steps=3",
-                f"--out={out}"])
+    train.main(["--stage=backbones,retrieval,align,project,instruct", "--size=nano",
+                "--pose_head=mlp", "--people=16", "--steps=3", f"--out={out}"])
     return out
 
 
@@ -11178,6 +11178,125 @@ def test_a_mixture_for_chatpose_has_no_task_that_shows_it_a_pose():
         assert data.answerable(tasks, "codes") == list(tasks)
 
 
+@pytest.fixture(scope="session")
+def base_of_both(tmp_path_factory):
+    """The folder of a nano model with eyes, pose tokenizer and retrieval model, and no more."""
+    out = tmp_path_factory.mktemp("base") / "nano"
+    train.main(["--stage=backbones,tokenizer,retrieval", "--size=nano", "--people=16", "--steps=2",
+                f"--out={out}"])
+    return out
+
+
+def branch(base, out, head, **settings):
+    """What `train.prepare_model` makes of a base for a model of another pose head."""
+    config = nano_config(stage="align", init=str(base), pose_head=head, **settings)
+    return train.prepare_model(config, out, {})
+
+
+@pytest.mark.parametrize("head", ["mlp", "text"])
+def test_a_base_that_has_learned_no_poses_becomes_another_system(base_of_both, tmp_path, head):
+    train.main(["--stage=align,project", "--size=nano", "--people=16", "--steps=1",
+                f"--pose_head={head}", f"--init={base_of_both}", f"--out={tmp_path / 'out'}"])
+
+    config = unipose.read_config(tmp_path / "out")
+    settings = {key: config[key] for key in ("pose_head", "vision", "lora_on")}
+    assert settings == {"pose_head": head, "vision": "clip", "lora_on": "qv"}
+    assert config["stages"] == ["backbones", "retrieval", "align", "project"]
+    model = unipose.load(tmp_path / "out")
+    assert sample.generate(model, [PROMPTS["image2pose"]], ["pose"])
+
+
+@pytest.mark.parametrize("head", ["mlp", "text"])
+def test_two_systems_of_one_base_start_from_the_same_weights(base_of_both, tmp_path, head):
+    unipose_model, _, _ = branch(base_of_both, tmp_path, "codes")
+
+    other, _, _ = branch(base_of_both, tmp_path, head, vision="both")
+
+    weights = other.state_dict()
+    alike = 0
+    for name, tensor in unipose_model.state_dict().items():
+        if name in weights and weights[name].shape == tensor.shape:
+            assert torch.equal(weights[name], tensor), name
+            alike += 1
+    others = [name for name in weights if not name.startswith("pose_mlp.")]
+    assert alike == len(others) - 2  # all but the two tables with a row for each token
+
+
+@pytest.mark.parametrize("head", ["mlp", "text"])
+def test_words_and_marks_of_both_systems_start_from_the_same_rows(base_of_both, tmp_path, head):
+    unipose_model, _, _ = branch(base_of_both, tmp_path, "codes")
+
+    other, _, _ = branch(base_of_both, tmp_path, head)
+
+    old = unipose_model.vocab
+    new = other.vocab
+    n = 4 + new.n_tokens  # <p> </p> <img> </img>, and of ChatPose the query
+    for table in unipose.VOCABULARY_TABLES:
+        before = unipose_model.get_parameter(table)
+        after = other.get_parameter(table)
+        assert torch.equal(after[:old.n_text], before[:old.n_text])
+        assert torch.equal(after[new.p_open:new.p_open + n], before[old.p_open:old.p_open + n])
+
+
+def test_a_base_keeps_its_retrieval_model_when_its_pose_head_changes(base_of_both, tmp_path):
+    _, retrieval_model, _ = branch(base_of_both, tmp_path, "text")
+
+    kept = evaluation.load_retrieval_model(base_of_both).state_dict()
+    for name, tensor in retrieval_model.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+def test_unipose_needs_a_tokenizer_that_a_base_of_chatpose_lacks(base_of_both, tmp_path):
+    chatpose_base = tmp_path / "base"
+    train.main(["--stage=backbones", "--size=nano", "--people=16", "--steps=1", "--pose_head=mlp",
+                f"--out={chatpose_base}"])
+
+    refused("--stage align needs tokenizer", branch, chatpose_base, tmp_path / "out", "codes")
+    config = nano_config(stage="tokenizer,align", init=str(chatpose_base), pose_head="codes")
+    model, _, notes = train.prepare_model(config, tmp_path / "out", {})
+
+    assert model.has_codes
+    assert notes["stages"] == ["backbones"]
+
+
+def test_a_base_does_not_change_its_pose_head_in_place(base_of_both):
+    before = sorted(path.name for path in base_of_both.iterdir())
+
+    refused("train one of --pose_head mlp as a branch: --init", train.main,
+            ["--stage=align", "--size=nano", "--pose_head=mlp", f"--out={base_of_both}"])
+
+    assert sorted(path.name for path in base_of_both.iterdir()) == before
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--stage align --tasks text2pos", "--tasks text2pos is not one of pose2text, posediff"),
+    ("--stage align --tasks text2pose,", "--tasks  is not one of"),
+    ("--stage align,project --tasks text2pose", "--tasks text2pose leaves project without a task"),
+    ("--stage all --tasks reason", "--tasks reason leaves align without a task"),
+    ("--stage align --tasks edit --pose_head mlp", "without a task; name one of text2pose, or"),
+])
+def test_tasks_that_a_stage_does_not_learn_are_refused(tmp_path, flags, sentence):
+    refused(sentence, train.main, ["--size=nano", *flags.split(), f"--out={tmp_path / 'out'}"])
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_before_align_have_no_tasks_to_choose_from(tmp_path):
+    config = nano_config(stage="backbones,tokenizer,retrieval", tasks="edit")
+
+    assert train.stages_to_run(config) == ["backbones", "tokenizer", "retrieval"]
+
+
+@pytest.mark.parametrize("tasks, expected", [
+    ("image2pose,text2pose", ["text2pose", *3 * ["image2pose"]]),
+    ("imagediff", 4 * ["imagediff"]),
+])
+def test_tasks_that_are_chosen_keep_their_shares(tasks, expected):
+    config = nano_config(stage="instruct", tasks=tasks, pose_head="mlp")
+
+    assert train.tasks_of(config, "instruct") == expected
+
+
 DIGITS = [*WORDS, *unipose.POSE_CHARACTERS.replace(",", "")]
 
 
@@ -11303,14 +11422,26 @@ def test_chatpose_learns_nothing_from_pairs_of_real_poses(real, tmp_path):
             {real.specs["posefix"]: 1})
 
 
-def test_an_untrained_chatpose_starts_at_the_pose_at_rest():
+def test_an_untrained_chatpose_starts_near_the_pose_at_rest():
     """From anywhere else a joint may end at half a turn, a local minimum of the loss."""
     model = nano(pose_head="mlp")
 
     answers = sample.generate(model, [PROMPTS["text2pose"]], ["pose"])
 
     rest = torch.eye(3).expand(1, 22, 3, 3)
-    assert evaluation.mpjre(answers[0].pose[None], rest) < 1e-3
+    assert 0 < evaluation.mpjre(answers[0].pose[None], rest) < 30  # degrees
+
+
+def test_every_hidden_state_of_a_query_learns_from_the_first_step():
+    """Behind weights of zero it would learn nothing, and later one direction after another."""
+    model = nano(pose_head="mlp")
+    h = torch.randn(64, model.llm.config.hidden_size, requires_grad=True)
+
+    loss, _ = model.rotation_loss(h, A.expand(64, 22, 3, 3))
+    loss.backward()
+
+    scale = torch.linalg.svdvals(h.grad)
+    assert (scale > 0.01 * scale[0]).sum() > 10  # directions
 
 
 # ---- a GPU, simulated ----------------------------------------------------------------------------
@@ -12480,7 +12611,7 @@ def test_a_random_model_is_created_in_its_own_type(monkeypatch, dtype):
 
 
 # ---- train.py ------------------------------------------------------------------------------------
-SMALL = "--size nano --people 32 --photos 8".split()
+SMALL = "--size nano --people 64 --photos 8".split()
 
 
 def run_train(out, *flags):
@@ -13351,10 +13482,10 @@ class CountReads(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_the_numbers_of_a_step_are_read_at_once(stage):
     """On a GPU each reading waits: the gradient reads none, and the logs come in one copy."""
-    config = nano_config(stage=stage, people=32, photos=8, steps=1)
+    config = nano_config(stage=stage, people=64, photos=8, steps=1)
     model = nano()
     retrieval_model = evaluation.Retrieval(len(model.text_tokenizer), d=8)
-    world = data.World("train", 32, model.vision.clip_size)
+    world = data.World("train", 64, model.vision.clip_size)
     cache = train.FeatureCache(model, world, 8, {})
     run = train.STAGE_RUNS[stage](model, retrieval_model, cache, config)
     learning = train.freeze(config, run.modules)

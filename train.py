@@ -24,7 +24,8 @@ batch, however the batch is split: into --accumulate parts, or over the processe
 The baseline of the paper is a flag: --pose_head mlp trains ChatPose, which answers a pose by one
 hidden state and reads none. It goes through the same stages with the same steps, less the tokenizer
 and the tasks that show a pose; `model_config` has what else follows. Its align learns text2pose
-only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can.
+only, so its LLM first writes texts in instruct: ChatPose starts from an LLM that can. Keep that
+align short (--steps): a query that has long learned from texts alone ignores pictures later.
 
 Left out: sharding (each process holds the whole model), and validation during training (eval.py).
 
@@ -77,8 +78,8 @@ from tokenizer import (
 )
 from unipose import (
     CHECKPOINT_FILES, CHOICES, EXACT, POSE_CHARACTERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
-    WITHOUT_CODES, DualVision, Row, UniPose, adapts_llm, base_model, cast_frozen, collate,
-    copy_history, default_dtype, find_device, git_hash, load, make_projector, merge_lora,
+    WITHOUT_CODES, DualVision, Row, UniPose, adapts_llm, base_model, cast_frozen, change_pose_head,
+    collate, copy_history, default_dtype, find_device, git_hash, load, make_projector, merge_lora,
     model_config, provenance, read_config, read_tensors, save, set_threads, trainable,
     word_tokenizer,
 )
@@ -86,6 +87,7 @@ from unipose import (
 # ---- 1. The stages -------------------------------------------------------------------------------
 IMAGE_TASKS = tuple(task for task in SEVEN if "image" in TASKS[task].inputs)
 POSE_TASKS = tuple(task for task in SEVEN if task not in IMAGE_TASKS)
+GROUP_TASKS = tuple(task for task, row in TASKS.items() if row.group)
 
 
 class Stage(NamedTuple):
@@ -140,10 +142,10 @@ STAGES = {
     ),
     # the seven tasks stay in the mixture, or they would be forgotten
     "reason": Stage(
-        tasks=(*REASONING, "reason", "reason_text", *SEVEN),
+        tasks=(*REASONING, *GROUP_TASKS, *GROUP_TASKS, "reason", *SEVEN),
         needs=("instruct",),
         n_templates=N_TEMPLATES,
-        schedule={"nano": (30, 8, 1e-3), "tiny": (12_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
+        schedule={"nano": (30, 8, 1e-3), "tiny": (9_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
     ),
     # poses whose text can be checked, see `reward`
     "reward": Stage(
@@ -178,7 +180,7 @@ class Config:
     pose_vit: str = ""  # checkpoint of HMR2 or TokenHMR, or folder of a VitPoseBackbone
     resume: bool = False  # continue the interrupted run in --out; skip stages that are done
     seed: int = 0  # every random number of the run follows from it
-    tasks: str = ""  # of the tasks of a stage only these, separated by commas; empty: all
+    tasks: str = ""  # align to reason: only these of their tasks, separated by commas; empty: all
     steps: int = 0  # steps of the stage; 0: as in STAGES
     batch: int = 0  # samples of a step; 0: as in STAGES
     lr: float = 0.0  # peak learning rate; 0: as in STAGES
@@ -322,7 +324,7 @@ class RealData:
 
         if row.group:
             picture = square(open_picture(record["image"]))
-            return task, [picture, record["question"], value_of(row.target, 0)], rng
+            return task, [record["question"], picture, value_of(row.target, 0)], rng
         return task, task_values(task, value_of), rng
 
     def __getitem__(self, k):
@@ -799,9 +801,9 @@ def cut_by_length(rows, batch, rng):
     return mixed
 
 
-def tasks_of(config):
+def tasks_of(config, stage):
     """The tasks that a stage learns: of those in STAGES what the model can answer, and --tasks."""
-    tasks = answerable(STAGES[config.stage].tasks, config.pose_head or "codes")
+    tasks = answerable(STAGES[stage].tasks, config.pose_head or "codes")
     if config.tasks:
         tasks = [task for task in tasks if task in config.tasks.split(",")]
     return tasks
@@ -815,7 +817,7 @@ def language(model, retrieval_model, cache, config):
     A model without codes learns rotations beside the words, and no task that shows it a pose.
     """
     stage = STAGES[config.stage]
-    tasks = tasks_of(config)
+    tasks = tasks_of(config, config.stage)
     real = cache.real_data.get(config.stage)
     mixture = real or Mixture(
         tasks, config.seed, cache.world, cache, stage.n_templates, cache.n_photos,
@@ -883,7 +885,7 @@ def reward(model, retrieval_model, cache, config):
     Source: REINFORCE (Williams 1992) with the baseline of GRPO; for poses Pose-RFT (ICLR 2026).
     """
     stage = STAGES[config.stage]
-    tasks = tasks_of(config)
+    tasks = tasks_of(config, config.stage)
     mixture = cache.real_data.get(config.stage)
     if not mixture:
         mixture = Mixture(tasks, config.seed, cache.world, cache, stage.n_templates)
@@ -1529,6 +1531,7 @@ def validate(config):
         value = getattr(config, name)
         if value and value not in choices:
             raise UserError(f"--{name} {value} is not one of {', '.join(choices)}")
+    validate_tasks(config)
     for name, minimum in MINIMUM.items():
         value = getattr(config, name)
         if not minimum <= value < 1e9:  # NaN is refused, too
@@ -1618,6 +1621,21 @@ def fill_defaults(config):
     config.device = find_device(config.device)
 
 
+def validate_tasks(config):
+    """Checks that --tasks leaves a task to each stage that learns sequences. Raises UserError."""
+    if not config.tasks:
+        return
+    for task in config.tasks.split(","):
+        if task not in TASKS:
+            raise UserError(f"--tasks {task} is not one of {', '.join(TASKS)}")
+    for stage in stages_to_run(config):
+        if STAGE_RUNS[stage] in (language, reward) and not tasks_of(config, stage):
+            learned = dict.fromkeys(tasks_of(dataclasses.replace(config, tasks=""), stage))
+            raise UserError(
+                f"--tasks {config.tasks} leaves {stage} without a task; name one of "
+                f"{', '.join(learned)}, or leave {stage} out of --stage")
+
+
 def fill_system(config):
     """Replaces an empty --out by its default, and empty --pose_head and --attn by the checkpoint's.
 
@@ -1648,8 +1666,8 @@ def read_real_data(config):
         if stage in table:
             row = STAGES[stage]
             tasks = row.tasks
-            if stage != "retrieval":  # which is a model of its own
-                tasks = answerable(tasks, config.pose_head)
+            if STAGE_RUNS[stage] in (language, reward):
+                tasks = tasks_of(config, stage)
             real_data[stage] = RealData(table[stage], tasks, config.seed, row.n_templates)
     if "retrieval" in real_data:
         for task in STAGES["retrieval"].tasks:
@@ -1730,14 +1748,22 @@ def prepare_model(config, out, real_data):
     notes = {"stages": [], "seconds": {}, "commands": {}, "commits": {}, "body": ""}
     if config.init or is_own:
         notes |= read_config(folder)
-        validate_pose_head(config, notes, folder)
+        validate_pose_head(config, notes, folder, is_own)
         validate_needs(config, notes["stages"], folder)
         validate_checkpoint(config, notes, folder)
         if is_own:
             validate_later_stages(config, notes, out)
         # what a later stage trains further is not rounded before it
         exact = f"{EXACT}|{TRAINABLE['instruct']}"
-        model = load(folder, dtype=default_dtype(config.size, config.device), exact=exact)
+        dtype = default_dtype(config.size, config.device)
+        model = load(folder, dtype=dtype, exact=exact)
+        if config.pose_head != notes["pose_head"]:
+            chosen = chosen_config(config)
+            settings = {name: chosen[name] for name in SETTINGS_OF_HEAD}
+            torch.manual_seed(config.seed)
+            model = change_pose_head(model, settings, folder, dtype, exact)
+            notes |= settings
+            forget_stage(notes, "tokenizer")
         config.lora_on = config.lora_on or model.config["lora_on"]
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
@@ -1760,13 +1786,27 @@ def prepare_model(config, out, real_data):
     return model, retrieval_model or new_retrieval_model(model, config), notes
 
 
-def validate_pose_head(config, notes, folder):
-    """Checks that a checkpoint is of the system that is to be trained. Raises UserError."""
-    if notes["pose_head"] != config.pose_head:
+# what a model of another pose head has of its own; the rest is as in the checkpoint of --init
+SETTINGS_OF_HEAD = ("pose_head", "vision", "lora_on", "lora_r", "lora_alpha")
+
+
+def validate_pose_head(config, notes, folder, is_own):
+    """Checks that a checkpoint is of the system that is to be trained, or of none as yet.
+
+    is_own: whether it is the one in --out. Raises UserError.
+    """
+    if notes["pose_head"] == config.pose_head:
+        return
+    learned = [stage for stage in notes["stages"] if STAGE_RUNS[stage] in (language, reward)]
+    if learned:
         raise UserError(
-            f"{folder} holds a model of --pose_head {notes['pose_head']}, whose weights are of no "
-            f"use to one of --pose_head {config.pose_head}; train that one from the start, with "
-            "another --out and without --init")
+            f"{folder} holds a model of --pose_head {notes['pose_head']}, whose "
+            f"{', '.join(learned)} is of no use to one of --pose_head {config.pose_head}; start "
+            "that one from a model before align, or without --init, with another --out")
+    if is_own:
+        raise UserError(
+            f"{folder} holds a model of --pose_head {notes['pose_head']}; train one of --pose_head "
+            f"{config.pose_head} as a branch: --init {folder} and another --out")
 
 
 def validate_needs(config, trained, folder):
@@ -1831,11 +1871,16 @@ def change_projector(config, model):
     model.projector = make_projector(model.config["projector"], eyes.width, llm_width)
 
 
+def chosen_config(config):
+    """The config of a model of this --size with the ablations that the flags choose."""
+    chosen = {name: getattr(config, name) for name in CHOICES if getattr(config, name)}
+    return model_config(config.size, **chosen)
+
+
 def new_model(config, real_data):
     """A model of random weights, or one around the backbones of --llm and --pose_vit."""
     torch.manual_seed(config.seed)
-    chosen = {name: getattr(config, name) for name in CHOICES if getattr(config, name)}
-    sizes = model_config(config.size, **chosen)
+    sizes = chosen_config(config)
     if config.llm:
         dtype = default_dtype(config.size, config.device)
         return base_model(sizes, config.llm, config.clip, config.pose_vit, dtype)
