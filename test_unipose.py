@@ -13857,10 +13857,11 @@ def test_a_branch_of_two_stages_goes_on_in_its_second(trained, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("stage, lost", [
-    ("tokenizer", "align, project, instruct"),
-    ("align", "project, instruct"),
-    ("align,project", "instruct"),
-    ("backbones", "project, instruct"),
+    ("tokenizer", "align, project, instruct, reason, reward"),
+    ("align", "project, instruct, reason, reward"),
+    ("align,project", "instruct, reason, reward"),
+    ("backbones", "project, instruct, reason, reward"),
+    ("instruct", "reason, reward"),
 ])
 def test_a_stage_that_would_outdate_later_ones_is_refused(trained, tmp_path, stage, lost):
     out = shutil.copytree(trained[0], tmp_path / "w")
@@ -13871,7 +13872,7 @@ def test_a_stage_that_would_outdate_later_ones_is_refused(trained, tmp_path, sta
     assert files_of(out) == before
 
 
-@pytest.mark.parametrize("stage", ["retrieval", "instruct", "project,instruct"])
+@pytest.mark.parametrize("stage", ["retrieval", "reason", "reward", "instruct,reason,reward"])
 def test_a_stage_that_outdates_nothing_may_be_trained_again(trained, tmp_path, stage):
     out = shutil.copytree(trained[0], tmp_path / "w")
 
