@@ -13730,6 +13730,8 @@ def test_a_size_of_ones_own_trains_without_another_entry(tmp_path, monkeypatch):
     ("--lr nan", "--lr nan must be at least 0"),
     ("--lr inf", "--lr inf must be at least 0 and below 1e9"),
     ("--photos 7", "people come in pairs"),
+    ("--joint_weight -1", "--joint_weight -1.0 must be at least 0"),
+    ("--joint_weight 5 --attn causal", "--joint_weight 5.0 is about poses at their queries"),
 ])
 def test_settings_that_cannot_work_are_refused(tmp_path, flags, sentence):
     refused(sentence, run_train, tmp_path / "w", *flags.split())

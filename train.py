@@ -1537,6 +1537,10 @@ def validate(config):
         if not minimum <= value < 1e9:  # NaN is refused, too
             raise UserError(f"--{name} {value} must be at least {minimum} and below 1e9")
 
+    if config.joint_weight and not draws_poses(config):
+        raise UserError(
+            f"--joint_weight {config.joint_weight} is about poses at their queries, which a model "
+            "of --pose_head codes and --attn mixed has; leave it out")
     if bool(config.llm) != bool(config.pose_vit):
         raise UserError("--llm and --pose_vit must come together: give both, or neither")
     if config.clip and not config.llm:
