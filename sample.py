@@ -44,11 +44,10 @@ and <pose walk.npz:120> stand for files. The model decides whether it answers wi
 Earlier turns stand in front of the prompt, in which their poses face front; when the context is
 full, the oldest ones are forgotten.
 
-    >>> from sample import Conversation
-    >>> conversation = Conversation(model)    # of a model that has been through the stage `reason`
-    >>> conversation.ask("Create the pose that fits this text. Kneeling.").pose.shape
-    torch.Size([22, 3, 3])
-    >>> conversation.ask("Describe it.").text
+    from sample import Conversation
+    conversation = Conversation(model)    # a model that has been through the stage `reason`
+    conversation.ask("Create the pose that fits this text. Kneeling.").pose
+    conversation.ask("Describe it.").text
 
 A question about one of several people (`reason`, `reason_text`) may fit nobody: then the answer is
 the text data.NOBODY, and no pose. That is also what to expect of a picture without people, but no

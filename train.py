@@ -1007,12 +1007,11 @@ def is_first():
     return process_rank() == 0
 
 
-def parts_of(config):
-    """How many parts a batch is split into: --accumulate, or 2 of sequences, long and short ones.
+def parts_of(config, batch):
+    """How many parts a batch is split into: --accumulate, or 2 of sequences, short and long ones.
     """
     if config.accumulate:
         return config.accumulate
-    _, batch, _ = schedule_of(config)
     reads_sequences = STAGE_RUNS[config.stage] is language
     return 2 if reads_sequences and batch % (2 * process_count()) == 0 else 1
 
@@ -1025,7 +1024,7 @@ def split_batch(run, step, batch, config):
         rank = 0
         count = 1
     rows = run.rows(range(step * batch + rank, (step + 1) * batch, count))
-    size = len(rows) // parts_of(config)
+    size = len(rows) // parts_of(config, batch)
     return [rows[start:start + size] for start in range(0, len(rows), size)]
 
 
