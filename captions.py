@@ -1331,7 +1331,10 @@ def statements(text):
 
 
 def is_true(code, codes, i):
-    """Is a code true of row i of Codes? Returns (within the tolerance, exactly)."""
+    """Is a code true of row i of Codes? Returns (within the tolerance, exactly).
+
+    i: one row, or a slice of rows, of each of which is answered: bool (M,).
+    """
     table = pose_table()
     if code.category.startswith(PAIR):
         if codes.target_codes is None:  # "raise the hand" is not true of a single pose
@@ -1340,12 +1343,13 @@ def is_true(code, codes, i):
     elif codes.target_codes is not None:  # a demand is about pose B
         codes = codes.target_codes
 
-    low = codes.low[i]
-    high = codes.high[i]
-    exact = codes.category[i]
-    entries = table.entries[code]
-    within = any(low[column] <= category <= high[column] for column, category in entries)
-    exactly = any(exact[column] == category for column, category in entries)
+    within = False
+    exactly = False
+    for column, category in table.entries[code]:
+        low = codes.low[i, column]
+        high = codes.high[i, column]
+        within |= (low <= category) & (category <= high)
+        exactly |= codes.category[i, column] == category
     return within, exactly
 
 
@@ -1373,6 +1377,27 @@ def check_text(text, rotmat, source=None):
     if source is None:
         return check_statements(text, posecodes(rotmat[None]), 0)
     return check_statements(text, paircodes(source[None], rotmat[None]), 0)
+
+
+def share_true(text, poses, source=None):
+    """Which share of the statements of a text holds for each of M poses (M,22,3,3) -> (M,).
+
+    source: pose A (22,3,3) of a difference text. Sentences outside the grammar do not count here;
+    for a text without statements all shares are 0.
+    """
+    found = statements(text)
+    if not found:
+        return np.zeros(len(poses))
+    if source is None:
+        codes = posecodes(poses)
+    else:
+        codes = paircodes(source.expand_as(poses), poses)
+
+    n_true = np.zeros(len(poses))
+    for code in found:
+        within, _ = is_true(code, codes, slice(None))
+        n_true += within
+    return n_true / len(found)
 
 
 def caption_words():

@@ -54,7 +54,9 @@ from data import (
     HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
     records_with_pose, request_metrics, vocabulary,
 )
-from sample import DECODINGS, CachedModel, generate, question, validate_decoding, want_of
+from sample import (
+    AVERAGED, DECODINGS, CachedModel, generate, question, validate_decoding, want_of,
+)
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, forward_kinematics,
     load_body, matrix_to_sixd, mirror, progress_bar, run_main, turn_root, validate_writable,
@@ -967,7 +969,7 @@ def evaluate_task(model, evaluator, evalset, train_set, decodings, batch, seed):
     """One task -> its metrics by the first decoding that affects it; the others stand under
     "decoding"."""
     if evalset.target == "text":
-        decodings = [decode for decode in decodings if decode != "soft"] or ["argmax"]
+        decodings = [decode for decode in decodings if decode not in AVERAGED] or ["argmax"]
 
     metrics = {}
     prompt = functools.partial(evalset.question, model=model)
@@ -1476,7 +1478,7 @@ class Config:
     split: str = "test"  # test | test_wide | val | train
     n: int = 512  # questions a task
     tasks: list[str] = field(default_factory=list)  # evaluate only this task
-    decode: str = "argmax"  # argmax | soft | ar, several separated by commas
+    decode: str = "argmax"  # argmax | soft | check | ar, several separated by commas
     batch: int = 32  # questions answered in one batch
     pool: int = 1024  # training people that the baselines may look at
     seed: int = 0  # seed of the captions

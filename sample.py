@@ -85,7 +85,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from captions import check_text
+from captions import check_text, share_true
 from data import (
     HEAD, POOL, REASONING, SEVEN, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable,
     as_rotations, body_colors, contact_sheet, default_body, draw_pose, open_picture, project,
@@ -160,7 +160,28 @@ class RowState:
     codes: list = field(default_factory=list)
     probs: torch.Tensor | None = None   # (N,K) under the queries, for soft decoding
     words: list = field(default_factory=list)   # the pose as text, if the model writes it so
+    prompt: list = field(default_factory=list)  # the segments that it answers
     pose: torch.Tensor | None = None    # (22,3,3)
+
+
+def demand_of(model, prompt):
+    """What a prompt demands of a pose: its texts, a line each, and the pose (22,3,3) they change.
+
+    That is the pose of the prompt, or the last one of the turns before it; None if there is none.
+    """
+    lines = []
+    source = None
+    for kind, value, is_target in prompt:
+        if kind == "turn":
+            _, earlier = demand_of(model, [(*segment[:2], False) for segment in value])
+            source = source if earlier is None else earlier
+        elif kind == "text" and not is_target:
+            lines.append(value)
+        elif kind == "pose" and not is_target:
+            source = torch.as_tensor(value)
+            if not source.is_floating_point():
+                [source] = model.pose_tokenizer.decode(source[None].to(model.device)).cpu()
+    return "\n".join(lines), source
 
 
 # ---- 2. Decoding ---------------------------------------------------------------------------------
@@ -291,7 +312,9 @@ def sample_token(logits, temperature=0.0, generator=None):
     return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).squeeze(-1)
 
 
-DECODINGS = ("argmax", "soft", "ar")
+DECODINGS = ("argmax", "soft", "check", "ar")
+AVERAGED = ("soft", "check")        # these decode mean code vectors
+CANDIDATES = 64                     # poses among which "check" chooses
 
 
 def validate_decoding(model, *decodings):
@@ -301,16 +324,17 @@ def validate_decoding(model, *decodings):
             head = model.config["pose_head"]
             raise UserError(f"--decode {decode} is about codes, and this model has none: it was "
                             f"trained with --pose_head {head}; use --decode argmax")
-    if "soft" in decodings and model.config["attn"] == "causal":
-        raise UserError("--decode soft needs the queries of a model trained with --attn mixed, and "
-                        "this one is causal; use --decode argmax")
+        if decode in AVERAGED and model.config["attn"] == "causal":
+            raise UserError(f"--decode {decode} needs the queries of a model trained with --attn "
+                            "mixed, and this one is causal; use --decode argmax")
 
 
 class Engine:
     """Answers batches of prompts: one KV cache, one RowState a row.
 
     decode: "argmax" takes the best code of each query (the paper), "soft" averages the codebook
-    under each query's distribution, "ar" decodes one code a step. A model trained with --attn
+    under each query's distribution, "check" does so in many ways and takes the pose that satisfies
+    most of the prompt (see `choose`), "ar" decodes one code a step. A model trained with --attn
     causal has no queries and always decodes one code a step. Any other model was never trained on
     its own codes, so with it "ar" serves to measure time only. Models without codes have one way:
     with --pose_head mlp the hidden state of one query gives the rotations, at any temperature; with
@@ -333,7 +357,7 @@ class Engine:
         self.writes_poses = model.config["pose_head"] == "text"
         self.code_by_code = (
             decode == "ar" or model.config["attn"] == "causal" or self.writes_poses)
-        assert not (self.code_by_code and decode == "soft"), "soft decoding needs queries"
+        assert not (self.code_by_code and decode in AVERAGED), f"{decode} needs queries"
         self.allowed = self.allowed_tokens()
 
         # what nearly every answer says behind its pose, see `accept_suffix`
@@ -361,7 +385,9 @@ class Engine:
         states = cached.read(collate(sequences, side="left"))                   # (P,T,D)
 
         # 2) from here on a prompt has n answers, each a row
-        rows = [self.new_row(want) for want in wants for _ in range(n)]
+        rows = []
+        for prompt, want in zip(prompts, wants):
+            rows += [self.new_row(want, prompt) for _ in range(n)]
         if n > 1:
             cached.fork(n)
             states = states.repeat_interleave(n, 0)                             # (B,T,D)
@@ -397,13 +423,13 @@ class Engine:
             allowed[State.IN_POSE, vocab.p_close] = True
         return allowed.to(self.model.device)
 
-    def new_row(self, want):
+    def new_row(self, want, prompt=()):
         """A row before its first token. want: "pose", "text", or None for either."""
-        if want == "text":
-            return RowState(State.TEXT_ONLY)
         if want == "pose":
-            return RowState(State.IN_POSE, [*self.model.answer_prefix, self.vocab.p_open])
-        return RowState(State.OPEN)
+            ids = [*self.model.answer_prefix, self.vocab.p_open]
+            return RowState(State.IN_POSE, ids, prompt=prompt)
+        state = State.TEXT_ONLY if want == "text" else State.OPEN
+        return RowState(state, prompt=prompt)
 
     def open_answer(self, sequence):
         """Adds a pose to a prompt that wants one, with all that stands around it in an answer."""
@@ -420,7 +446,7 @@ class Engine:
         if self.code_by_code:
             return
 
-        block = 1 + max(sequence.block)         # the queries see each other in both directions
+        block = sequence.new_block()            # the queries see each other in both directions
         for query in range(vocab.query0, vocab.query0 + self.n_tokens):
             sequence.add(query, block=block)
         sequence.add(vocab.p_close)
@@ -507,9 +533,34 @@ class Engine:
             row = rows[opened[k]]
             if self.decode == "soft":
                 row.probs = logits[k].softmax(-1)                               # (N,K)
+            elif self.decode == "check":
+                row.probs = self.choose(row.prompt, logits[k])                  # (N,K)
+                row_codes = row.probs.argmax(-1).tolist()
             for code in row_codes:
                 self.append_token(row, vocab.pose0 + code)
             self.append_token(row, vocab.p_close)
+
+    def choose(self, prompt, logits):
+        """Of CANDIDATES distributions the one whose pose satisfies most of what a prompt says.
+
+        logits (N,K) -> probs (N,K). The first candidate is that of soft decoding; the others differ
+        from it by Gumbel noise, which makes of it a draw that is a distribution still (Jang et al.
+        2017). Of equally good ones the first is taken: a prompt without a statement that can be
+        checked is decoded softly.
+        """
+        # the same noise in every row: an answer must not depend on the batch
+        generator = torch.Generator(logits.device).manual_seed(0)
+        shape = (CANDIDATES, *logits.shape)
+        u = torch.rand(shape, generator=generator, device=logits.device)
+        noise = -(-u.clamp(min=1e-20).log()).log()                              # (D,N,K)
+        noise[0] = 0
+        probs = (logits + noise).softmax(-1)                                    # (D,N,K)
+        poses = self.model.pose_tokenizer.decode_soft(probs).cpu()              # (D,22,3,3)
+        if any(kind == "image" for kind, _, _ in prompt):
+            poses = face_front(poses)       # statements are about people who face front
+        text, source = demand_of(self.model, prompt)
+        shares = share_true(text, poses, source)                                # (D,)
+        return probs[shares.argmax()]
 
     def accept_suffix(self, rows, states, cached):
         """Rows say the suffix that they have read behind their pose, if it is what they would say.
@@ -560,11 +611,12 @@ class Engine:
             ))
         return answers
 
+    @torch.no_grad()
     def decode_poses(self, rows):
         """Gives rows with all their codes the poses (22,3,3) that these stand for."""
         if not rows:
             return
-        if self.decode == "soft":
+        if self.decode in AVERAGED:
             probs = torch.stack([row.probs for row in rows])                    # (R,N,K)
             poses = self.model.pose_tokenizer.decode_soft(probs)                # (R,22,3,3)
         else:
@@ -1950,7 +2002,7 @@ class Config:
     batch: int = 16  # how many questions of --jsonl, or frames of --every, are answered together
     weights: str = TINY  # a trained folder, or the official release's `cache`
     body: str = ""  # the body to draw: SMPL .pkl or .npz, SMPL-H, SMPL-X; empty: the free one
-    decode: str = "argmax"  # argmax (paper) | soft: a smoother pose | ar: one code a step
+    decode: str = "argmax"  # argmax (paper) | soft: smoother | check: as the text says | ar: slow
     n: int = 1  # how many answers; several are sampled at --temperature
     temperature: float = 0.0  # of sampling; 0 is greedy, or 0.7 if --n is more than 1
     seed: int = 0  # of sampling
@@ -2007,9 +2059,9 @@ def validate_flags(config):
     if not 0 <= config.threads <= 1024:
         raise UserError(f"--threads {config.threads} must be from 0 to 1024")
     validate_temperature(config.temperature)
-    if config.n > 1 and config.decode == "soft":
-        raise UserError("--decode soft averages all answers into one, so --n must be 1; sample "
-                        "several with --decode argmax")
+    if config.n > 1 and config.decode in AVERAGED:
+        raise UserError(f"--decode {config.decode} makes one answer of all, so --n must be 1; "
+                        "sample several with --decode argmax")
 
     if config.every is not None and config.every < 1:
         raise UserError(f"--every {config.every} must be 1 or more; 30 describes every 30th frame")

@@ -1694,6 +1694,32 @@ def test_demands_are_checked_against_pose_b():
     assert captions.check_text(text, bent, source=straight) == [(False, False)]
 
 
+@pytest.mark.parametrize("pair", [False, True], ids=["caption", "difference"])
+def test_the_share_of_a_text_that_is_true_is_found_for_many_poses_at_once(world, pair):
+    rng = np.random.default_rng(0)
+    source = world.poses[0] if pair else None
+    text = world.difference(0, rng) if pair else world.caption(1, rng)
+    candidates = world.poses[1:20]
+
+    shares = captions.share_true(text, candidates, source)
+
+    assert shares[0] == 1
+    assert shares.min() < 0.7
+    for pose, share in zip(candidates, shares):
+        verdicts = [is_near for is_near, _ in captions.check_text(text, pose, source)]
+        assert share == np.mean(verdicts)
+
+
+def test_only_sentences_of_the_grammar_count_in_the_share_that_is_true():
+    candidates = poses(2)
+    statement = "The left knee is straight."
+
+    shares = captions.share_true(f"Show me somebody. {statement}", candidates)
+
+    assert (shares == captions.share_true(statement, candidates)).all()
+    assert (captions.share_true("Show me somebody.", candidates) == 0).all()
+
+
 @pytest.fixture(scope="session")
 def full_codes(world):
     """Codes to describe, of the embedded world and of random joints."""
@@ -6227,14 +6253,37 @@ def test_labels_are_the_answer_and_its_end(task, attn):
 
 @each_attention
 @each_task
-def test_attn_says_which_poses_are_blocks(task, attn):
-    """mixed: target poses; mixed_all: input poses as well; causal: none."""
+def test_attn_says_which_poses_and_images_are_blocks(task, attn):
+    """mixed: target poses; mixed_all: input poses as well; mixed_image: images; causal: nothing."""
     poses_of_row = [is_target for kind, _, is_target in QUESTIONS[task] if kind == "pose"]
-    n_blocks = {"mixed": sum(poses_of_row), "mixed_all": len(poses_of_row), "causal": 0}
+    n_images = sum(kind == "image" for kind, _, _ in QUESTIONS[task])
+    n_blocks = {
+        "mixed": sum(poses_of_row),
+        "mixed_all": len(poses_of_row),
+        "mixed_image": sum(poses_of_row) + n_images,
+        "causal": 0,
+    }
 
     row = nano(attn=attn).encode(QUESTIONS[task])
 
     assert sorted(set(row.block) - {-1}) == list(range(n_blocks[attn]))
+
+
+@pytest.mark.parametrize("attn, sees", [("mixed", False), ("mixed_image", True)])
+def test_the_patches_of_an_image_see_each_other_if_attn_says_so(attn, sees):
+    """All of the same image, and none of a later one."""
+    model = nano(attn=attn)
+    batch = batch_of(model, "imagediff")
+    first, *_, last = batch["patches"][:model.vision.n_patches]
+    before = reread(model, batch)
+
+    batch["images"][1] += 1
+    of_another = reread(model, batch)
+    batch["images"][0, -1] += 1
+    of_the_same = reread(model, batch)
+
+    assert torch.equal(of_another[0, :last + 1], before[0, :last + 1])
+    assert (not torch.equal(of_the_same[0, first], before[0, first])) == sees
 
 
 @each_attention
@@ -6275,6 +6324,70 @@ def test_a_batch_knows_where_its_labels_and_its_patches_are(side):
 
     assert torch.equal(is_labelled.view_as(batch["labels"]), batch["labels"] != -100)
     assert torch.equal(is_patch.view_as(batch["ids"]), batch["ids"] == unipose.IMAGE_PLACEHOLDER)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_knows_which_of_its_labels_are_codes_of_queries(side):
+    model = nano()
+    rows = model.encode_all(list(QUESTIONS.values()))
+    batch = unipose.collate(rows, side)
+
+    labels = batch["labels"].flatten()[batch["labelled"]]
+    is_code = (labels >= model.vocab.pose0) & (labels < model.vocab.p_open)
+
+    assert torch.equal(batch["coded"], is_code.nonzero().squeeze(1))
+    assert not unipose.collate([nano(attn="causal").encode(QUESTIONS["edit"])])["coded"].numel()
+
+
+def model_of_spread_codes(seed=4):
+    """An untrained nano model whose codes stand for poses that differ."""
+    model = nano(seed)
+    model.pose_tokenizer.quantizer.codebook.normal_(0, 30)
+    return model
+
+
+def test_the_joint_loss_of_a_pose_is_how_far_its_soft_decoding_is_off(free_body):
+    model = model_of_spread_codes()
+    codes = model.pose_tokenizer.encode(poses(3))
+    logits = torch.randn(3, *codes.shape[1:], model.pose_tokenizer.config.codes)
+
+    loss, logs = model.joint_loss(logits, codes, free_body)
+    certain, _ = model.joint_loss(1e3 * F.one_hot(codes, logits.size(-1)), codes, free_body)
+
+    pred = free_body.joints(model.pose_tokenizer.decode_soft(logits.softmax(-1)))
+    target = free_body.joints(model.pose_tokenizer.decode(codes))
+    millimetres = evaluation.mpjpe(pred, target)
+    close(1000 * loss, millimetres.sum(), atol=1e-2)
+    total, n = logs["joints_mm"]
+    close(total, millimetres.sum(), atol=1e-2)
+    assert n == 3
+    close(certain, torch.zeros(()))
+
+
+def test_the_joint_loss_reaches_the_llm_and_not_the_decoder(free_body):
+    model = model_of_spread_codes()
+    learning = set_trainable(model, "align")
+    batch = stored_batch(model)
+    plain, _ = model(batch)
+
+    loss, _ = model(batch, free_body, joint_weight=5)
+    gradients = torch.autograd.grad(loss - plain, learning.values(), allow_unused=True)
+
+    assert loss > plain
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
+    assert not any(name.startswith("pose_tokenizer") for name in learning)
+
+
+@pytest.mark.parametrize("attn, tasks", [("mixed", ["pose2text"]), ("causal", ["edit"])])
+def test_a_batch_without_queries_has_no_joint_loss(free_body, attn, tasks):
+    model = nano(attn=attn)
+    batch = batch_of(model, *tasks)
+    expected, _ = model(batch)
+
+    loss, logs = model(batch, free_body, joint_weight=5)
+
+    assert loss == expected
+    assert logs["joints_mm"][1] == 0
 
 
 def test_patches_are_found_where_nobody_says_where_they_are():
@@ -6853,6 +6966,33 @@ def test_a_halved_checkpoint_gives_nearly_the_same_loss(halved_checkpoint):
     loss, _ = unipose.load(halved_checkpoint)(batch)
 
     assert abs(loss - expected) < 1e-2
+
+
+def test_a_halved_checkpoint_keeps_the_log_and_the_curve_of_its_training(
+        nano_checkpoint, tmp_path):
+    history = {"log.jsonl": '{"stage": "align"}\n', "loss.png": b"a curve"}
+    whole = shutil.copytree(nano_checkpoint, tmp_path / "whole")
+    lay(whole, history)
+
+    unipose.copy_half(whole, tmp_path / "half")
+
+    for name in history:
+        assert (tmp_path / "half" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("change, end", [("", ""), ("\n", "-dirty")])
+def test_weights_name_the_commit_of_the_code_and_whether_it_was_changed_since(
+        tmp_path, monkeypatch, change, end):
+    path = tmp_path / "unipose.py"
+    path.write_text("code")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "c"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    path.write_text("code" + change)
+    monkeypatch.setattr(unipose, "__file__", str(path))
+
+    assert unipose.git_hash() == head + end
 
 
 def test_a_halved_checkpoint_has_its_adapters_merged_and_keeps_its_notes(halved_checkpoint):
@@ -8431,6 +8571,7 @@ def step_widths(model, monkeypatch):
     pytest.param("edit", {"attn": "mixed_all"}, id="edit-mixed_all"),
     pytest.param("edit", {"attn": "causal"}, id="edit-causal"),
     pytest.param("edit", {"llm": MISTRAL}, id="edit-mistral"),
+    pytest.param("image2pose", {"attn": "mixed_image"}, id="image2pose-mixed_image"),
     pytest.param("image2pose", {"vision": "pose", "projector": "linear"}, id="image2pose-pose_vit"),
 ])
 def test_cached_codes_are_the_argmax_of_one_uncached_pass(task, changes):
@@ -8449,6 +8590,7 @@ def test_cached_codes_are_the_argmax_of_one_uncached_pass(task, changes):
     pytest.param("posediff", {"attn": "causal"}, id="posediff-causal"),
     pytest.param("imagediff", {}, id="imagediff"),
     pytest.param("imagediff", {"vision": "clip"}, id="imagediff-clip"),
+    pytest.param("imagediff", {"attn": "mixed_image"}, id="imagediff-mixed_image"),
 ])
 def test_a_cached_text_is_the_argmax_of_one_uncached_pass(task, changes):
     model = nano(4, **changes)
@@ -8634,10 +8776,63 @@ def test_soft_decoding_averages_the_codebook_under_each_querys_distribution():
     assert not torch.allclose(soft.pose, hard.pose, atol=1e-3)
 
 
-def test_soft_decoding_is_refused_for_a_model_without_queries():
+def statements_of_somebody(seed):
+    """A prompt whose statements are true of a random pose."""
+    codes = captions.posecodes(poses(1, seed))
+    return [("text", captions.caption(codes, 0, np.random.default_rng(seed)), False)]
+
+
+def test_of_many_poses_check_takes_one_that_does_as_the_text_says():
+    model = model_of_spread_codes()
+    gained = []
+    for seed in range(8):
+        prompt = statements_of_somebody(seed)
+        [soft] = sample.generate(model, [prompt], ["pose"], "soft")
+        [checked] = sample.generate(model, [prompt], ["pose"], "check")
+        both = torch.stack([soft.pose, checked.pose])
+        before, after = captions.share_true(prompt[0][1], both)
+        gained.append(after - before)
+
+    assert min(gained) >= 0
+    assert np.mean(gained) > 0.1
+
+
+@pytest.mark.parametrize("prompt", [
+    pytest.param([("text", "show somebody", False)], id="text"),
+    pytest.param(PROMPTS["image2pose"], id="image"),
+])
+def test_check_gives_the_soft_pose_where_no_statement_can_be_checked(prompt):
+    model = model_of_spread_codes()
+
+    [soft] = sample.generate(model, [prompt], ["pose"], "soft")
+    [checked] = sample.generate(model, [prompt], ["pose"], "check")
+
+    assert checked.codes == soft.codes
+    close(checked.pose, soft.pose)
+
+
+def test_a_prompt_demands_what_its_texts_say_of_the_pose_before():
+    model = model_of_spread_codes()
+    codes = model.pose_tokenizer.encode(A[None])[0]
+    turn = [("text", "make", False), ("pose", codes, True)]
+    edit = [("text", "raise", False), ("pose", A, False), ("text", "the left", False)]
+
+    assert sample.demand_of(model, PROMPTS["text2pose"]) == ("make : " + TEXT, None)
+    text, source = sample.demand_of(model, edit)
+    assert text == "raise\nthe left"
+    assert torch.equal(source, A)
+    described = [("text", "describe", False), ("text", TEXT, True)]
+    turns = [("turn", turn, False), ("turn", described, False)]
+    text, source = sample.demand_of(model, [*turns, ("text", "lower", False)])
+    assert text == "lower"
+    assert torch.equal(source, model.pose_tokenizer.decode(codes[None])[0])
+
+
+@pytest.mark.parametrize("decode", sample.AVERAGED)
+def test_decoding_by_distributions_is_refused_for_a_model_without_queries(decode):
     causal = nano(attn="causal")
 
-    refused("--attn mixed", sample.validate_decoding, causal, "argmax", "soft")
+    refused("--attn mixed", sample.validate_decoding, causal, "argmax", decode)
     sample.validate_decoding(causal, "argmax", "ar")
     sample.validate_decoding(nano(), *sample.DECODINGS)
 
@@ -11509,7 +11704,7 @@ def test_a_codes_model_is_what_it_was_without_a_pose_head():
 
 @pytest.mark.parametrize("attn", ["causal", "mixed_all"])
 def test_an_attention_over_codes_is_refused_without_codes(attn):
-    with pytest.raises(tokenizer.UserError, match=f"attn {attn} is about codes"):
+    with pytest.raises(tokenizer.UserError, match=f"attn {attn} needs a pose_head"):
         chatpose(attn=attn)
 
 
@@ -13074,6 +13269,7 @@ def test_config_json_says_how_the_weights_were_made(trained):
         assert key in config
     assert config["seconds"].keys() == train.STAGES.keys()
     assert config["commands"].keys() == train.STAGES.keys()
+    assert config["commits"].keys() == train.STAGES.keys()
 
 
 def test_a_finished_run_leaves_no_state_to_resume_from(trained):
@@ -13701,6 +13897,104 @@ def test_of_real_data_a_process_opens_its_own_share_only(instruct):
     assert lengths == sorted(lengths)
 
 
+# rewards
+
+def reward_of(model, **settings):
+    """The StageRun of `reward` on 32 synthetic people, for an untrained model."""
+    config = nano_config(stage="reward", people=32, photos=8, **settings)
+    world = data.World("train", 32, model.vision.clip_size)
+    cache = train.FeatureCache(model, world, 8, {})
+    return train.reward(model, None, cache, config), config
+
+
+def gradients_of(run, model, config, batch):
+    """{name: gradient} of a step of a stage."""
+    learning = train.freeze(config, {"model": model})
+    train.compute_gradient(run, learning, 0, batch, config)
+    gradients = {name: parameter.grad for name, parameter in learning.items()}
+    for parameter in learning.values():
+        parameter.grad = None
+    return gradients
+
+
+def test_codes_are_drawn_by_their_distribution():
+    logits = torch.tensor([0.0, 1, 2]).expand(1, 5, 3)
+    chances = torch.rand(1, 5, 4000, generator=torch.Generator().manual_seed(0))
+
+    draws = train.draw_codes(logits, chances)
+
+    assert draws.shape == (1, 5, 4000)
+    shares = F.one_hot(draws, 3).double().mean((0, 1, 2))
+    close(shares.float(), logits[0, 0].softmax(-1), atol=0.01)
+
+
+def test_draws_of_a_prompt_do_not_depend_on_its_batch():
+    run, _ = reward_of(model_of_spread_codes())
+
+    together = run.rows([5, 6])
+    [alone] = run.rows([6])
+
+    assert torch.equal(together[1].chances, alone.chances)
+    assert not torch.equal(together[0].chances, alone.chances)
+
+
+def test_drawn_poses_that_are_rewarded_become_likelier(monkeypatch):
+    """One prompt, no target and no imitation: only the reward can teach it."""
+    monkeypatch.setattr(train, "IMITATION", 0.0)
+    monkeypatch.setattr(train, "JOINT_PENALTY", 0.0)
+    monkeypatch.setattr(train, "share_true", lambda text, poses, source: poses[:, 6, 1, 1] > 0)
+    model = model_of_spread_codes()
+    run, config = reward_of(model)
+    learning = train.freeze(config, {"model": model})
+    rows = run.rows([0])
+    _, before = run.loss(rows, 0)
+
+    _, after = learn(lambda: run.loss(rows, 0), learning.values(), 30, 1e-2)
+
+    assert before["true"] < 0.5
+    assert after["true"] > 0.8
+
+
+def test_a_reward_that_all_draws_share_teaches_nothing(monkeypatch):
+    monkeypatch.setattr(train, "IMITATION", 0.0)
+    monkeypatch.setattr(train, "JOINT_PENALTY", 0.0)
+    monkeypatch.setattr(train, "share_true", lambda text, poses, source: np.full(len(poses), 0.5))
+    model = model_of_spread_codes()
+    run, config = reward_of(model)
+
+    gradients = gradients_of(run, model, config, 4)
+
+    for name, gradient in gradients.items():
+        assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("stage", ["reward", "instruct"])
+def test_the_gradient_of_poses_does_not_depend_on_how_a_batch_is_split(stage):
+    """Of rewards, and with a loss on joints."""
+    model = nano(words=data.vocabulary())
+    model.pose_tokenizer.quantizer.codebook.normal_()
+    gradients = []
+    for accumulate in (1, 4):
+        config = nano_config(
+            stage=stage, people=32, photos=8, accumulate=accumulate, joint_weight=5.0)
+        world = data.World("train", 32, model.vision.clip_size)
+        cache = train.FeatureCache(model, world, 8, {})
+        run = train.STAGE_RUNS[stage](model, None, cache, config)
+        gradients.append(gradients_of(run, model, config, 8))
+
+    whole, parts = gradients
+    for name, expected in whole.items():
+        close(parts[name], expected, atol=1e-4 * float(expected.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("flag", ["--attn=causal", "--pose_head=mlp"])
+def test_a_model_without_queries_is_trained_without_rewards(tmp_path, flag):
+    config = tokenizer.cli(train.Config, ["--size=nano", flag])
+
+    assert "reward" not in train.stages_to_run(config)
+    refused("leave reward out of --stage", run_train, tmp_path / "w", flag, "--stage=reward")
+
+
 # the loop
 
 def test_the_learning_rate_warms_up_for_three_percent_and_ends_near_zero():
@@ -13935,6 +14229,7 @@ ABLATIONS = [  # flags, the setting in config.json, the stages that stand afterw
     ("--stage project,instruct --vision pose", ("vision", "pose"), "align project instruct"),
     ("--stage align --projector linear", ("projector", "linear"), "align"),
     ("--stage align --attn causal", ("attn", "causal"), "align"),
+    ("--stage project --attn mixed_image", ("attn", "mixed_image"), "align project"),
     ("--stage instruct --lora_r 5", ("lora_r", 5), "align project instruct"),
     ("--stage instruct --lora_r 0", ("lora_r", 0), "align project instruct"),
 ]
@@ -14030,6 +14325,8 @@ def test_a_size_of_ones_own_trains_without_another_entry(tmp_path, monkeypatch):
     ("--lr nan", "--lr nan must be at least 0"),
     ("--lr inf", "--lr inf must be at least 0 and below 1e9"),
     ("--photos 7", "people come in pairs"),
+    ("--joint_weight -1", "--joint_weight -1.0 must be at least 0"),
+    ("--joint_weight 5 --attn causal", "--joint_weight 5.0 is about poses at their queries"),
 ])
 def test_settings_that_cannot_work_are_refused(tmp_path, flags, sentence):
     refused(sentence, run_train, tmp_path / "w", *flags.split())
@@ -14157,11 +14454,11 @@ def test_a_branch_of_two_stages_goes_on_in_its_second(trained, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("stage, lost", [
-    ("tokenizer", "align, project, instruct, reason"),
-    ("align", "project, instruct, reason"),
-    ("align,project", "instruct, reason"),
-    ("backbones", "project, instruct, reason"),
-    ("instruct", "reason"),
+    ("tokenizer", "align, project, instruct, reason, reward"),
+    ("align", "project, instruct, reason, reward"),
+    ("align,project", "instruct, reason, reward"),
+    ("backbones", "project, instruct, reason, reward"),
+    ("instruct", "reason, reward"),
 ])
 def test_a_stage_that_would_outdate_later_ones_is_refused(trained, tmp_path, stage, lost):
     out = shutil.copytree(trained[0], tmp_path / "w")
@@ -14172,7 +14469,7 @@ def test_a_stage_that_would_outdate_later_ones_is_refused(trained, tmp_path, sta
     assert files_of(out) == before
 
 
-@pytest.mark.parametrize("stage", ["retrieval", "reason", "instruct,reason"])
+@pytest.mark.parametrize("stage", ["retrieval", "reason", "reward", "instruct,reason,reward"])
 def test_a_stage_that_outdates_nothing_may_be_trained_again(trained, tmp_path, stage):
     out = shutil.copytree(trained[0], tmp_path / "w")
 
@@ -14198,6 +14495,16 @@ def test_a_fresh_model_begins_a_fresh_log(tmp_path):
     run_train(tmp_path, "--stage", "tokenizer", "--steps", 1, "--batch", 4)
 
     assert train.read_log(tmp_path).keys() == {"tokenizer"}
+
+
+def test_a_branch_goes_on_with_the_log_of_the_model_that_it_starts_from(tmp_path):
+    row = {"stage": "align", "step": 1, "of": 2, "loss": 3}
+    start = lay(tmp_path / "start", {"log.jsonl": json.dumps(row) + "\n"})
+    branch = lay(tmp_path / "branch", {"log.jsonl": "an older model"})
+
+    train.prepare_log(branch, start, is_fresh=True)
+
+    assert train.read_log(branch) == {"align": [row]}
 
 
 @pytest.mark.parametrize("torn", ['{"stage": "tok', '{"stage": "tokenizer"}', "7", "\0\0"])

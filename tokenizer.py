@@ -326,12 +326,12 @@ class PoseTokenizer(nn.Module):
         z_q = self.quantizer.codebook[ids].mT                                 # (B,C,N)
         return self._decode(z_q)
 
-    @torch.no_grad()
     @in_float32
     def decode_soft(self, probs):
         """probs (B,N,K), a distribution over the codes per token -> rotmat (B,22,3,3).
 
-        Decodes the mean code vector under each distribution instead of the most likely one.
+        Decodes the mean code vector under each distribution instead of the most likely one. Unlike
+        that one it is differentiable: an error of the pose reaches the distributions.
         """
         z_q = (probs.float() @ self.quantizer.codebook).mT                    # (B,C,N)
         return self._decode(z_q)

@@ -14,6 +14,7 @@ A stage trains a few parts of the model and freezes the rest (paper §3.3):
     project     the projector                     tasks with images
     instruct    the projector, the LLM by LoRA    all seven tasks, 200 instructions each
     reason      the same                          also groups, implied poses, conversations
+    reward      the LLM by LoRA                   what can be checked of poses; not in the paper
 
 A stage is a row of STAGES and a function that returns its modules and its loss; the loop knows
 nothing else about it. The samples of a step are a function of (seed, step), so a resumed run is
@@ -63,21 +64,24 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
+from captions import share_true
 from data import (
     CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable,
     contact_sheet, crop_picture, open_picture, read_records, render_template, save_png, square,
     task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
+from sample import demand_of
 from tokenizer import (
     MIRROR, UserError, atomic_write, augment, cli, delete_leftovers, face_front, load_body,
     load_json, matrix_to_sixd, mirror, progress_bar, run_main, sample_vertices, tokenizer_loss,
 )
 from unipose import (
     CHECKPOINT_FILES, CHOICES, EXACT, POSE_CHARACTERS, RETRIEVAL_PREFIX, SIZES, TRAINABLE,
-    WITHOUT_CODES, DualVision, UniPose, adapts_llm, base_model, cast_frozen, change_pose_head,
-    collate, default_dtype, find_device, load, make_projector, merge_lora, model_config, provenance,
-    read_config, read_tensors, save, set_threads, trainable, word_tokenizer,
+    WITHOUT_CODES, DualVision, Row, UniPose, adapts_llm, base_model, cast_frozen, change_pose_head,
+    collate, copy_history, default_dtype, find_device, git_hash, load, make_projector, merge_lora,
+    model_config, provenance, read_config, read_tensors, save, set_threads, trainable,
+    word_tokenizer,
 )
 
 # ---- 1. The stages -------------------------------------------------------------------------------
@@ -143,6 +147,13 @@ STAGES = {
         n_templates=N_TEMPLATES,
         schedule={"nano": (30, 8, 1e-3), "tiny": (9_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
     ),
+    # poses whose text can be checked, see `reward`
+    "reward": Stage(
+        tasks=("text2pose", "edit"),
+        needs=("instruct",),
+        n_templates=N_TEMPLATES,
+        schedule={"nano": (20, 8, 1e-3), "tiny": (1_500, 8, 5e-4), "paper": (500, 32, 1e-5)},
+    ),
 }
 
 NOISE_STEPS = 30_000  # part noise grows every 5,000 iterations, in six steps (paper B.1)
@@ -160,7 +171,7 @@ def column(size):
 @dataclass
 class Config:
     """Train one stage of UniPose, several, or all."""
-    stage: str = "all"  # all, or any of backbones,tokenizer,retrieval,align,project,instruct
+    stage: str = "all"  # or of backbones,tokenizer,retrieval,align,project,instruct,reason,reward
     size: str = "tiny"  # nano | tiny | paper
     out: str = ""  # folder of the checkpoint; empty: out/<size>
     init: str = ""  # start from the checkpoint in this folder instead of the one in --out
@@ -182,12 +193,13 @@ class Config:
     data: str = ""  # JSON file {stage: {"KIND:PATH": weight}} of real data; empty: synthetic people
     people: int = 0  # synthetic people; 0: as in N_PEOPLE
     photos: int = 0  # how many of them are photographed; 0: as in N_PEOPLE
-    attn: str = ""  # mixed (paper) | mixed_all | causal; empty: the checkpoint's, or mixed
+    attn: str = ""  # mixed (paper) | mixed_all | mixed_image | causal; empty: the checkpoint's
     vision: str = ""  # both (paper) | clip | pose; empty: the checkpoint's, or its head's
     projector: str = ""  # mlp (release) | linear (paper's formula); empty: the checkpoint's, or mlp
     pose_head: str = ""  # codes | mlp (ChatPose) | text; empty: the checkpoint's, or codes
     lora_r: int = -1  # rank of LoRA; 0: train all LLM weights; -1: the checkpoint's, or as in SIZES
     lora_on: str = ""  # all | qv: queries and values; empty: the checkpoint's, or its head's
+    joint_weight: float = 0.0  # of a loss on the joints of poses that codes stand for, in metres
     body: str = ""  # SMPL, SMPL-H or SMPL-X file for the losses on joints and vertices; empty: ours
     root_noise: bool = True  # tokenizer: turn poses at random, input and target together
     part_noise: bool = None  # tokenizer: disturb parts of the input only; default: at size paper
@@ -812,6 +824,7 @@ def language(model, retrieval_model, cache, config):
         reads_poses=model.has_codes)
     if not real:
         cache.compute(tasks)  # now: later the model is in training mode
+    body = load_body(config.body).to(model.device)
     if config.compile:
         model.llm.model.compile(dynamic=True)  # in place: parameters keep their names
     _, batch, _ = schedule_of(config)
@@ -835,15 +848,97 @@ def language(model, retrieval_model, cache, config):
         return [megabatch(k // size)[k % size] for k in samples]
 
     def batch_loss(rows, step):
-        return model(collate(rows))
+        return model(collate(rows), body, config.joint_weight)
 
     return StageRun({"model": model}, batch_loss, rows_of)
+
+
+DRAWS = 32  # poses that a prompt gets in `reward`
+JOINT_PENALTY = 2  # of a metre; 1 is what all statements of a text are worth
+IMITATION = 0.02  # weight of cross-entropy
+
+
+class Trial(NamedTuple):
+    """A prompt of `reward`."""
+
+    row: Row
+    text: str
+    source: torch.Tensor  # the pose (22,3,3) that the text changes, or None
+    chances: torch.Tensor  # (N,D) from 0 to 1: where in its distribution each code is drawn
+
+
+def draw_codes(logits, chances):
+    """Logits (n,N,K), chances (n,N,D) -> D codes for each token (n,N,D), drawn by their softmax."""
+    cdf = logits.softmax(-1).cumsum(-1)                                      # (n,N,K)
+    return torch.searchsorted(cdf, chances * cdf[..., -1:], right=True)      # (n,N,D)
+
+
+def reward(model, retrieval_model, cache, config):
+    """Policy gradients: drawn poses that do as the text says become likelier, others less likely.
+
+    Codes that differ from the target's are wrong for cross-entropy, whatever pose they stand for.
+    Here a pose costs what can be checked of it: the share of the text's statements that it breaks,
+    and JOINT_PENALTY for each metre between its joints and the target's, because a pose that
+    satisfies a text may forget what the text does not speak of. The baseline is the mean over the
+    DRAWS poses of a prompt; all codes come from one step, so these cost no further step of the LLM.
+
+    Source: REINFORCE (Williams 1992) with the baseline of GRPO; for poses Pose-RFT (ICLR 2026).
+    """
+    stage = STAGES[config.stage]
+    tasks = tasks_of(config, config.stage)
+    mixture = cache.real_data.get(config.stage)
+    if not mixture:
+        mixture = Mixture(tasks, config.seed, cache.world, cache, stage.n_templates)
+        cache.compute(tasks)  # now: later the model is in training mode
+    body = load_body(config.body).to(model.device)
+
+    def trials(samples):
+        """The prompts of some samples, each with random numbers of its own."""
+        prompts = [mixture[k][1] for k in samples]
+        found = []
+        for k, prompt, row in zip(samples, prompts, model.encode_all(prompts)):
+            rng = np.random.default_rng((config.seed, k, 2))
+            chances = torch.tensor(rng.random((model.vocab.n_tokens, DRAWS), np.float32))
+            found.append(Trial(row, *demand_of(model, prompt), chances))
+        return found
+
+    def batch_loss(rows, step):
+        batch = model.to_device(collate([trial.row for trial in rows]))
+        _, logits, labels = model.predict(batch)
+        imitation, logs = model.token_loss(logits, labels)
+
+        # 1) draw poses
+        logits, codes = model.at_queries(batch, logits, labels)              # (n,N,K), (n,N)
+        chances = torch.stack([trial.chances for trial in rows]).to(logits)  # (n,N,D)
+        draws = draw_codes(logits.detach(), chances)                         # (n,N,D)
+        poses = model.pose_tokenizer.decode(draws.mT.flatten(0, 1))          # (n*D,22,3,3)
+        poses = poses.unflatten(0, (-1, DRAWS))                              # (n,D,22,3,3)
+
+        # 2) what they cost
+        target = body.joints(model.pose_tokenizer.decode(codes))             # (n,22,3)
+        distance = body.joints(poses) - target[:, None]                      # (n,D,22,3)
+        metres = distance.norm(dim=-1).mean(-1)                              # (n,D)
+        shares = []
+        for trial, drawn in zip(rows, poses.cpu()):
+            shares.append(share_true(trial.text, drawn, trial.source))
+        true = torch.tensor(np.stack(shares)).to(metres)                     # (n,D)
+        cost = 1 - true + JOINT_PENALTY * metres                             # (n,D)
+
+        # 3) the gradient of the cost that is to be expected
+        chosen = logits.log_softmax(-1).gather(2, draws).sum(1)              # (n,D)
+        policy = ((cost - cost.mean(1, keepdim=True)) * chosen).mean()
+        loss = cost.mean() + policy - policy.detach()  # worth reading: the value is the cost
+        logs |= {"true": true.mean(), "joints_mm": 1000 * metres.mean()}
+        return loss + IMITATION * imitation, logs
+
+    return StageRun({"model": model}, batch_loss, trials)
 
 
 # stage -> function of (model, retrieval model, cache, config) that returns its StageRun
 STAGE_RUNS = {
     "backbones": backbones, "tokenizer": tokenizer, "retrieval": retrieval,
     "align": language, "project": language, "instruct": language, "reason": language,
+    "reward": reward,
 }
 
 
@@ -1182,11 +1277,16 @@ def log_step(out, row):
           f"{minutes}:{seconds:02d} left", flush=True)
 
 
-def prepare_log(out, is_fresh):
-    """Deletes the log of an older model in a fresh run; otherwise ends a line that was cut off."""
+def prepare_log(out, init, is_fresh):
+    """Deletes the log of an older model in a fresh run; otherwise ends a line that was cut off.
+
+    A branch goes on with the log of the model in the folder `init` that it starts from.
+    """
     path = out / "log.jsonl"
     if is_fresh:
         path.unlink(missing_ok=True)
+        if init:
+            copy_history(init, out)
     elif path.exists() and not path.read_bytes().endswith(b"\n"):
         with open(path, "a") as file:
             file.write("\n")
@@ -1282,6 +1382,7 @@ def forget_stage(notes, stage):
         notes["stages"].remove(stage)
     notes["seconds"].pop(stage, None)
     notes["commands"].pop(stage, None)
+    notes["commits"].pop(stage, None)
 
 
 def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
@@ -1294,10 +1395,11 @@ def save_checkpoint(config, model, retrieval_model, notes, out, seconds):
     notes["stages"].append(config.stage)
     notes["seconds"][config.stage] = round(seconds)
     notes["commands"][config.stage] = provenance()["command"]
+    notes["commits"][config.stage] = git_hash()
     if config.stage in ("backbones", "tokenizer"):
         notes["body"] = pathlib.Path(config.body).name
 
-    written = {key: notes[key] for key in ("stages", "seconds", "commands", "body")}
+    written = {key: notes[key] for key in ("stages", "seconds", "commands", "commits", "body")}
     extra = {}
     if "retrieval" in notes["stages"]:
         written["retrieval"] = retrieval_model.config
@@ -1324,8 +1426,8 @@ def wait_for_first(model, out):
 # settings that must be the same when a run is resumed
 FIXED_SETTINGS = (
     "stage", "size", "seed", "tasks", "steps", "batch", "lr", "accumulate", "data", "people",
-    "photos", "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "body", "root_noise",
-    "part_noise",
+    "photos", "attn", "vision", "projector", "pose_head", "lora_r", "lora_on", "joint_weight",
+    "body", "root_noise", "part_noise",
 )
 
 
@@ -1417,7 +1519,7 @@ def load_state(run, learning, optimisers, config, out):
 # ---- 8. Runs -------------------------------------------------------------------------------------
 MINIMUM = {
     "steps": 0, "batch": 0, "people": 0, "photos": 0, "lr": 0, "accumulate": 0, "lora_r": -1,
-    "save_every": 1, "threads": 0,
+    "save_every": 1, "threads": 0, "joint_weight": 0,
 }
 
 
@@ -1434,6 +1536,10 @@ def validate(config):
         if not minimum <= value < 1e9:  # NaN is refused, too
             raise UserError(f"--{name} {value} must be at least {minimum} and below 1e9")
 
+    if config.joint_weight and not draws_poses(config):
+        raise UserError(
+            f"--joint_weight {config.joint_weight} is about poses at their queries, which a model "
+            "of --pose_head codes and --attn mixed has; leave it out")
     if bool(config.llm) != bool(config.pose_vit):
         raise UserError("--llm and --pose_vit must come together: give both, or neither")
     if config.clip and not config.llm:
@@ -1468,6 +1574,10 @@ def validate_stages(config):
             raise UserError(
                 f"--pose_head {config.pose_head} has no codes, so there is no tokenizer to train; "
                 "leave tokenizer out of --stage")
+        if stage == "reward" and not draws_poses(config):
+            raise UserError(
+                "--stage reward draws poses at their queries, which a model of --pose_head codes "
+                "and --attn mixed has; leave reward out of --stage")
         if column(config.size) not in row.schedule:
             raise UserError(
                 f"--size {config.size} has no stage {stage}; give --llm and --pose_vit instead")
@@ -1482,6 +1592,11 @@ def validate_stages(config):
                 "(--accumulate x processes)")
 
 
+def draws_poses(config):
+    """Does the model have queries, under each of which is a distribution over codes?"""
+    return config.pose_head not in WITHOUT_CODES and config.attn != "causal"
+
+
 def stages_to_run(config):
     """The stages that --stage names, in the order of STAGES; all: those that are not downloads."""
     if config.stage != "all":
@@ -1490,6 +1605,8 @@ def stages_to_run(config):
     stages = [stage for stage, row in STAGES.items() if column(config.size) in row.schedule]
     if config.pose_head in WITHOUT_CODES:
         stages.remove("tokenizer")
+    if not draws_poses(config):
+        stages.remove("reward")
     if config.llm and "backbones" in stages:
         stages.remove("backbones")
     return stages
@@ -1515,25 +1632,25 @@ def validate_tasks(config):
         if task not in TASKS:
             raise UserError(f"--tasks {task} is not one of {', '.join(TASKS)}")
     for stage in stages_to_run(config):
-        if STAGE_RUNS[stage] is language and not tasks_of(config, stage):
+        if STAGE_RUNS[stage] in (language, reward) and not tasks_of(config, stage):
             learned = dict.fromkeys(tasks_of(dataclasses.replace(config, tasks=""), stage))
             raise UserError(
                 f"--tasks {config.tasks} leaves {stage} without a task; name one of "
                 f"{', '.join(learned)}, or leave {stage} out of --stage")
 
 
-def fill_pose_head(config):
-    """Replaces an empty --out by its default, and an empty --pose_head by the checkpoint's.
+def fill_system(config):
+    """Replaces an empty --out by its default, and empty --pose_head and --attn by the checkpoint's.
 
-    Which stages there are depends on it. Raises UserError.
+    Which stages there are depends on them. Raises UserError.
     """
     config.out = config.out or f"out/{config.size}"
-    if config.pose_head:
-        return
-    config.pose_head = "codes"
+    notes = {"pose_head": "codes", "attn": "mixed"}
     for folder in (config.init, config.out):
         if folder and has_checkpoint(folder):
-            config.pose_head = read_config(folder)["pose_head"]
+            notes = read_config(folder)
+    config.pose_head = config.pose_head or notes["pose_head"]
+    config.attn = config.attn or notes["attn"]
 
 
 def read_real_data(config):
@@ -1552,7 +1669,7 @@ def read_real_data(config):
         if stage in table:
             row = STAGES[stage]
             tasks = row.tasks
-            if STAGE_RUNS[stage] is language:
+            if STAGE_RUNS[stage] in (language, reward):
                 tasks = tasks_of(config, stage)
             real_data[stage] = RealData(table[stage], tasks, config.seed, row.n_templates)
     if "retrieval" in real_data:
@@ -1631,7 +1748,7 @@ def prepare_model(config, out, real_data):
                 f"--llm begins a new model, but {folder} holds one; "
                 "give another --out, or leave --llm out")
 
-    notes = {"stages": [], "seconds": {}, "commands": {}, "body": ""}
+    notes = {"stages": [], "seconds": {}, "commands": {}, "commits": {}, "body": ""}
     if config.init or is_own:
         notes |= read_config(folder)
         validate_pose_head(config, notes, folder, is_own)
@@ -1654,7 +1771,7 @@ def prepare_model(config, out, real_data):
         model.config["attn"] = config.attn or model.config["attn"]
         if {config.vision, config.projector} - {"", notes["vision"], notes["projector"]}:
             change_projector(config, model)
-            for stage in ("project", "instruct", "reason"):
+            for stage in ("project", "instruct", "reason", "reward"):
                 forget_stage(notes, stage)
         retrieval_model = load_retrieval_model(folder)
     else:
@@ -1683,7 +1800,7 @@ def validate_pose_head(config, notes, folder, is_own):
     """
     if notes["pose_head"] == config.pose_head:
         return
-    learned = [stage for stage in notes["stages"] if STAGE_RUNS[stage] is language]
+    learned = [stage for stage in notes["stages"] if STAGE_RUNS[stage] in (language, reward)]
     if learned:
         raise UserError(
             f"{folder} holds a model of --pose_head {notes['pose_head']}, whose "
@@ -1725,6 +1842,8 @@ def validate_checkpoint(config, notes, folder):
 
     # an ablation of a trained model: no stage that stands may depend on what changes
     first_uses = {"attn": "align", "vision": "project", "projector": "project"}
+    if {config.attn, notes["attn"]} == {"mixed", "mixed_image"}:  # which differ in images only
+        first_uses["attn"] = "project"
     if notes["lora"]:
         first_uses["lora_r"] = "align" if adapts_llm("align", config.size) else "instruct"
         first_uses["lora_on"] = first_uses["lora_r"]
@@ -1874,7 +1993,7 @@ def exclusive(out):
 def main(argv=None):
     """Trains the stages of --stage one after the other."""
     config = cli(Config, argv)
-    fill_pose_head(config)
+    fill_system(config)
     validate(config)
     fill_defaults(config)
     set_threads(config.threads, SIZES[config.size])
@@ -1914,7 +2033,8 @@ def train_stages(config, out):
     if not stages:
         print(f"{out} has been through {config.stage} already; there is nothing to resume")
     if is_first():
-        prepare_log(out, is_fresh=not config.resume and not has_checkpoint(out))
+        is_fresh = not config.resume and not has_checkpoint(out)
+        prepare_log(out, config.init, is_fresh)
 
     world = World("train", config.people, model.vision.clip_size)
     cache = FeatureCache(model, world, config.photos, real_data)

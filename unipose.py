@@ -192,7 +192,7 @@ CHATPOSE = {
 }
 PAPER_TEXT = 32000  # text tokens of the Mistral vocabulary; smaller models count their own words
 CHOICES = {  # ablations; the first choice is the default, the paper's (`projector`: the release's)
-    "attn": ("mixed", "mixed_all", "causal"),
+    "attn": ("mixed", "mixed_all", "mixed_image", "causal"),
     "vision": ("both", "clip", "pose"),
     "projector": ("mlp", "linear"),
     "pose_head": ("codes", "mlp", "text"),
@@ -210,7 +210,7 @@ def model_config(size, projector="mlp", vision="", attn="mixed", pose_head="code
                   "templates", ours, or "released", the official (both: assets/instructions.json)
     projector     "mlp" as released, "linear" as in the paper's formula
     vision        which encoders see an image: "both" (default), "clip" (of ChatPose) or "pose"
-    attn          which poses are bidirectional, see `encode_segments`
+    attn          which poses and images are bidirectional, see `encode_segments`
     pose_head     how a pose is answered: "codes", N of them (UniPose), "mlp", the rotations that
                   an MLP makes of one hidden state (ChatPose), or "text", angles as words, see
                   `pose_words` (an ablation of ChatPose); only a model of codes reads poses, too
@@ -294,6 +294,7 @@ ENTRIES = {
     "stages": [str],
     "seconds": dict,
     "commands": dict,
+    "commits": dict,
     "retrieval": {"words": range(1, 2 ** 20), "d": range(1, 2 ** 14)},
 }
 
@@ -355,7 +356,7 @@ def find_misfit(config):
     if config["lora"] and not config["lora_r"]:
         return "lora needs a lora_r above 0"
     if config["pose_head"] != "codes" and config["attn"] != "mixed":
-        return f"attn {config['attn']} is about codes, and pose_head {config['pose_head']} has none"
+        return f"attn {config['attn']} needs a pose_head of codes, not {config['pose_head']}"
     return ""
 
 
@@ -386,10 +387,11 @@ class Row:
 
     ids         what position t reads: a token, or IMAGE_PLACEHOLDER
     labels      what position t predicts, or IGNORE_INDEX
-    block       b where the token belongs to the b-th bidirectional pose, -1 where it is causal
+    block       b where the token belongs to the b-th bidirectional pose or image, -1 where it is
+                causal
     code_index  i where the token is the i-th code of a pose that is read, else -1
     images      features (P,Dv), which fill the placeholders in order
-    poses       rotations (22,3,3) that the blocks stand for, if the model has no codes
+    poses       rotations (22,3,3) that the queries stand for, if the model has no codes
     """
 
     def __init__(self):
@@ -399,6 +401,10 @@ class Row:
         self.code_index = []
         self.images = []
         self.poses = []
+
+    def new_block(self):
+        """The number of the next bidirectional block."""
+        return 1 + max(self.block, default=-1)
 
     def add(self, token, predicted=False, label=IGNORE_INDEX, block=-1, code_index=-1):
         """predicted: the position before predicts this token; label: what this token predicts."""
@@ -419,9 +425,9 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
     prompt, which stands between prompt_marks, the ids of `[INST]` and of `[/INST]`; the targets end
     with eos. A row without targets stops where the answer begins.
 
-    attn: which poses are bidirectional blocks. "mixed": target poses (the paper). "mixed_all": all
-    poses. "causal": none; a target pose is then its codes, one predicted after the other (the
-    ablation of Table 7).
+    attn: what is a bidirectional block. "mixed": target poses (the paper). "mixed_all": all poses.
+    "mixed_image": target poses, and the patches of each image. "causal": nothing; a target pose is
+    then its codes, one predicted after the other (the ablation of Table 7).
     """
     prompt = [segment for segment in segments if not segment[2]]
     target = [segment for segment in segments if segment[2]]
@@ -431,7 +437,6 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
     prompt = [("ids", opening, False), *prompt, ("ids", closing, False)]
     row = Row()
     row.add(bos)
-    n_blocks = 0
 
     for kind, value, is_target in prompt + target:
         if kind in ("text", "ids"):
@@ -440,19 +445,16 @@ def encode_segments(segments, vocab, text_ids, prompt_marks, bos, eos, n_patches
                 row.add(token, predicted=is_target)
 
         elif kind == "image":
+            block = row.new_block() if attn == "mixed_image" else -1
             row.images.append(value)
             row.add(vocab.img_open)
             for _ in range(n_patches):
-                row.add(IMAGE_PLACEHOLDER)
+                row.add(IMAGE_PLACEHOLDER, block=block)
             row.add(vocab.img_close)
 
         else:
             is_query = is_target and attn != "causal"  # asked for in one step, by N queries
-            block = -1
-            if is_query or attn == "mixed_all":
-                block = n_blocks
-                n_blocks += 1
-
+            block = row.new_block() if is_query or attn == "mixed_all" else -1
             row.add(vocab.p_open, predicted=is_target)
             value = torch.as_tensor(value)
             if value.is_floating_point():
@@ -479,9 +481,10 @@ def collate(rows, side="right"):
 
     valid is False where a row is padded; images are those of all rows, in order, and so are poses
     (n,22,3,3), None for a model of codes. labelled, patches and queries: where there is a label, an
-    image patch or the query of one of `poses`, as indices into B*T; found here, because a GPU that
-    searches its own memory has to be waited for. side: where the padding goes, "right" to
-    train, "left" to answer, so that all answers start in one column.
+    image patch or the query of one of `poses`, as indices into B*T; coded: which of `labelled` are
+    queries that predict a code. They are found here, because a GPU that searches its own memory has
+    to be waited for. side: where the padding goes, "right" to train, "left" to answer, so that all
+    answers start in one column.
     """
     length = max(len(row.ids) for row in rows)
 
@@ -498,10 +501,12 @@ def collate(rows, side="right"):
     ids = torch.tensor([pad(row.ids, 0) for row in rows])
     labels = torch.tensor([pad(row.labels, IGNORE_INDEX) for row in rows])
     block = torch.tensor([pad(row.block, -1) for row in rows])
+    labelled = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)               # (n,)
     return {
         "ids": ids,
         "labels": labels,
-        "labelled": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+        "labelled": labelled,
+        "coded": (block.flatten()[labelled] >= 0).nonzero().squeeze(1),
         "patches": (ids.flatten() == IMAGE_PLACEHOLDER).nonzero().squeeze(1),
         "queries": (block.flatten() >= 0).nonzero().squeeze(1) if poses else None,
         "block": block,
@@ -617,16 +622,17 @@ def tidy_text(text):
 
 # ---- 3. The mask ---------------------------------------------------------------------------------
 def mixed_mask(block, valid):
-    """Which position attends to which: all before it, and all of its own pose block (paper eq. 6).
+    """Which position attends to which: all before it, and all of its own block (paper eq. 6).
 
-    block (B,T): -1 causal, b >= 0 the b-th pose; valid (B,T) bool: False for padding, which nothing
-    attends to. Returns (B,1,T,T) float32: 0 where allowed, the lowest number elsewhere. Float on
-    purpose: eager attention of transformers adds the mask, a bool one as 0 and 1 without an error.
+    block (B,T): -1 causal, b >= 0 the b-th block; valid (B,T) bool: False for padding, to which
+    nothing attends. Returns (B,1,T,T) float32: 0 where allowed, the lowest number elsewhere. Float
+    on purpose: eager attention of transformers adds the mask, a bool one as 0 and 1 without an
+    error.
     """
     i = torch.arange(block.size(1), device=block.device)                             # (T,)
     causal = i[None, :] <= i[:, None]                                                # (T,T)
-    same_pose = (block[:, :, None] == block[:, None, :]) & (block[:, :, None] >= 0)  # (B,T,T)
-    allowed = (causal | same_pose) & valid[:, None, :]                               # (B,T,T)
+    one_block = (block[:, :, None] == block[:, None, :]) & (block[:, :, None] >= 0)  # (B,T,T)
+    allowed = (causal | one_block) & valid[:, None, :]                               # (B,T,T)
 
     # padding attends to itself: on the left it has nothing else, and an empty softmax can be NaN
     allowed = allowed | torch.eye(len(i), dtype=torch.bool, device=i.device)         # (B,T,T)
@@ -850,7 +856,7 @@ def read_pose_words(text):
     return aa_to_matrix(degrees.deg2rad().view(22, 3))                               # (22,3,3)
 
 
-WORDS_PER_POSE = 100  # about as many as a batch of `instruct` has for each pose, see `forward`
+WORDS_PER_POSE = 100  # about as many as a batch of `instruct` has for each pose
 
 
 def make_pose_mlp(llm_width):
@@ -1190,19 +1196,29 @@ class UniPose(nn.Module):
         logs = {"body_l1": (body.detach(), n), "root_l1": (root.detach(), n)}
         return 0.1 * body + 0.1 * root, logs
 
-    def forward(self, batch):
-        """A batch of `collate` -> (loss, logs): the mean cross-entropy over labelled positions.
+    def joint_loss(self, logits, codes, body):
+        """Logits (n,N,K) under queries against the codes (n,N) -> (sum of n losses, logs).
 
-        As in the official loss, the `</p>` of a target pose counts in the mean although no position
-        predicts it. logs: "terms", the number of terms of that mean; "pose_acc" and "text_acc", a
-        pair each: how many codes or words are right, of how many.
-
-        With --pose_head mlp the loss of the poses is added (see `rotation_loss`). ChatPose takes
-        its mean over the poses of a batch, beside the mean over words. Both cannot be summed over
-        the parts of a split batch, so a pose counts as WORDS_PER_POSE words instead: the same in a
-        batch that has so many words for each pose.
+        The loss of a pose is how far its joints are off on average, in metres, if it is decoded
+        softly (see `PoseTokenizer.decode_soft`). Cross-entropy takes all wrong codes for equally
+        wrong; through the decoder, which stays as it is, a near one costs little (TokenHMR).
         """
-        batch = {name: value.to(self.device) for name, value in batch.items() if value is not None}
+        pred = self.pose_tokenizer.decode_soft(logits.softmax(-1))                   # (n,22,3,3)
+        target = self.pose_tokenizer.decode(codes)                                   # (n,22,3,3)
+        distance = (body.joints(pred) - body.joints(target)).norm(dim=-1)            # (n,22)
+        loss = distance.mean(1).sum()
+        n = loss.new_tensor(len(codes))
+        return loss, {"joints_mm": (1000 * loss.detach(), n)}
+
+    def to_device(self, batch):
+        """A batch of `collate` on the device of the model, without what is None."""
+        return {name: value.to(self.device) for name, value in batch.items() if value is not None}
+
+    def predict(self, batch):
+        """A batch of `to_device` -> hidden states (B*T,D), logits (n,vocab) and labels (n,).
+
+        Logits are wide and most positions have no label: lm_head runs on the n others only.
+        """
         valid = batch["valid"]
         positions = (valid.cumsum(1) - 1).clamp(min=0)                               # (B,T)
         mask = mixed_mask(batch["block"], valid)                                     # (B,1,T,T)
@@ -1210,28 +1226,64 @@ class UniPose(nn.Module):
             batch["ids"], batch["code_index"], batch.get("images"), batch["patches"])
         h = self.hidden(x, mask, positions).flatten(0, 1)                            # (B*T,D)
 
-        # logits are wide and most positions have no label: lm_head runs on the others only
-        labels = batch["labels"].flatten()[batch["labelled"]]                        # (n,)
         predicting = h[batch["labelled"]].to(self.llm.lm_head.weight.dtype)          # (n,D)
         logits = self.llm.lm_head(predicting).float()                                # (n,vocab)
+        return h, logits, batch["labels"].flatten()[batch["labelled"]]
 
+    def at_queries(self, batch, logits, labels):
+        """Logits and labels of `predict` -> logits (P,N,K) and codes (P,N) of the P target poses.
+
+        A model of --attn causal has no queries: P is 0.
+        """
+        vocab = self.vocab
+        logits = logits[batch["coded"], vocab.pose0:vocab.p_open]                    # (P*N,K)
+        codes = labels[batch["coded"]] - vocab.pose0                                 # (P*N,)
+        poses = (-1, vocab.n_tokens)
+        return logits.unflatten(0, poses), codes.unflatten(0, poses)
+
+    def token_loss(self, logits, labels):
+        """Logits (n,vocab), labels (n,) -> (mean cross-entropy, logs); see `forward`."""
         n_poses = (labels == self.vocab.p_open).sum()
         terms = len(labels) + n_poses
         loss = F.cross_entropy(logits, labels, reduction="sum") / terms
 
         is_right = logits.detach().argmax(-1) == labels                              # (n,)
         is_code = (labels >= self.vocab.pose0) & (labels < self.vocab.p_open)        # (n,)
-        logs = {
+        return loss, {
             "terms": terms,
             "pose_acc": ((is_right & is_code).sum(), is_code.sum()),
             "text_acc": ((is_right & ~is_code).sum(), (~is_code).sum()),
         }
+
+    def forward(self, batch, body=None, joint_weight=0.0):
+        """A batch of `collate` -> (loss, logs): the mean cross-entropy over labelled positions.
+
+        As in the official loss, the `</p>` of a target pose counts in the mean although no position
+        predicts it. logs: "terms", the number of terms of that mean; "pose_acc" and "text_acc", a
+        pair each: how many codes or words are right, of how many.
+
+        joint_weight: of `joint_loss` on the joints of `body`, 0 for none (the paper). With
+        --pose_head mlp `rotation_loss` is added instead. ChatPose takes its mean over the poses of
+        a batch, beside the mean over words. Both cannot be summed over the parts of a split batch,
+        so a pose counts as WORDS_PER_POSE words instead: the same in a batch that has so many words
+        for each pose.
+        """
+        batch = self.to_device(batch)
+        h, logits, labels = self.predict(batch)
+        loss, logs = self.token_loss(logits, labels)
+        per_pose = WORDS_PER_POSE / logs["terms"]
+
+        if joint_weight:
+            joint_loss, joint_logs = self.joint_loss(
+                *self.at_queries(batch, logits, labels), body)
+            loss = loss + joint_weight * per_pose * joint_loss
+            logs |= joint_logs
         if self.pose_mlp:  # the processes of torchrun add up the same logs, poses or not
             nothing = (loss.new_zeros(()), loss.new_zeros(()))
             logs |= {"body_l1": nothing, "root_l1": nothing}
         if "poses" in batch:
             pose_loss, pose_logs = self.rotation_loss(h[batch["queries"]], batch["poses"])
-            loss = loss + WORDS_PER_POSE * pose_loss / terms
+            loss = loss + per_pose * pose_loss
             logs |= pose_logs
         return loss, logs
 
@@ -1248,6 +1300,7 @@ TRAINABLE = {
     "project": r"projector\.",
     "instruct": LORA_PARAMETERS + r"|pose_mlp\.|projector\.",
     "reason": LORA_PARAMETERS + r"|pose_mlp\.|projector\.",
+    "reward": LORA_PARAMETERS,
 }
 
 
@@ -1287,13 +1340,17 @@ RETRIEVAL_PREFIX = "retrieval."
 CHECKPOINT_FILES = (  # what train.py writes to the folder, each by `atomic_write`
     "model.safetensors", "config.json", "tokenizer.json", "train_state.safetensors", "loss.png",
 )
+HISTORY_FILES = ("log.jsonl", "loss.png")  # what tells how training went
 
 
 def git_hash():
-    """The short hash of the commit that this code is at, or "none" outside a git repository."""
+    """The short hash of the commit that this code is at, or "none" outside a git repository.
+
+    It ends in "-dirty" if files were changed since.
+    """
     if not shutil.which("git"):
         return "none"
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     here = pathlib.Path(__file__).parent
     result = subprocess.run(command, cwd=here, text=True, capture_output=True)
     return result.stdout.strip() or "none"
@@ -2261,7 +2318,9 @@ def require_other(source, target, flag):
 
 
 def copy_half(source, target):
-    """Copies a checkpoint, with its retrieval model and notes, as float16 with LoRA merged.
+    """Copies a checkpoint, with all that travels with it, as float16 with LoRA merged.
+
+    That is its retrieval model, its notes on how it was made, its log and its curve.
 
     Raises UserError.
     """
@@ -2278,9 +2337,19 @@ def copy_half(source, target):
         retrieval = {name: tensors[name] for name in names}
     notes = {key: value for key, value in config.items() if key not in {*model.config, "float16"}}
     save(model, target, half=True, extra=retrieval, **notes)
+    copy_history(source, target)
 
     n_bytes = sum(file.stat().st_size for file in pathlib.Path(target).iterdir())
     print(f"wrote {target}: {n_bytes / 1e6:.1f} MB")
+
+
+def copy_history(source, target):
+    """Copies the log and the curve of a training, where there are some, beside a checkpoint."""
+    for name in HISTORY_FILES:
+        path = pathlib.Path(source, name)
+        if path.exists():
+            with atomic_write(pathlib.Path(target, name)) as copy_path:
+                shutil.copyfile(path, copy_path)
 
 
 def untrained(size, pose_head="codes"):
