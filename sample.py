@@ -1599,6 +1599,7 @@ def tour(model, body, config):
 
 def print_labelled(label, text):
     """Prints a text behind a label, wrapped to lines that are indented alike."""
+    text = text or "(nothing)"
     print(textwrap.fill(text, 100, initial_indent=f"    {label:<10}", subsequent_indent=" " * 14))
 
 
