@@ -3757,7 +3757,7 @@ def print_statistics(split):
     distance = 1000 * (joints[0::2] - joints[1::2]).norm(dim=-1).mean()
     print(
         f"\n{len(activity_table().activities)} activities, {len(vocabulary())} words, "
-        f"{len(TASKS)} tasks x {N_TEMPLATES} instructions; the poses of a pair are "
+        f"{len(TASKS)} tasks; the poses of a pair are "
         f"{distance:.0f} mm apart (mean of 2,000 pairs)")
 
 

@@ -32,7 +32,7 @@ Left out: sharding (each process holds the whole model), and validation during t
 Letters: B samples of a batch, J=22 joints, N codes of a pose, C numbers of a code, P patches of an
 image, Dv channels of a patch, D width of the LLM.
 
-    python train.py --stage all --size nano                      # everything, in 11 s on one thread
+    python train.py --stage all --size nano                      # everything, in 12 s on one thread
     python train.py --stage all --size tiny --out out/tiny       # the model in weights/tiny
     python train.py --stage align --out out/tiny --resume        # continue after an interruption
     python train.py --stage all --out out/causal --attn causal   # an ablation (paper Table 7)
