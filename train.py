@@ -184,7 +184,7 @@ class Config:
     steps: int = 0  # steps of the stage; 0: as in STAGES
     batch: int = 0  # samples of a step; 0: as in STAGES
     lr: float = 0.0  # peak learning rate; 0: as in STAGES
-    accumulate: int = 0  # split each batch into so many parts, same gradient; 0: see parts_of
+    accumulate: int = 0  # parts of a batch, same gradient; 0: short and long rows apart, or 1
     checkpointing: bool = False  # recompute activations backwards: less memory, a third more time
     compile: bool = False  # compile the layers of the LLM: half a minute first, then a sixth faster
     save_every: int = 500  # steps between two states to resume from

@@ -999,7 +999,8 @@ class UniPose(nn.Module):
         if kind == "pose" and self.config["pose_head"] == "mlp":
             vocab = self.vocab
             return "ids", [vocab.p_open, vocab.query0, vocab.p_close], False
-        kind, value, _ = self.in_words(segment) if self.config["pose_head"] == "text" else segment
+        if self.config["pose_head"] == "text":
+            kind, value, _ = self.in_words(segment)
         return kind, value, False
 
     def in_words(self, segment):
