@@ -1174,6 +1174,19 @@ def hide_part(picture, joints, part, rng):
     return np.asarray(canvas.reduce(2)), hidden
 
 
+def cut_photo(picture, joints, rng):
+    """Enlarges a part of a photograph, so that the person reaches beyond its edge.
+
+    picture (S,S,3) uint8; joints (22,2), pixels -> the same of the new picture.
+    """
+    size = len(picture)
+    side = size * rng.uniform(0.6, 0.85)
+    left, top = rng.uniform(0, size - side, 2)
+    box = (left, top, left + side, top + side)
+    cut = Image.fromarray(picture).resize((size, size), Image.BILINEAR, box)
+    return np.asarray(cut), (joints - [left, top]) * size / side
+
+
 CELL = 256                                                 # pixels of a cell of a contact sheet
 GAP = 6                                                    # between cells
 INK = (30, 30, 30)
@@ -1704,6 +1717,10 @@ class Group(NamedTuple):
         return PLACES[len(self.people)]
 
 
+# Of the photographs to learn from: those of which an object hides a part, or the edge cuts one off
+SHARE_OF_HIDDEN = 0.15
+SHARE_OF_CUT = 0.10
+
 NOBODY = "Nobody in the picture fits."                     # the answer where this is so
 SHARE_OF_TWO = 0.4                                         # of questions: that name two features
 
@@ -1771,11 +1788,24 @@ class World:
         self.pictures = {}                                 # what `image` has drawn
 
     def photo(self, i):
-        """The photograph of person i (size,size,3) uint8, and its joints (22,2) in pixels."""
+        """The photograph of person i (size,size,3) uint8, and its joints (22,2) in pixels.
+
+        In the splits for tests the whole person is seen, in the others a part is missing at times.
+        """
         row = SPLITS[self.split] + int(i)
         look = np.random.default_rng((row // 2, 1))        # a pair wears the same clothes
         rng = np.random.default_rng((row, 2))
-        return render_photo(self.camera_poses[i], self.size, look, rng)
+        picture, joints = render_photo(self.camera_poses[i], self.size, look, rng)
+        if self.split.startswith("test"):
+            return picture, joints
+
+        rng = np.random.default_rng((row, 6))
+        chance = rng.random()
+        if chance < SHARE_OF_HIDDEN:
+            picture, _ = hide_part(picture, joints, rng.choice(HIDDEN_PARTS), rng)
+        elif chance < SHARE_OF_HIDDEN + SHARE_OF_CUT:
+            picture, joints = cut_photo(picture, joints, rng)
+        return picture, joints
 
     def image(self, i):
         """The photograph of person i, without the joints; the first PICTURES_KEPT are drawn once.
