@@ -1733,6 +1733,19 @@ class Feature(NamedTuple):
     whoever: str = ""       # behind "whoever": "waves"
 
 
+def introduce(shirt, place):
+    """What an answer about one of several people says first: "In red, on the left. ".
+
+    To say who is meant teaches more about whose patches to look at than all that follows.
+    """
+    return f"In {shirt}, {load_asset('questions')['places'][place][0]}. "
+
+
+def drop_introduction(text):
+    """A text about one of several people, without what `introduce` says."""
+    return re.sub(r"^in [^.]*\.\s*", "", text, flags=re.IGNORECASE)
+
+
 class Question(NamedTuple):
     """A question about one person of a group."""
 
@@ -2150,7 +2163,7 @@ class World:
         """A question about one of the people of a group, their picture, and the answer.
 
         absent: nobody fits, which is the answer then. Else it is a pose in the camera's frame, or a
-        text, by target of the task. training, cache: see `example`.
+        text that says first who is meant, by target of the task. training, cache: see `example`.
         """
         source = cache or self
         group = self.group_of(i)
@@ -2161,6 +2174,7 @@ class World:
             answer = source.camera_poses[group.people[person]]
         elif not absent:
             answer = self.image_caption(group.people[person], None if training else rng)
+            answer = introduce(group.shirts[person], group.places[person]) + answer
         return [text, source.group_image(i), answer]
 
     def example(self, task, i, rng, training=False, cache=None, same=False):

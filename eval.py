@@ -52,6 +52,7 @@ from captions import (
 )
 from data import (
     HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
+    drop_introduction,
     records_with_pose, request_metrics, vocabulary,
 )
 from sample import (
@@ -674,6 +675,8 @@ class Evaluator(NamedTuple):
     def text_metrics(self, evalset, texts):
         """Metrics of n generated texts -> {metric: value}."""
         kept = evalset.kept
+        if evalset.groups:
+            texts = [drop_introduction(text) for text in texts]
         pred = [texts[k] for k in kept]
         target = [evalset.texts[k] for k in kept]
         views = [evalset.views[k] for k in kept]

@@ -474,15 +474,26 @@ class BackboneHeads(nn.Module):
         self.scale = nn.Parameter(torch.tensor(10.0))
 
 
+MARGIN = 6  # pixels around the joints of a person
+
+
 class PhotoBatch(NamedTuple):
     """B photographs and the n people in them; each of the first m photographs shows one person."""
 
     pictures: list           # B arrays (S,S,3)
     photo: torch.Tensor      # (n,) which of the photographs each person is in
-    boxes: torch.Tensor      # (n,4) left, top, width, height in pixels; of one alone: the picture
+    boxes: torch.Tensor      # (n,4) left, top, width, height in pixels
     poses: torch.Tensor      # (n,22,3,3) in the camera's frame
     keypoints: torch.Tensor  # (m,22,2) pixels, of the people alone
     captions: list           # n coarse captions; in a group they also name the shirt
+
+
+def box_around(keypoints, size):
+    """Left, top, width and height (4,) of a person with these keypoints (22,2), in pixels of a
+    picture of that size."""
+    low = (keypoints.min(0) - MARGIN).clip(0, size)
+    high = (keypoints.max(0) + MARGIN).clip(0, size)
+    return np.concatenate([low, high - low])
 
 
 def photo_batch(cache, alone, in_groups):
@@ -490,12 +501,11 @@ def photo_batch(cache, alone, in_groups):
     rows of the world)."""
     world = cache.world
     pictures, keypoints = cache.photos
-    whole = np.array([0, 0, world.size, world.size], np.float32)
 
     shown = [pictures[i] for i in alone]
     photo = list(range(len(alone)))
     people = list(alone)
-    boxes = [whole] * len(alone)
+    boxes = [box_around(points, world.size) for points in keypoints[alone].numpy()]
     captions = [world.coarse_caption(i) for i in alone]
 
     for i in in_groups:
@@ -534,10 +544,11 @@ def person_features(features, masks, photo):
     """The mean over the patches of each person: features (B,C,h,w), masks (n,h,w), photo (n,) ->
     (n,C).
 
-    Patches are weighted at random. An LLM may attend to any of them, for example to those that say
-    "red", so each must know the whole person: a shirt, what the legs do.
+    Patches are weighted at random, so that one or two of them decide. An LLM may attend to any of
+    them, for example to those that say "red", so each must know the whole person: a shirt, what the
+    legs do.
     """
-    weights = masks * torch.empty_like(masks).exponential_()
+    weights = masks * torch.empty_like(masks).exponential_() ** 3
     weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-6)
     of_person = features[photo.to(features.device)]                          # (n,C,h,w)
     return torch.einsum("nchw,nhw->nc", of_person, weights.to(features))
