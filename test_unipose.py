@@ -2056,6 +2056,47 @@ def test_a_photograph_does_not_depend_on_what_was_photographed_before():
     assert np.array_equal(one.image(5), other.image(5))
 
 
+def shares_of_missing_parts(split):
+    """How often a photograph is another one than the whole person's, and the joints others."""
+    world = data.World(split, 200, size=32)
+    other_pictures = 0
+    other_joints = 0
+    for i in range(200):
+        row = data.SPLITS[split] + i
+        look = np.random.default_rng((row // 2, 1))
+        rng = np.random.default_rng((row, 2))
+        whole, whole_joints = data.render_photo(world.camera_poses[i], 32, look, rng)
+        picture, joints = world.photo(i)
+        other_pictures += not np.array_equal(picture, whole)
+        other_joints += not np.array_equal(joints, whole_joints)
+    return other_pictures / 200, other_joints / 200
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_part_is_missing_in_some_photographs_to_learn_from(split):
+    missing, cut = shares_of_missing_parts(split)
+
+    assert missing == pytest.approx(data.SHARE_OF_HIDDEN + data.SHARE_OF_CUT, abs=0.08)
+    assert cut == pytest.approx(data.SHARE_OF_CUT, abs=0.05)
+
+
+@pytest.mark.parametrize("split", ["test", "test_wide"])
+def test_the_whole_person_is_seen_in_photographs_for_tests(split):
+    assert shares_of_missing_parts(split) == (0, 0)
+
+
+def test_the_joints_of_a_cut_photograph_are_where_it_shows_them():
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[28:36, 24:32] = 255
+    joints = np.full((22, 2), (28.0, 32.0))
+
+    cut, moved = data.cut_photo(picture, joints, np.random.default_rng(0))
+
+    y, x = np.argwhere(cut[..., 0] > 127).mean(0) + 0.5
+    close(torch.tensor(moved[0]), torch.tensor([x, y]), atol=0.5)
+    assert (cut[..., 0] > 127).sum() > 80        # larger than the 64 pixels before
+
+
 def test_a_photograph_is_drawn_once(monkeypatch):
     world = data.World("test", 4, size=32)
     first = world.image(3)
@@ -2431,7 +2472,7 @@ def test_the_two_of_a_pair_wear_the_same_clothes(monkeypatch):
         return look.random(), rng.random()
 
     monkeypatch.setattr(data, "render_photo", first_numbers)
-    world = data.World("train", 8)
+    world = data.World("test", 8)
 
     look, rng = world.photo(4)
     partner_look, partner_rng = world.photo(5)
@@ -3574,13 +3615,29 @@ def test_the_answer_to_a_question_about_a_group_is_the_pose_that_the_camera_sees
     assert np.array_equal(picture, group_world.group_photo(group)[0])
 
 
-def test_a_description_of_one_of_a_group_is_the_caption_of_the_person(group_world):
+def test_a_description_of_one_of_a_group_says_who_is_meant_then_the_caption(group_world):
     group = group_world.group_of(4)
     _, person = group_world.question(group, np.random.default_rng(0), "text")
 
     *_, answer = group_world.example("reason_text", 4, np.random.default_rng(0), training=True)
 
-    assert answer == group_world.image_caption(group.people[person], None)
+    who = data.introduce(group.shirts[person], group.places[person])
+    assert answer == who + group_world.image_caption(group.people[person], None)
+
+
+@pytest.mark.parametrize("text, rest", [
+    ("In red, on the left. The left knee is bent.", "The left knee is bent."),
+    ("in pink , second from the right . the head", "the head"),      # as a model writes it
+    ("In black, in the middle.", ""),
+    ("The hands are in front. In red, on the left.", "The hands are in front. In red, on the left."),
+    (data.NOBODY, data.NOBODY),
+])
+def test_what_an_answer_says_first_about_one_of_a_group_can_be_dropped(text, rest):
+    assert data.drop_introduction(text) == rest
+
+
+def test_an_introduction_is_the_shirt_and_the_place():
+    assert data.introduce("pink", "second from the right") == "In pink, second from the right. "
 
 
 @every_group_task
@@ -13633,6 +13690,26 @@ def test_the_features_of_a_person_are_a_mean_over_the_patches_of_this_person():
     close(people, torch.tensor([1.0, 3.0, 1.0])[:, None].expand(3, 5))
 
 
+@pytest.mark.parametrize("points, box", [
+    ([[20, 30], [40, 50]], [14, 24, 32, 32]),
+    ([[2, 30], [40, 63]], [0, 24, 46, 40]),      # no box reaches beyond the picture
+    ([[-30, 30], [90, 50]], [0, 24, 64, 32]),    # nor that of somebody who does
+])
+def test_the_box_of_a_person_goes_round_the_joints(points, box):
+    assert train.box_around(np.array(points), 64).tolist() == box
+
+
+def test_one_or_two_patches_decide_the_features_of_a_person():
+    features = torch.eye(100).view(1, 100, 10, 10)
+    torch.manual_seed(0)
+
+    shares = train.person_features(features, torch.ones(500, 10, 10), torch.zeros(500).long())
+
+    assert shares.max(1).values.mean() > 0.25
+    assert shares.topk(5).values.sum(1).mean() > 0.6
+    close(shares.mean(0), torch.full([100], 0.01), atol=0.01)
+
+
 def test_a_batch_holds_people_alone_then_the_people_of_groups():
     model = nano()
     world = data.World("train", 64, model.vision.clip_size)
@@ -13645,7 +13722,7 @@ def test_a_batch_holds_people_alone_then_the_people_of_groups():
     people = [5, 1, *three.people, *two.people]
     assert batch.photo.tolist() == [0, 1, 2, 2, 2, 3, 3]
     assert torch.equal(batch.poses, world.camera_poses[people])
-    assert batch.boxes[:2].tolist() == 2 * [[0, 0, world.size, world.size]]
+    close(batch.boxes[0], torch.tensor(train.box_around(world.photo(5)[1], world.size)).float())
     close(batch.boxes[2:5], torch.tensor(world.group_photo(three)[1]).float(), atol=1e-4)
     assert np.array_equal(batch.pictures[3], world.group_photo(two)[0])
 

@@ -485,7 +485,7 @@ class PhotoBatch(NamedTuple):
     boxes: torch.Tensor      # (n,4) left, top, width, height in pixels
     poses: torch.Tensor      # (n,22,3,3) in the camera's frame
     keypoints: torch.Tensor  # (m,22,2) pixels, of the people alone
-    captions: list           # n coarse captions; in a group they also name the shirt
+    captions: list           # n coarse captions; in a group with shirt and place
 
 
 def box_around(keypoints, size):
@@ -515,8 +515,8 @@ def photo_batch(cache, alone, in_groups):
         shown.append(picture)
         people += group.people
         boxes += [*places]
-        for person, shirt in zip(group.people, group.shirts):
-            captions.append(f"{world.coarse_caption(person)}, {shirt} shirt")
+        for person, shirt, place in zip(group.people, group.shirts, group.places):
+            captions.append(f"{world.coarse_caption(person)}, {shirt} shirt, {place}")
 
     boxes = torch.from_numpy(np.stack(boxes))                                # (n,4)
     return PhotoBatch(shown, torch.tensor(photo), boxes, world.camera_poses[people],
