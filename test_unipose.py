@@ -13690,6 +13690,13 @@ def test_the_features_of_a_person_are_a_mean_over_the_patches_of_this_person():
     close(people, torch.tensor([1.0, 3.0, 1.0])[:, None].expand(3, 5))
 
 
+def test_who_is_alone_in_a_photograph_counts_as_much_as_a_group():
+    values = torch.tensor([3.0, 1.0, 2.0, 6.0])
+    photo = torch.tensor([0, 1, 1, 1])
+
+    assert train.mean_of_photos(values, photo) == (3 + 9 / 3) / 2
+
+
 @pytest.mark.parametrize("points, box", [
     ([[20, 30], [40, 50]], [14, 24, 32, 32]),
     ([[2, 30], [40, 63]], [0, 24, 46, 40]),      # no box reaches beyond the picture

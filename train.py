@@ -554,6 +554,16 @@ def person_features(features, masks, photo):
     return torch.einsum("nchw,nhw->nc", of_person, weights.to(features))
 
 
+def mean_of_photos(values, photo):
+    """The mean over photographs of the mean over their people: values (n,), photo (n,) -> scalar.
+
+    Who is alone in a photograph counts as much as a whole group.
+    """
+    photo = photo.to(values.device)
+    counts = torch.bincount(photo)                                           # (B,)
+    return (values / counts[photo]).sum() / len(counts)
+
+
 def flip_photos(pixels, poses, keypoints):
     """Mirrors photographs: pixels (B,3,H,W), poses (n,22,3,3), keypoints (m,22,2) in pixels."""
     x, y = keypoints[:, MIRROR].unbind(-1)                                   # (m,22) each
@@ -631,8 +641,10 @@ def pose_vit_loss(model, heads, body, batch):
     people = person_features(features, masks, batch.photo)                   # (n,C)
     pred = heads.body(people).float()                                        # (n,198)
     joints, sixd = pred.split([22 * 3, 22 * 6], -1)
-    distance = (joints.view(-1, 22, 3) - body.joints(poses).to(joints)).norm(dim=-1).mean()
-    rotation = F.l1_loss(sixd.view(-1, 22, 6), matrix_to_sixd(poses).to(sixd))
+    distances = (joints.view(-1, 22, 3) - body.joints(poses).to(joints)).norm(dim=-1)
+    rotations = (sixd.view(-1, 22, 6) - matrix_to_sixd(poses).to(sixd)).abs()
+    distance = mean_of_photos(distances.mean(1), batch.photo)
+    rotation = mean_of_photos(rotations.mean((1, 2)), batch.photo)
     return heat_loss + 5 * distance + rotation, 1000 * distance.detach()
 
 
