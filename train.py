@@ -112,7 +112,7 @@ STAGES = {
     "tokenizer": Stage(
         needs_full_batch=True,
         schedule={
-            "nano": (30, 32, 1e-3), "tiny": (4000, 128, 1e-3), "paper": (200_000, 256, 2e-4),
+            "nano": (30, 32, 1e-3), "tiny": (8000, 128, 1e-3), "paper": (200_000, 256, 2e-4),
         },
     ),
     # contrastive: the texts of a batch compete
