@@ -1722,6 +1722,7 @@ SHARE_OF_HIDDEN = 0.15
 SHARE_OF_CUT = 0.10
 
 NOBODY = "Nobody in the picture fits."                     # the answer where this is so
+SHARE_OF_WHO = 0.5                                         # of those for texts: only who it is
 SHARE_OF_TWO = 0.4                                         # of questions: that name two features
 
 
@@ -1734,11 +1735,8 @@ class Feature(NamedTuple):
 
 
 def introduce(shirt, place):
-    """What an answer about one of several people says first: "In red, on the left. ".
-
-    To say who is meant teaches more about whose patches to look at than all that follows.
-    """
-    return f"In {shirt}, {load_asset('questions')['places'][place][0]}. "
+    """Who of several people is meant: "In red, on the left."."""
+    return f"In {shirt}, {load_asset('questions')['places'][place][0]}."
 
 
 def drop_introduction(text):
@@ -1938,7 +1936,7 @@ class World:
 
         It says a person's clothes, place, activity, a statement about the pose, or two of these.
         What it says is true of one person and, as far as can be measured, of nobody else.
-        target: what it asks for, "pose" | "text". absent: nobody fits.
+        target: what it asks for, "pose" | "text" | "who". absent: nobody fits.
         """
         kinds = ["activity", "clothes", "place", "statement"]
         while True:
@@ -2163,18 +2161,23 @@ class World:
         """A question about one of the people of a group, their picture, and the answer.
 
         absent: nobody fits, which is the answer then. Else it is a pose in the camera's frame, or a
-        text that says first who is meant, by target of the task. training, cache: see `example`.
+        text that says first who is meant, by target of the task. training, cache: see `example`;
+        in training some texts end there, because a long text teaches little about who is meant.
         """
         source = cache or self
         group = self.group_of(i)
         target = TASKS[task].target
+        if training and target == "text" and rng.random() < SHARE_OF_WHO:
+            target = "who"
         text, person = self.question(group, rng, target, absent)
         answer = NOBODY
         if not absent and target == "pose":
             answer = source.camera_poses[group.people[person]]
         elif not absent:
-            answer = self.image_caption(group.people[person], None if training else rng)
-            answer = introduce(group.shirts[person], group.places[person]) + answer
+            answer = introduce(group.shirts[person], group.places[person])
+            if target == "text":
+                caption = self.image_caption(group.people[person], None if training else rng)
+                answer = f"{answer} {caption}"
         return [text, source.group_image(i), answer]
 
     def example(self, task, i, rng, training=False, cache=None, same=False):
