@@ -88,9 +88,9 @@ from PIL import Image
 from captions import check_text, share_true
 from data import (
     HEAD, POOL, REASONING, SEVEN, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable,
-    as_rotations, body_colors, contact_sheet, default_body, draw_pose, open_picture, project,
-    read_frames, read_pose, render_template, save_png, split_pose_path, square, templates, to_rgb,
-    upright_reading, uprightness, vertex_normals, write_pose,
+    as_rotations, body_colors, contact_sheet, default_body, draw_pose, drop_introduction,
+    open_picture, project, read_frames, read_pose, render_template, save_png, split_pose_path,
+    square, templates, to_rgb, upright_reading, uprightness, vertex_normals, write_pose,
 )
 from tokenizer import (
     ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, as_user_error, atomic_write,
@@ -1615,7 +1615,8 @@ def score(task, answer, target, poses, body):
         return f"MPJPE {1000 * offsets.norm(dim=-1).mean():.0f} mm"
 
     source = poses[0] if len(poses) == 2 else None
-    verdicts = check_text(answer.text, poses[-1], source)
+    text = drop_introduction(answer.text) if TASKS[task].group else answer.text
+    verdicts = check_text(text, poses[-1], source)
     n_true = sum(is_near for is_near, _ in verdicts)
     return f"{n_true}/{len(verdicts)} statements true"
 

@@ -2440,8 +2440,8 @@ def test_lying_people_have_no_view(world, activity):
             assert world.views[i] == "", i
 
 
-def test_the_joints_of_a_photograph_lie_within_it():
-    world = data.World("val", 20, size=64)
+def test_the_joints_of_a_whole_photograph_lie_within_it():
+    world = data.World("test", 20, size=64)
 
     for i in range(20):
         _, pixels = world.photo(i)
@@ -10780,8 +10780,20 @@ def test_the_tour_checks_a_text_about_one_of_several_against_that_person():
 
     [pose] = sample.tour_people(world, "reason_text", 18)
 
-    verdicts = captions.check_text(text, pose)
+    verdicts = captions.check_text(data.drop_introduction(text), pose)
     assert all(is_near for is_near, _ in verdicts)
+
+
+def test_the_score_of_a_text_about_one_of_several_does_not_count_who_is_meant():
+    world = data.World("test", 64, 64)
+    _, text = sample.tour_question(world, "reason_text", 18, reads_poses=True)
+    answer = sample.Answer(text=text, pose=None, codes=[], ids=[], finished=True)
+
+    note = sample.score("reason_text", answer, text, sample.tour_people(world, "reason_text", 18),
+                        data.default_body())
+
+    n = len(captions.statements(text))
+    assert note == f"{n}/{n} statements true"
 
 
 # --ask
@@ -12522,7 +12534,7 @@ def test_the_pose_of_the_asked_person_answers_the_question(about_groups, group_w
 def test_the_caption_of_the_asked_person_answers_the_question(described_groups, group_world):
     for k in described_groups.kept[:6]:
         *_, answer = group_world.example("reason_text", 2 * k, described_groups.rng(k))
-        assert described_groups.texts[k] == answer
+        assert described_groups.texts[k] == data.drop_introduction(answer)
 
 
 def poses_of_others(evalset):
