@@ -540,15 +540,15 @@ def patch_masks(boxes, patch_size, grid):
     return rows[:, :, None] * columns[:, None, :]
 
 
-def person_features(features, masks, photo):
+def person_features(features, masks, photo, sharpness=1):
     """The mean over the patches of each person: features (B,C,h,w), masks (n,h,w), photo (n,) ->
     (n,C).
 
-    Patches are weighted at random, so that one or two of them decide. An LLM may attend to any of
-    them, for example to those that say "red", so each must know the whole person: a shirt, what the
-    legs do.
+    Patches are weighted at random. An LLM may attend to any of them, for example to those that say
+    "red", so each must know the whole person: a shirt, what the legs do. sharpness: 1 is an even
+    mixture, 3 lets one or two patches decide.
     """
-    weights = masks * torch.empty_like(masks).exponential_() ** 3
+    weights = masks * torch.empty_like(masks).exponential_() ** sharpness
     weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-6)
     of_person = features[photo.to(features.device)]                          # (n,C,h,w)
     return torch.einsum("nchw,nhw->nc", of_person, weights.to(features))
@@ -655,7 +655,7 @@ def clip_loss(model, heads, batch):
     grid = (model.vision.grid, model.vision.grid)
     features = states[-2][:, 1:].mT.unflatten(2, grid)                       # (B,C,h,w)
     masks = patch_masks(batch.boxes, model.config["clip"]["patch_size"], grid)
-    people = person_features(features, masks, batch.photo)                   # (n,C)
+    people = person_features(features, masks, batch.photo, sharpness=3)      # (n,C)
     image = F.normalize(heads.picture(people), dim=-1)                       # (n,64)
 
     ids, mask = tokenize_texts(model.text_tokenizer, batch.captions)         # (n,T) each
