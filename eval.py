@@ -52,8 +52,7 @@ from captions import (
 )
 from data import (
     HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
-    drop_introduction,
-    records_with_pose, request_metrics, vocabulary,
+    drop_introduction, records_with_pose, request_metrics, vocabulary,
 )
 from sample import (
     AVERAGED, DECODINGS, CachedModel, generate, question, validate_decoding, want_of,

@@ -13737,9 +13737,9 @@ def test_the_box_of_a_person_goes_round_the_joints(points, box):
 
 def test_one_or_two_patches_decide_the_features_of_a_person():
     features = torch.eye(100).view(1, 100, 10, 10)
+    masks = torch.ones(500, 10, 10)
     torch.manual_seed(0)
 
-    masks = torch.ones(500, 10, 10)
     shares = train.person_features(features, masks, torch.zeros(500).long(), sharpness=3)
 
     assert shares.max(1).values.mean() > 0.25
