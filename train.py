@@ -675,18 +675,22 @@ def clip_loss(model, heads, batch):
 def backbones(model, retrieval_model, cache, config):
     """Small stand-ins for CLIP and the pose ViT, trained on the same batches; they share no weight.
 
-    Half of the photographs show one person, half a group, if there are people enough. Boxes tell
-    the people of a group apart, here only: later the LLM has to find the one it is asked about.
+    People are alone at first. In the second half of the steps every other photograph shows a group,
+    if there are people enough: with groups from the start neither is learned well. Boxes tell the
+    people of a group apart, here only: later the LLM has to find the one it is asked about.
     The third download, the LLM, has no stand-in: a small one learns to speak in `align`. Training
     it on captions alone beforehand gained nothing.
     """
     body = load_body(config.body)
     heads = BackboneHeads(model).to(model.device)
+    steps, _, _ = schedule_of(config)
+    if cache.world.n_groups:
+        cache.group_photos  # now, not in the middle of the run
 
     def batch_loss(rows, step):
         alone = [sample_index(cache.n_photos, k, config.seed) for k in rows]
         in_groups = []
-        if cache.world.n_groups:
+        if cache.world.n_groups and step >= steps / 2:
             in_groups = alone[1::2]
             alone = alone[::2]
         batch = photo_batch(cache, alone, in_groups)
