@@ -140,9 +140,13 @@ STAGES = {
         n_templates=N_TEMPLATES,
         schedule={"nano": (30, 8, 1e-3), "tiny": (22_000, 8, 1.5e-3), "paper": (1_900, 32, 5e-5)},
     ),
-    # the seven tasks stay in the mixture, or they would be forgotten
+    # the seven tasks stay in the mixture, or they would be forgotten; who is meant is learned from
+    # texts first
     "reason": Stage(
-        tasks=(*REASONING, *GROUP_TASKS, *GROUP_TASKS, "reason", *SEVEN),
+        tasks=(
+            *REASONING, *GROUP_TASKS, *GROUP_TASKS, "reason_text", "reason_text",
+            *SEVEN, *SEVEN, "text2pose", "image2pose",
+        ),
         needs=("instruct",),
         n_templates=N_TEMPLATES,
         schedule={"nano": (30, 8, 1e-3), "tiny": (9_000, 8, 1e-3), "paper": (1_000, 32, 5e-5)},
