@@ -140,8 +140,8 @@ STAGES = {
         n_templates=N_TEMPLATES,
         schedule={"nano": (30, 8, 1e-3), "tiny": (22_000, 8, 1.5e-3), "paper": (1_900, 32, 5e-5)},
     ),
-    # the seven tasks stay in the mixture, or they would be forgotten; who is meant is learned from
-    # texts first
+    # the seven tasks stay in the mixture, or they would be forgotten; texts ask who is meant, in
+    # the hope that poses follow: so far they do not
     "reason": Stage(
         tasks=(
             *REASONING, *GROUP_TASKS, *GROUP_TASKS, "reason_text", "reason_text",
@@ -680,8 +680,8 @@ def backbones(model, retrieval_model, cache, config):
     """Small stand-ins for CLIP and the pose ViT, trained on the same batches; they share no weight.
 
     People are alone at first. In the second half of the steps every other photograph shows a group,
-    if there are people enough: with groups from the start neither is learned well. Boxes tell the
-    people of a group apart, here only: later the LLM has to find the one it is asked about.
+    if there are people enough: the one run with groups from the start learned neither well. Boxes
+    tell the people of a group apart, here only: later the LLM has to find the one it is asked about.
     The third download, the LLM, has no stand-in: a small one learns to speak in `align`. Training
     it on captions alone beforehand gained nothing.
     """
