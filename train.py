@@ -681,9 +681,9 @@ def backbones(model, retrieval_model, cache, config):
 
     People are alone at first. In the second half of the steps every other photograph shows a group,
     if there are people enough: the one run with groups from the start learned neither well. Boxes
-    tell the people of a group apart, here only: later the LLM has to find the one it is asked about.
-    The third download, the LLM, has no stand-in: a small one learns to speak in `align`. Training
-    it on captions alone beforehand gained nothing.
+    tell the people of a group apart, here only: later the LLM has to find the one that it is asked
+    about. The third download, the LLM, has no stand-in: a small one learns to speak in `align`.
+    Training it on captions alone beforehand gained nothing.
     """
     body = load_body(config.body)
     heads = BackboneHeads(model).to(model.device)
