@@ -2207,19 +2207,21 @@ class World:
         return task_values(task, value_of)
 
 
-SHARE_OF_SAME = 0.03                                       # of pair tasks: a person and itself
+SHARE_OF_SAME = 0.06                                       # of pair tasks: a person and itself
 SHARE_OF_ABSENT = 0.1                                      # of questions about a group: nobody fits
+SHARE_OF_BARE = 0.1                                        # of requests: no instruction around them
 
 
 class Mixture:
     """Training examples of some tasks without end: mixture[k] -> (task, segments).
 
-    Example k depends on (seed, k) only. In 3 % of the pair tasks a person is compared with itself,
+    Example k depends on (seed, k) only. In 6 % of the pair tasks a person is compared with itself,
     or a model would find differences everywhere, and 10 % of the questions about a group fit
-    nobody. A turn of a conversation comes after earlier turns: segments of the kind "turn", whose
-    values are segments. cache: see `World.example`. templates: how many of the instructions are
-    used (1: the plain one). photos: how many of the people image tasks are about (0: all).
-    reads_poses: see `World.history`.
+    nobody. 10 % of the texts that ask for a pose stand alone, without an instruction. A turn of a
+    conversation comes after earlier turns: segments of the kind "turn", whose values are segments.
+    cache: see `World.example`. templates: how many of the instructions are used (1: the plain one).
+    photos: how many of the people image tasks are about (0: all). reads_poses: see
+    `World.history`.
     """
 
     def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0,
@@ -2260,6 +2262,8 @@ class Mixture:
         """
         choices = templates(task)[:self.templates]
         template = choices[rng.integers(len(choices))]
+        if task == "text2pose" and self.templates > 1 and rng.random() < SHARE_OF_BARE:
+            template = "<caption>"                         # as a conversation begins: "Kneel."
         values = self.world.example(task, i, rng, training=True, cache=self.cache, same=same)
         if is_past and TASKS[task].frame == "camera":
             values[-1] = (self.cache or self.world).poses[i]
