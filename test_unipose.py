@@ -2578,6 +2578,26 @@ def test_with_one_template_a_mixture_uses_the_plain_one(mixture_of):
         assert segments[0] == ("text", plain, False)
 
 
+def test_a_tenth_of_the_texts_that_ask_for_a_pose_stand_alone(mixture_of):
+    mixture = mixture_of(["text2pose"])
+
+    n_bare = 0
+    for k in range(500):
+        _, segments = mixture[k]
+        if len(segments) == 2:  # what is asked for, and the answer
+            n_bare += 1
+
+    assert 0.06 < n_bare / 500 < 0.14
+
+
+def test_with_one_template_no_request_stands_alone(mixture_of):
+    mixture = mixture_of(["text2pose"], templates=1)
+
+    for k in range(100):
+        _, segments = mixture[k]
+        assert len(segments) > 2
+
+
 def test_photos_limits_the_people_of_image_tasks_only(mixture_of):
     mixture = mixture_of(["image2pose", "text2pose"], photos=10)
 
