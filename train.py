@@ -140,12 +140,12 @@ STAGES = {
         n_templates=N_TEMPLATES,
         schedule={"nano": (30, 8, 1e-3), "tiny": (22_000, 8, 1.5e-3), "paper": (1_900, 32, 5e-5)},
     ),
-    # the seven tasks stay in the mixture, or they would be forgotten; texts ask who is meant, in
-    # the hope that poses follow: so far they do not
+    # the seven tasks stay in the mixture, or they would be forgotten; those with images are still
+    # the weakest
     "reason": Stage(
         tasks=(
-            *REASONING, *GROUP_TASKS, *GROUP_TASKS, "reason_text", "reason_text",
-            *SEVEN, *SEVEN, "text2pose", "image2pose",
+            *REASONING, *GROUP_TASKS, "reason",
+            *SEVEN, *SEVEN, *IMAGE_TASKS, "text2pose", "image2pose",
         ),
         needs=("instruct",),
         n_templates=N_TEMPLATES,
