@@ -2157,18 +2157,15 @@ class World:
                 later.append(("chat_compare", start))
         return [(str(rng.choice(openings)), start), *later]
 
-    def group_example(self, task, i, rng, training=False, cache=None, absent=False):
+    def group_example(self, i, rng, target, training=False, cache=None, absent=False):
         """A question about one of the people of a group, their picture, and the answer.
 
-        absent: nobody fits, which is the answer then. Else it is a pose in the camera's frame, or a
-        text that says first who is meant, by target of the task. training, cache: see `example`;
-        in training some texts end there, because a long text teaches little about who is meant.
+        target: what is asked for. "pose": in the camera's frame; "text": who is meant and a
+        description; "who": who is meant alone. absent: nobody fits, which is the answer then.
+        training, cache: see `example`.
         """
         source = cache or self
         group = self.group_of(i)
-        target = TASKS[task].target
-        if training and target == "text" and rng.random() < SHARE_OF_WHO:
-            target = "who"
         text, person = self.question(group, rng, target, absent)
         answer = NOBODY
         if not absent and target == "pose":
@@ -2190,7 +2187,10 @@ class World:
         group is about nobody in it.
         """
         if TASKS[task].group:
-            return self.group_example(task, i, rng, training, cache, absent=same)
+            target = TASKS[task].target
+            if training and target == "text" and rng.random() < SHARE_OF_WHO:
+                target = "who"                             # a long text teaches little about it
+            return self.group_example(i, rng, target, training, cache, absent=same)
         source = cache or self
         subjects = self.subjects(task, i, same)
 
@@ -2221,11 +2221,11 @@ class Mixture:
     conversation comes after earlier turns: segments of the kind "turn", whose values are segments.
     cache: see `World.example`. templates: how many of the instructions are used (1: the plain one).
     photos: how many of the people image tasks are about (0: all). reads_poses: see
-    `World.history`.
+    `World.history`. n_who: so many examples in front ask who of a group is meant, and no more.
     """
 
     def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0,
-                 reads_poses=True):
+                 reads_poses=True, n_who=0):
         self.tasks = list(tasks)
         self.seed = seed
         self.world = world
@@ -2233,8 +2233,12 @@ class Mixture:
         self.templates = templates
         self.photos = photos or len(world.poses)
         self.reads_poses = reads_poses
+        self.n_who = n_who
 
     def __getitem__(self, k):
+        if k < self.n_who:
+            return "reason_text", self.who(k)
+
         rng = np.random.default_rng((self.seed, k))
         task = self.tasks[rng.integers(len(self.tasks))]
         row = TASKS[task]
@@ -2254,6 +2258,16 @@ class Mixture:
         for past, person in self.world.history(task, i, rng, self.reads_poses):
             segments.append(("turn", self.segments(past, person, rng, is_past=True), False))
         return task, [*segments, *self.segments(task, i, rng)]
+
+    def who(self, k):
+        """Example k of those that only ask who of a group is meant: a list of segments."""
+        rng = np.random.default_rng((self.seed, k))
+        i = int(rng.integers(self.photos))
+        absent = rng.random() < SHARE_OF_ABSENT
+        choices = templates("reason_text")[:self.templates]
+        template = choices[rng.integers(len(choices))]
+        values = self.world.group_example(i, rng, "who", True, self.cache, absent)
+        return render_template("reason_text", values, template)
 
     def segments(self, task, i, rng, same=False, is_past=False):
         """An example of a task about person i in one of the instructions: a list of segments.

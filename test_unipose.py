@@ -2598,6 +2598,21 @@ def test_with_one_template_no_request_stands_alone(mixture_of):
         assert len(segments) > 2
 
 
+def test_a_mixture_may_begin_with_questions_who_is_meant(mixture_of):
+    mixture = mixture_of(["pose2text"], n_who=50)
+
+    tasks = []
+    answers = []
+    for k in range(60):
+        task, segments = mixture[k]
+        _, answer, _ = segments[-1]
+        tasks.append(task)
+        answers.append(answer)
+
+    assert tasks == 50 * ["reason_text"] + 10 * ["pose2text"]
+    assert {data.drop_introduction(text) for text in answers[:50]} == {"", data.NOBODY}
+
+
 def test_photos_limits_the_people_of_image_tasks_only(mixture_of):
     mixture = mixture_of(["image2pose", "text2pose"], photos=10)
 
@@ -13913,6 +13928,23 @@ def instruct():
     run = train.language(model, None, cache, config)
     mixture = data.Mixture(train.STAGES["instruct"].tasks, 0, world, cache, photos=8)
     return model, mixture, run
+
+
+def test_a_quarter_of_the_steps_of_reason_ask_only_who_is_meant():
+    model = nano(words=data.vocabulary())
+    config = nano_config(
+        stage="reason", tasks="text2pose,reason_text", people=data.POOL, photos=data.POOL, batch=2,
+        steps=64)
+    cache = train.FeatureCache(
+        model, data.World("train", data.POOL, model.vision.clip_size), data.POOL, {})
+
+    run = train.language(model, None, cache, config)
+    rows = run.rows(range(96))
+
+    assert all(row.images for row in rows[:32])
+    assert not all(row.images for row in rows[32:])
+    n_labels = [sum(label != -100 for label in row.labels) for row in rows]
+    assert max(n_labels[:32]) < 12 < max(n_labels[32:])
 
 
 def batches_of(run, steps):
