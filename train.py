@@ -1376,7 +1376,7 @@ def draw_curve(rows):
     """Rows of the log of a stage -> picture (CELL,CELL) of its loss, on a log scale, over steps."""
     left = 60  # room for the labels of the axes, on the left and below
     top = 12
-    right = CELL - 12
+    right = CELL - 20  # half of its tick reaches beyond it
     bottom = CELL - 36
     losses = [max(row["loss"], 1e-6) for row in rows]
     low = min(losses)
