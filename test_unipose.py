@@ -993,8 +993,8 @@ def test_assets_and_weights_are_found_in_a_checkout_and_in_an_installed_copy(tmp
     assert copy.TINY == str(root / "weights" / "tiny")
 
 
-def test_the_shipped_tokenizer_decodes_the_example_within_two_centimetres(monkeypatch, capsys):
-    """`python tokenizer.py` prints its code words and its error, 10.4 mm."""
+def test_the_shipped_tokenizer_decodes_the_example_within_12_millimetres(monkeypatch, capsys):
+    """`python tokenizer.py` prints its code words and its error, 9.9 mm."""
     monkeypatch.setattr(sys, "argv", ["tokenizer.py"])
 
     tokenizer.main()
@@ -1003,7 +1003,7 @@ def test_the_shipped_tokenizer_decodes_the_example_within_two_centimetres(monkey
     config = json.loads((HERE / "weights/tiny/config.json").read_text())
     words = re.search(r"code words +([\d ]+)\n", text)[1].split()
     assert max(map(int, words)) < config["tokenizer"]["codes"]
-    assert float(re.search(r"([\d.]+) mm off", text)[1]) < 20
+    assert float(re.search(r"([\d.]+) mm off", text)[1]) < 12
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
