@@ -2259,13 +2259,17 @@ class Mixture:
             segments.append(("turn", self.segments(past, person, rng, is_past=True), False))
         return task, [*segments, *self.segments(task, i, rng)]
 
+    def template(self, task, rng):
+        """One of the instructions of a task that are used."""
+        choices = templates(task)[:self.templates]
+        return choices[rng.integers(len(choices))]
+
     def who(self, k):
         """Example k of those that only ask who of a group is meant: a list of segments."""
         rng = np.random.default_rng((self.seed, k))
         i = int(rng.integers(self.photos))
         absent = rng.random() < SHARE_OF_ABSENT
-        choices = templates("reason_text")[:self.templates]
-        template = choices[rng.integers(len(choices))]
+        template = self.template("reason_text", rng)
         values = self.world.group_example(i, rng, "who", True, self.cache, absent)
         return render_template("reason_text", values, template)
 
@@ -2274,8 +2278,7 @@ class Mixture:
 
         is_past: a later turn is about its answer, so a pose faces front whatever the task says.
         """
-        choices = templates(task)[:self.templates]
-        template = choices[rng.integers(len(choices))]
+        template = self.template(task, rng)
         if task == "text2pose" and self.templates > 1 and rng.random() < SHARE_OF_BARE:
             template = "<caption>"                         # as a conversation begins: "Kneel."
         values = self.world.example(task, i, rng, training=True, cache=self.cache, same=same)

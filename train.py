@@ -160,8 +160,8 @@ STAGES = {
     ),
 }
 
-# Of the steps of `reason`: they ask only who of a group is meant ("In red, on the left."). Among
-# labels of whole poses and descriptions those few words are lost, and so is who is meant
+# Of the steps of `reason`: they ask only who of a group is meant ("In red, on the left."). Runs
+# whose labels were mostly poses and descriptions never learned it: those few words hardly count
 SHARE_OF_WHO_FIRST = 0.25
 
 NOISE_STEPS = 30_000  # part noise grows every 5,000 iterations, in six steps (paper B.1)
