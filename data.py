@@ -1276,6 +1276,7 @@ MARGINS = (0.04, 5.0)                                      # metres, degrees
 SIGNED_KINDS = ("relativePosX", "bodyInclineY", "bodyInclineZ", "relativeRotY", "relativeRotZ")
 FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, drawn evenly
 SHARE_OF_BASE = 0.75                                       # of requests: say what the body does
+SHARE_OF_USUAL = 0.7                                       # of requests: what is not said is usual
 SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
 MOST_CHANGES = 6                                           # in one instruction
 BOTH_SIDES = tuple(SIDES[1:])
@@ -1333,7 +1334,8 @@ class FactTable:
 
     columns: {"lift pelvis neck": its column} of S measures. Terms (T,): column, low and high of
     each range, and the margin within it; starts (F,): the first term of each fact. Of facts:
-    weights, is_base, activity, side (F,). Of changes: changed (C,), their columns, and little (C,).
+    weights, is_base, is_unusual (what arms and legs do, if it does not go without saying),
+    activity, side (F,). Of changes: changed (C,), their columns, and little (C,).
     """
 
     def __init__(self):
@@ -1368,6 +1370,8 @@ class FactTable:
         self.little = np.array([change.little for change in self.changes])
         self.weights = np.array([fact.weight for fact in self.facts])         # (F,)
         self.is_base = np.array(["base" in fact.parts for fact in self.facts])
+        of_limbs = np.array([bool(fact.parts & {*LIMBS}) for fact in self.facts])
+        self.is_unusual = of_limbs & ~self.is_base & (self.weights >= 1)
         self.activity = np.array([fact.activity for fact in self.facts])
         self.side = np.array([fact.side for fact in self.facts])
 
@@ -1562,8 +1566,15 @@ class Writer:
         return choices[int(self.rng.random() * len(choices))]
 
     def line(self, fact, kind):
-        """A line of a Fact of a kind, "" if it has none."""
+        """A line of a Fact of a kind, "" if it has none.
+
+        Most people who say no side mean the right one. So the left one is said wherever there is a
+        line for it, or a model would answer "a kick" by the mean of both legs.
+        """
         lines = fact.wordings(kind, self.split)
+        if fact.side == "left":
+            sided = [line for line in lines if re.search("left|right", line)]
+            lines = sided if sided or kind == "name" else lines
         return self.pick(lines) if lines else ""
 
     def request(self, facts):
@@ -1866,11 +1877,17 @@ class World:
         poses = self.camera_poses[group.people]                               # (n,22,3,3)
         return render_group(poses, self.size, group.shirts, looks, rng)
 
+    def is_named(self, i):
+        """Does the name of an activity tell what person i does?
+
+        Edits may have left it, and a name without a side means the right one.
+        """
+        return i % 2 == 0 and self.activity[i] != "" and self.side[i] != "left"
+
     @functools.cached_property
     def named(self):
-        """The people whose activity is known: who show one, and are no edits that may have left it.
-        """
-        return [i for i in range(0, len(self.poses), 2) if self.activity[i]]
+        """The people whose activity tells what they do, see `is_named`."""
+        return [i for i in range(len(self.poses)) if self.is_named(i)]
 
     def clothes_feature(self, group, shirt, rng):
         """A shirt as a Feature."""
@@ -1997,8 +2014,8 @@ class World:
         """What people type to get the pose of person i: a caption, whole or short, a request, or
         something that only implies the pose."""
         kind = PROMPTS[rng.integers(len(PROMPTS))]
-        if kind == "speculation" and (i % 2 or not self.activity[i]):
-            kind = "request"                               # what the person does is not known
+        if kind == "speculation" and not self.is_named(i):
+            kind = "request"
         return getattr(self, kind)(i, rng)
 
     def short_caption(self, i, rng):
@@ -2008,9 +2025,8 @@ class World:
         codes = [code for code in codes if rng.random() < share]
 
         sentences = []
-        # of a pair only the first is named: its edit may have left the activity
-        activity = self.activity[i]
-        if i % 2 == 0 and activity and rng.random() < 0.7:
+        if self.is_named(i) and rng.random() < 0.7:
+            activity = self.activity[i]
             sentences.append(f"{activity[0].upper()}{activity[1:]}.")
         if codes:
             sentences.append(to_text(codes, rng))
@@ -2036,22 +2052,39 @@ class World:
         return table.holds(self.measures, slack=-1) & (is_doing | (table.activity == ""))
 
     @functools.cached_property
+    def stands(self):
+        """Who stands, as a request need not say (n,) bool."""
+        standing = [fact.name == "standing" and not fact.activity for fact in fact_table().facts]
+        return self.facts[:, standing.index(True)]
+
+    @functools.cached_property
     def possible_facts(self):
         """The facts that are not clearly false of each person (n,F) bool, activities aside."""
         return fact_table().holds(self.measures, slack=1)
 
     def ask(self, i, rng):
-        """A Request for the pose of person i in words of the grammar, all of it true."""
+        """A Request for the pose of person i in words of the grammar, all of it true.
+
+        Who asks for a raised hand means the other one to hang (Grice's maxim of quantity). So most
+        requests say all that arms and legs do, unless it is usual or follows from what the whole
+        body does; the others say some facts, whatever they leave out.
+        """
         table = fact_table()
         may_say = self.facts[i]                                               # (F,)
         n = FACTS_SAID[rng.integers(len(FACTS_SAID))]
+        says_unusual = rng.random() < SHARE_OF_USUAL
         facts = []
-        if rng.random() < SHARE_OF_BASE:
+        says_base = rng.random() < SHARE_OF_BASE
+        if says_base or (says_unusual and not self.stands[i]):
             facts = table.choose(np.flatnonzero(may_say & table.is_base), 1, rng)
-        n_others = n - len(facts)
         taken = table.facts[facts[0]].parts if facts else set()
-        others = np.flatnonzero(may_say & ~table.is_base)
-        facts += table.choose(others, n_others, rng, taken)
+
+        unusual = np.flatnonzero(may_say & table.is_unusual)
+        if says_unusual and len(unusual):
+            facts += table.choose(unusual, len(unusual), rng, taken)
+        elif not (says_unusual and facts):
+            others = np.flatnonzero(may_say & ~table.is_base)
+            facts += table.choose(others, n - len(facts), rng, taken)
         if not facts:
             return Request(self.caption(i, rng), [])
         text = Writer(rng, self.split).request([table.facts[k] for k in facts])
