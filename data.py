@@ -62,7 +62,7 @@ from tqdm import tqdm
 from captions import (
     VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
     find_keypoints, full_caption, full_captions, is_true, join_words, keypoint_ids, measure,
-    name_sides, paircodes, pose_table, posecodes, rest_joints, to_text,
+    name_sides, paircodes, pose_table, posecodes, rest_joints, share_true, statements, to_text,
 )
 from tokenizer import (
     JOINTS, MAX_BYTES, PARENTS, Z_UP_TO_Y_UP, Record, UserError, aa_to_matrix, as_user_error,
@@ -1547,6 +1547,74 @@ def third_person(command):
         return verb + ("es" if re.search(r"(s|sh|ch|x|[^o]o)$", verb) else "s")
 
     return inflect(command, form)
+
+
+FILLERS = {"the", "a", "an", "your", "his", "her", "their", "its", "and"}
+NEGATIONS = {"not", "no", "never", "without"}
+
+
+def bare_words(text):
+    """A text, or a line with {the} in it, as its words in lower case, without FILLERS."""
+    words = re.findall(r"[\w'-]+", text.replace("{the}", "").lower())
+    return tuple(word for word in words if word not in FILLERS)
+
+
+@functools.cache
+def phrase_book():
+    """How facts are said: {bare words: numbers of the facts that they may mean}.
+
+    "sit down" may be the fact or the activity, "kneel on one knee" either knee. The phrases that
+    are for tests only are not in it.
+    """
+    book = {}
+    for k, fact in enumerate(fact_table().facts):
+        lines = list(fact.wordings("name", "train"))
+        for command in fact.wordings("do", "train"):
+            lines += [command, gerund(command), third_person(command)]
+        for clause in fact.wordings("is", "train"):
+            lines += [clause, without_verb(clause)]
+        for line in lines:
+            book.setdefault(bare_words(line), []).append(k)
+    return book
+
+
+def read_facts(text):
+    """A typed text -> for each phrase of the grammar in it the facts that it may mean.
+
+    At each word the longest phrase counts, so that "sit on the floor" is not "sit". A phrase after
+    a negation that is not part of it does not count.
+    """
+    book = phrase_book()
+    longest = max(len(words) for words in book)
+    words = bare_words(text)
+    found = []
+    start = 0
+    while start < len(words):
+        end = min(start + longest, len(words))
+        while end > start and words[start:end] not in book:
+            end -= 1
+        is_negated = words[max(0, start - 1)] in NEGATIONS
+        if end > start and not is_negated:
+            found.append(book[words[start:end]])
+        start = max(end, start + 1)
+    return found
+
+
+def share_shown(text, poses, source=None):
+    """Which share of what a text says is seen in each of M poses (M,22,3,3) that face +z -> (M,).
+
+    Of captions and difference texts the statements count, see `share_true`, of other texts the
+    facts that `read_facts` finds. Without either all shares are 0. source: see `share_true`.
+    """
+    if statements(text):
+        return share_true(text, poses, source)
+    said = read_facts(text)
+    if not said:
+        return np.zeros(len(poses))
+    table = fact_table()
+    holds = table.holds(table.values(poses))                                  # (M,F)
+    shown = [holds[:, facts].any(1) for facts in said]
+    return np.mean(shown, 0)
 
 
 class Writer:

@@ -85,12 +85,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from captions import check_text, share_true
+from captions import check_text
 from data import (
     HEAD, POOL, REASONING, SEVEN, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable,
     as_rotations, body_colors, contact_sheet, default_body, draw_pose, drop_introduction,
-    open_picture, project, read_frames, read_pose, render_template, save_png, split_pose_path,
-    square, templates, to_rgb, upright_reading, uprightness, vertex_normals, write_pose,
+    open_picture, project, read_frames, read_pose, render_template, save_png, share_shown,
+    split_pose_path, square, templates, to_rgb, upright_reading, uprightness, vertex_normals,
+    write_pose,
 )
 from tokenizer import (
     ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, as_user_error, atomic_write,
@@ -545,8 +546,8 @@ class Engine:
 
         logits (N,K) -> probs (N,K). The first candidate is that of soft decoding; the others differ
         from it by Gumbel noise, which makes of it a draw that is a distribution still (Jang et al.
-        2017). Of equally good ones the first is taken: a prompt without a statement that can be
-        checked is decoded softly.
+        2017). Of equally good ones the first is taken: a prompt of which nothing can be checked is
+        decoded softly.
         """
         # the same noise in every row: an answer must not depend on the batch
         generator = torch.Generator(logits.device).manual_seed(0)
@@ -559,7 +560,7 @@ class Engine:
         if any(kind == "image" for kind, _, _ in prompt):
             poses = face_front(poses)       # statements are about people who face front
         text, source = demand_of(self.model, prompt)
-        shares = share_true(text, poses, source)                                # (D,)
+        shares = share_shown(text, poses, source)                               # (D,)
         return probs[shares.argmax()]
 
     def accept_suffix(self, rows, states, cached):

@@ -3054,6 +3054,90 @@ def test_what_is_said_of_a_pose_holds_for_its_mirror_image_on_the_other_side():
             assert mirrored[said[:, k], swapped].all(), (name, side)
 
 
+def names_read(text):
+    """For each phrase read in a text the facts that it may mean: [{"arm up left"}, ...]."""
+    facts = data.fact_table().facts
+    found = []
+    for numbers in data.read_facts(text):
+        found.append({f"{facts[k].name} {facts[k].side}".strip() for k in numbers})
+    return found
+
+
+@pytest.mark.parametrize("text, first, second", [
+    ("Raise your left arm and look up.", "arm up left", "head up"),
+    ("kneeling, the right hand on his hip", "kneeling", "hand on hip right"),
+    ("A dancer does a handstand. His legs are spread.", "handstand", "feet wide apart"),
+])
+def test_facts_are_read_in_what_people_type(text, first, second):
+    read = names_read(text)
+
+    assert len(read) == 2
+    assert first in read[0]
+    assert second in read[1]
+
+
+def test_a_phrase_without_a_side_may_mean_either():
+    assert names_read("kneel on one knee") == [
+        {"kneeling on one knee left", "kneeling on one knee right"}]
+
+
+def test_a_longer_phrase_is_read_before_a_shorter_one():
+    [read] = names_read("sit on the floor")
+
+    assert "sitting on the floor" in read
+    assert "sitting" not in read
+
+
+@pytest.mark.parametrize("text", [
+    "", "zumba", "without kneeling", "never squat", "Please make it look nice."])
+def test_no_fact_is_read_in_other_words_or_after_a_negation(text):
+    assert names_read(text) == []
+
+
+def test_a_negation_that_belongs_to_a_phrase_is_read():
+    [read] = names_read("do not bend your knees")
+
+    assert read == names_read("keep both legs straight")[0]
+
+
+def test_instructions_around_a_text_say_no_fact():
+    for task in ("text2pose", "edit", "chat_edit"):
+        for template in data.templates(task):
+            assert names_read(data.SLOT.sub(" ", template)) == [], template
+
+
+def test_all_facts_of_a_request_are_read_in_it():
+    world = data.World("val", 200)
+    for i in range(200):
+        request = world.ask(i, np.random.default_rng(i))
+        read = set().union(*data.read_facts(request.text))
+
+        assert set(request.facts) <= read, request.text
+
+
+def test_the_share_shown_of_a_request_is_that_of_its_facts():
+    both_up = {"left_shoulder": (0, 0, 80), "right_shoulder": (0, 0, -80)}
+    candidates = torch.cat([
+        turned_joints(), turned_joints(left_shoulder=(0, 0, 80)), turned_joints(**both_up)])
+
+    shares = data.share_shown("Raise your left arm. Raise your right arm.", candidates)
+
+    assert shares.tolist() == [0, 0.5, 1]
+
+
+def test_the_share_shown_of_a_caption_is_that_of_its_statements(world):
+    text = world.caption(1, np.random.default_rng(0))
+    candidates = world.poses[:20]
+
+    shares = data.share_shown(text, candidates)
+
+    assert (shares == captions.share_true(text, candidates)).all()
+
+
+def test_of_a_text_of_which_nothing_can_be_checked_no_share_is_shown():
+    assert (data.share_shown("Be yourself.", poses(3)) == 0).all()
+
+
 @pytest.fixture(scope="module")
 def requested():
     """300 people of the test split, a Request for each, and the facts that it says."""
@@ -3098,6 +3182,52 @@ def test_a_request_says_one_fact_a_few_or_many(requested):
     assert sizes[1] > 60
     assert sizes[2] > 40
     assert max(sizes) >= 6
+
+
+def test_what_a_request_leaves_unsaid_of_arms_and_legs_is_usual(requested, monkeypatch):
+    monkeypatch.setattr(data, "SHARE_OF_USUAL", 1)
+    table = data.fact_table()
+    world = requested.world
+    for i in range(len(world.poses)):
+        facts = world.ask(i, np.random.default_rng(i)).facts
+
+        said = set().union(*[table.facts[k].parts for k in facts])
+        for k in np.flatnonzero(world.facts[i] & table.is_unusual):
+            assert table.facts[k].parts & said, table.facts[k].name
+
+
+def test_some_requests_leave_out_what_is_unusual(requested, monkeypatch):
+    monkeypatch.setattr(data, "SHARE_OF_USUAL", 0)
+    table = data.fact_table()
+    world = requested.world
+    n_silent = 0
+    for i in range(len(world.poses)):
+        facts = world.ask(i, np.random.default_rng(i)).facts
+        said = set().union(*[table.facts[k].parts for k in facts])
+        unusual = np.flatnonzero(world.facts[i] & table.is_unusual)
+        n_silent += any(not table.facts[k].parts & said for k in unusual)
+
+    assert n_silent > 100
+
+
+def test_requests_say_what_the_whole_body_does_unless_it_stands(requested, monkeypatch):
+    monkeypatch.setattr(data, "SHARE_OF_USUAL", 1)
+    table = data.fact_table()
+    world = requested.world
+    for i in np.flatnonzero(~world.stands & (world.facts & table.is_base).any(1)):
+        facts = world.ask(i, np.random.default_rng(i)).facts
+
+        assert table.is_base[facts].any()
+
+
+def test_a_side_that_is_not_said_is_the_right_one():
+    writer = data.Writer(np.random.default_rng(0), "train")
+    facts = data.fact_table().facts
+    [kick] = [fact for fact in facts if fact.name == "high kick" and fact.side == "left"]
+
+    for kind in ("do", "name"):
+        said = {writer.line(kick, kind) for _ in range(100)}
+        assert all(re.search("left|right", line) for line in said), said
 
 
 def test_the_activity_and_its_side_are_those_of_the_person(requested):
@@ -14114,7 +14244,7 @@ def test_drawn_poses_that_are_rewarded_become_likelier(monkeypatch):
     """One prompt, no target and no imitation: only the reward can teach it."""
     monkeypatch.setattr(train, "IMITATION", 0.0)
     monkeypatch.setattr(train, "JOINT_PENALTY", 0.0)
-    monkeypatch.setattr(train, "share_true", lambda text, poses, source: poses[:, 6, 1, 1] > 0)
+    monkeypatch.setattr(train, "share_shown", lambda text, poses, source: poses[:, 6, 1, 1] > 0)
     model = model_of_spread_codes()
     run, config = reward_of(model)
     learning = train.freeze(config, {"model": model})
@@ -14129,7 +14259,7 @@ def test_drawn_poses_that_are_rewarded_become_likelier(monkeypatch):
 def test_a_reward_that_all_draws_share_teaches_nothing(monkeypatch):
     monkeypatch.setattr(train, "IMITATION", 0.0)
     monkeypatch.setattr(train, "JOINT_PENALTY", 0.0)
-    monkeypatch.setattr(train, "share_true", lambda text, poses, source: np.full(len(poses), 0.5))
+    monkeypatch.setattr(train, "share_shown", lambda text, poses, source: np.full(len(poses), 0.5))
     model = model_of_spread_codes()
     run, config = reward_of(model)
 

@@ -64,11 +64,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from captions import share_true
 from data import (
     CELL, N_TEMPLATES, PICTURE_SIZE, POOL, REASONING, SEVEN, TASKS, Mixture, World, answerable,
-    contact_sheet, crop_picture, open_picture, read_records, render_template, save_png, square,
-    task_values, templates, vocabulary,
+    contact_sheet, crop_picture, open_picture, read_records, render_template, save_png, share_shown,
+    square, task_values, templates, vocabulary,
 )
 from eval import Retrieval, load_retrieval_model, tokenize_texts
 from sample import demand_of
@@ -916,7 +915,7 @@ def reward(model, retrieval_model, cache, config):
     """Policy gradients: drawn poses that do as the text says become likelier, others less likely.
 
     Codes that differ from the target's are wrong for cross-entropy, whatever pose they stand for.
-    Here a pose costs what can be checked of it: the share of the text's statements that it breaks,
+    Here a pose costs what can be checked of it: the share of what the text says that it breaks,
     and JOINT_PENALTY for each metre between its joints and the target's, because a pose that
     satisfies a text may forget what the text does not speak of. The baseline is the mean over the
     DRAWS poses of a prompt; all codes come from one step, so these cost no further step of the LLM.
@@ -959,7 +958,7 @@ def reward(model, retrieval_model, cache, config):
         metres = distance.norm(dim=-1).mean(-1)                              # (n,D)
         shares = []
         for trial, drawn in zip(rows, poses.cpu()):
-            shares.append(share_true(trial.text, drawn, trial.source))
+            shares.append(share_shown(trial.text, drawn, trial.source))
         true = torch.tensor(np.stack(shares)).to(metres)                     # (n,D)
         cost = 1 - true + JOINT_PENALTY * metres                             # (n,D)
 
