@@ -1579,10 +1579,11 @@ def phrase_book():
 
 
 def read_facts(text):
-    """A typed text -> for each phrase of the grammar in it the facts that it may mean.
+    """A typed text -> the phrases of the grammar in it, each with the facts that it may mean.
 
-    At each word the longest phrase counts, so that "sit on the floor" is not "sit". A phrase after
-    a negation that is not part of it does not count.
+    "Kneel and look up." -> [("kneel", [9, 131]), ("look up", [108, 214])]. At each word the longest
+    phrase counts, so that "sit on the floor" is not "sit". A phrase after a negation that is not
+    part of it does not count.
     """
     book = phrase_book()
     longest = max(len(words) for words in book)
@@ -1595,7 +1596,7 @@ def read_facts(text):
             end -= 1
         is_negated = words[max(0, start - 1)] in NEGATIONS
         if end > start and not is_negated:
-            found.append(book[words[start:end]])
+            found.append((" ".join(words[start:end]), book[words[start:end]]))
         start = max(end, start + 1)
     return found
 
@@ -1613,8 +1614,15 @@ def share_shown(text, poses, source=None):
         return np.zeros(len(poses))
     table = fact_table()
     holds = table.holds(table.values(poses))                                  # (M,F)
-    shown = [holds[:, facts].any(1) for facts in said]
+    shown = [holds[:, facts].any(1) for _, facts in said]
     return np.mean(shown, 0)
+
+
+def unseen_phrases(text, pose):
+    """The phrases of a typed text that a pose (22,3,3), facing +z, clearly does not show."""
+    table = fact_table()
+    [holds] = table.holds(table.values(pose[None]), slack=1)                  # (F,)
+    return [phrase for phrase, facts in read_facts(text) if not holds[facts].any()]
 
 
 class Writer:

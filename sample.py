@@ -90,8 +90,8 @@ from data import (
     HEAD, POOL, REASONING, SEVEN, SIDE_TINTS, SLOT, SMALLEST, TASKS, UP_TURNS, World, answerable,
     as_rotations, body_colors, contact_sheet, default_body, draw_pose, drop_introduction,
     open_picture, project, read_frames, read_pose, render_template, save_png, share_shown,
-    split_pose_path, square, templates, to_rgb, upright_reading, uprightness, vertex_normals,
-    write_pose,
+    split_pose_path, square, templates, to_rgb, unseen_phrases, upright_reading, uprightness,
+    vertex_normals, write_pose,
 )
 from tokenizer import (
     ASSETS, JOINTS, LEFT_WRIST, PARENTS, RIGHT_WRIST, TINY, UserError, as_user_error, atomic_write,
@@ -2142,6 +2142,7 @@ def write_answers(question, answers, body, config, first=1):
             path = out / f"{numbered(question.name, number + k)}.npz"
             write_pose(path, answer.pose)
             print(f"pose: {path}")
+            report_unseen(question, answer)
         save_answer(answer, first + k, body, config)
         report_cut(answer)
 
@@ -2150,6 +2151,17 @@ def write_answers(question, answers, body, config, first=1):
     save_png(contact_sheet([sheet_row(*row, body)]), path)
     print(f"picture: {path}", flush=True)
     return row
+
+
+def report_unseen(question, answer):
+    """Prints a note on what a typed text asks for and the pose of its answer does not show."""
+    pose = answer.pose
+    if question.has_image:
+        [pose] = face_front(pose[None])                 # it is in the camera's frame
+    unseen = unseen_phrases(question.typed, pose)
+    if unseen:
+        print(f"note: the pose does not show: {', '.join(unseen)}; try --decode check, or say it "
+              "in other words", file=sys.stderr)
 
 
 def report_cut(answer):

@@ -3058,7 +3058,7 @@ def names_read(text):
     """For each phrase read in a text the facts that it may mean: [{"arm up left"}, ...]."""
     facts = data.fact_table().facts
     found = []
-    for numbers in data.read_facts(text):
+    for _, numbers in data.read_facts(text):
         found.append({f"{facts[k].name} {facts[k].side}".strip() for k in numbers})
     return found
 
@@ -3110,7 +3110,7 @@ def test_all_facts_of_a_request_are_read_in_it():
     world = data.World("val", 200)
     for i in range(200):
         request = world.ask(i, np.random.default_rng(i))
-        read = set().union(*data.read_facts(request.text))
+        read = set().union(*[facts for _, facts in data.read_facts(request.text)])
 
         assert set(request.facts) <= read, request.text
 
@@ -3132,6 +3132,14 @@ def test_the_share_shown_of_a_caption_is_that_of_its_statements(world):
     shares = data.share_shown(text, candidates)
 
     assert (shares == captions.share_true(text, candidates)).all()
+
+
+def test_phrases_that_a_pose_does_not_show_are_found():
+    left_up = turned_joints(left_shoulder=(0, 0, 80))[0]
+    text = "Raise your left arm, stand, and put your right hand on your hip."
+
+    assert data.unseen_phrases(text, left_up) == ["put right hand on hip"]
+    assert data.unseen_phrases("Be yourself.", left_up) == []
 
 
 def test_of_a_text_of_which_nothing_can_be_checked_no_share_is_shown():
@@ -9494,6 +9502,24 @@ def test_words_that_the_model_does_not_know_are_mentioned_once_with_the_nearest(
     note = capsys.readouterr().err
     assert note == ("note: the model does not know 3 of the words: kneee (nearest: knee), waltzes, "
                     "straigth (nearest: straight)\n")
+
+
+def test_what_a_pose_does_not_show_of_a_text_is_said(capsys):
+    question = sample.read_question(text="Raise your left arm. Put your right hand on your head.")
+    left_up = turned_joints(left_shoulder=(0, 0, 80))[0]
+
+    sample.report_unseen(question, sample.Answer("", left_up, [], [], True))
+
+    note = capsys.readouterr().err
+    assert note.startswith("note: the pose does not show: put right hand on head; ")
+
+
+def test_a_contradiction_is_said_to_be_unseen(capsys):
+    question = sample.read_question(text="both arms up and the hands on the hips")
+    for pose in poses(5):
+        sample.report_unseen(question, sample.Answer("", pose, [], [], True))
+
+        assert capsys.readouterr().err.startswith("note: the pose does not show: ")
 
 
 @pytest.mark.parametrize("text", ["Der Mann hebt den linken Arm.", "qwerty", "лево, право!"])
