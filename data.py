@@ -1269,7 +1269,7 @@ def save_png(picture, path):
 #   poses --measure--> values (n,S) --ranges--> which facts hold (n,F) --choose, word--> "Raise ..."
 #
 # A fact is said of a pose where it holds with a margin. A pose that was made shows a fact where it
-# holds at all.
+# holds at all. `read_facts` reads them back from what is typed, so that an answer can be checked.
 METRES = ("distance", "relativePos", "onGround")           # kinds of measures; others are degrees
 MARGINS = (0.04, 5.0)                                      # metres, degrees
 # of which a mirror changes the sign
