@@ -1583,7 +1583,8 @@ def read_facts(text):
 
     "Kneel and look up." -> [("kneel", [9, 131]), ("look up", [108, 214])]. At each word the longest
     phrase counts, so that "sit on the floor" is not "sit". A phrase after a negation that is not
-    part of it does not count.
+    part of it does not count. A side outside of all phrases is that of the phrase before it:
+    "throw a ball with the left arm".
     """
     book = phrase_book()
     longest = max(len(words) for words in book)
@@ -1594,9 +1595,14 @@ def read_facts(text):
         end = min(start + longest, len(words))
         while end > start and words[start:end] not in book:
             end -= 1
-        is_negated = words[max(0, start - 1)] in NEGATIONS
+
+        is_negated = start > 0 and words[start - 1] in NEGATIONS
         if end > start and not is_negated:
             found.append((" ".join(words[start:end]), book[words[start:end]]))
+        elif words[start] in BOTH_SIDES and found:
+            phrase, facts = found[-1]
+            sided = [k for k in facts if fact_table().facts[k].side == words[start]]
+            found[-1] = (phrase, sided or facts)
         start = max(end, start + 1)
     return found
 

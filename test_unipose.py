@@ -3081,6 +3081,11 @@ def test_a_phrase_without_a_side_may_mean_either():
         {"kneeling on one knee left", "kneeling on one knee right"}]
 
 
+def test_a_side_outside_of_a_phrase_is_that_of_the_phrase_before():
+    assert names_read("throwing a ball with the left arm") == [{"throwing left"}]
+    assert names_read("kneel, the left hand on the head")[0] == names_read("kneel")[0]
+
+
 def test_a_longer_phrase_is_read_before_a_shorter_one():
     [read] = names_read("sit on the floor")
 
@@ -3098,6 +3103,7 @@ def test_a_negation_that_belongs_to_a_phrase_is_read():
     [read] = names_read("do not bend your knees")
 
     assert read == names_read("keep both legs straight")[0]
+    assert names_read("not bending your knees") == [read]
 
 
 def test_instructions_around_a_text_say_no_fact():
