@@ -33,7 +33,7 @@ Letters: B samples of a batch, J=22 joints, N codes of a pose, C numbers of a co
 image, Dv channels of a patch, D width of the LLM.
 
     python train.py --stage all --size nano                      # everything, in 12 s on one thread
-    python train.py --stage all --size tiny --out out/tiny       # the model in weights/tiny
+    python train.py --stage all --size tiny --out out/tiny       # the course of weights/tiny
     python train.py --stage align --out out/tiny --resume        # continue after an interruption
     python train.py --stage all --out out/causal --attn causal   # an ablation (paper Table 7)
     python train.py --stage project,instruct --vision clip --init out/tiny --out out/clip  # branch
@@ -1126,7 +1126,7 @@ def make_optimisers(config, learning, peak):
     """AdamW (paper); at the embedded sizes Muon for the weight matrices of transformer layers.
 
     Muon orthogonalises the update, so that weak directions of a matrix move as far as strong ones:
-    the same examples teach more (see the README). LoRA matrices stay with AdamW. Source: Jordan et
+    the same examples teach more (see the model card). LoRA matrices stay with AdamW. Source: Jordan et
     al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025.
     """
     matrices = []
