@@ -15435,7 +15435,7 @@ def readme_commands():
     """The commands of the README's shell blocks that run our scripts, as lists of words."""
     blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     commands = []
-    for line in "\n".join(blocks).splitlines():
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         command = line.split("  #")[0]
         for words in re.findall(r"(?:python|torchrun [^ ]+) (\w+\.py[^&]*)", command):
             commands.append(shlex.split(words))
