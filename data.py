@@ -60,7 +60,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from captions import (
-    VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
+    PAIR, VIEWS, add_view, caption, caption_words, choose_codes, difference, eligible_codes,
     find_keypoints, full_caption, full_captions, is_true, join_words, keypoint_ids, measure,
     name_sides, paircodes, pose_table, posecodes, rest_joints, share_true, statements, to_text,
 )
@@ -1274,7 +1274,8 @@ METRES = ("distance", "relativePos", "onGround")           # kinds of measures; 
 MARGINS = (0.04, 5.0)                                      # metres, degrees
 # of which a mirror changes the sign
 SIGNED_KINDS = ("relativePosX", "bodyInclineY", "bodyInclineZ", "relativeRotY", "relativeRotZ")
-FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many of them, drawn evenly
+FACTS_SAID = (1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 8)          # how many, drawn evenly, by requests
+                                                           # that leave out what is unusual
 SHARE_OF_BASE = 0.75                                       # of requests: say what the body does
 SHARE_OF_USUAL = 0.7                                       # of requests: what is not said is usual
 SHARE_OF_ALL = 0.6                                         # of instructions: say all that changes
@@ -1334,8 +1335,8 @@ class FactTable:
 
     columns: {"lift pelvis neck": its column} of S measures. Terms (T,): column, low and high of
     each range, and the margin within it; starts (F,): the first term of each fact. Of facts:
-    weights, is_base, is_unusual (what arms and legs do, if it does not go without saying),
-    activity, side (F,). Of changes: changed (C,), their columns, and little (C,).
+    weights, is_base, is_unusual (what a whole arm or leg does, if it does not go without
+    saying), activity, side (F,). Of changes: changed (C,), their columns, and little (C,).
     """
 
     def __init__(self):
@@ -1549,13 +1550,13 @@ def third_person(command):
     return inflect(command, form)
 
 
-FILLERS = {"the", "a", "an", "your", "his", "her", "their", "its", "and"}
-NEGATIONS = {"not", "no", "never", "without"}
+FILLERS = {"the", "a", "an", "your", "his", "her", "their", "its"}
+NEGATIONS = {"not", "no", "never", "without", "nor", "neither", "stop"}
 
 
 def bare_words(text):
-    """A text, or a line with {the} in it, as its words in lower case, without FILLERS."""
-    words = re.findall(r"[\w'-]+", text.replace("{the}", "").lower())
+    """A text, or a line with {the} in it, as its words and commas in lower case, less FILLERS."""
+    words = re.findall(r"[\w'-]+|,", text.replace("{the}", "").lower())
     return tuple(word for word in words if word not in FILLERS)
 
 
@@ -1564,7 +1565,7 @@ def phrase_book():
     """How facts are said: {bare words: numbers of the facts that they may mean}.
 
     "sit down" may be the fact or the activity, "kneel on one knee" either knee. The phrases that
-    are for tests only are not in it.
+    are for tests only are not in it, or `--decode check` would be tested on what it was given.
     """
     book = {}
     for k, fact in enumerate(fact_table().facts):
@@ -1573,62 +1574,103 @@ def phrase_book():
             lines += [command, gerund(command), third_person(command)]
         for clause in fact.wordings("is", "train"):
             lines += [clause, without_verb(clause)]
-        for line in lines:
-            book.setdefault(bare_words(line), []).append(k)
+        for words in {bare_words(line) for line in lines}:
+            book.setdefault(words, []).append(k)
+
+    # "raise the left hand a little" is about the pose before: longer than a fact, it says none
+    grammar = load_asset("requests")
+    for change in fact_table().changes:
+        for line in change.less + change.more:
+            for more in grammar["little"] + grammar["much"]:
+                if more or "less" in line:
+                    book.setdefault(bare_words(line.replace("{more}", more)), [])
     return book
 
 
-def read_facts(text):
+def is_statement(sentence, has_source):
+    """Can a sentence be checked as captions are? One about a change needs the pose before."""
+    codes = statements(sentence)
+    return bool(codes) and (has_source or not codes[0].category.startswith(PAIR))
+
+
+def read_facts(text, has_source=False):
     """A typed text -> the phrases of the grammar in it, each with the facts that it may mean.
 
-    "Kneel and look up." -> [("kneel", [9, 131]), ("look up", [108, 214])]. At each word the longest
-    phrase counts, so that "sit on the floor" is not "sit". A phrase after a negation that is not
-    part of it does not count. A side outside of all phrases is that of the phrase before it:
-    "throw a ball with the left arm".
+    "Kneel and look up." -> [("kneel", numbers of facts), ("look up", ...)]. At each word the
+    longest phrase counts, so that "sit on the floor" is not "sit". A phrase after a negation that
+    is not part of it does not count, nor do sentences of captions, which mean ranges of their own.
+    has_source: the text changes a pose, so that sentences of difference texts do not count either.
     """
+    found = []
+    for sentence in re.split(r"[.!?;\n]+", text.lower().replace("’", "'")):
+        if not is_statement(sentence, has_source):
+            found += read_phrases(bare_words(sentence))
+    return found
+
+
+def read_phrases(words):
+    """The bare words of a sentence -> what `read_facts` finds in it."""
     book = phrase_book()
-    longest = max(len(words) for words in book)
-    words = bare_words(text)
+    longest = max(len(phrase) for phrase in book)
     found = []
     start = 0
     while start < len(words):
         end = min(start + longest, len(words))
         while end > start and words[start:end] not in book:
             end -= 1
+        phrase = words[start:end]
 
-        is_negated = start > 0 and words[start - 1] in NEGATIONS
-        if end > start and not is_negated:
-            found.append((" ".join(words[start:end]), book[words[start:end]]))
-        elif words[start] in BOTH_SIDES and found:
-            phrase, facts = found[-1]
+        earlier, before = ("", "", *words[:start])[-2:]
+        is_negated = before in NEGATIONS or before.endswith("n't")
+        if phrase and book[phrase] and not is_negated and not may_be_noun(words, start, end):
+            found.append((" ".join(phrase), book[phrase]))
+
+        # "throwing a ball" may mean either arm, but not before "with the left arm"
+        elif found and words[start] in BOTH_SIDES and before == "with" and earlier not in NEGATIONS:
+            said, facts = found[-1]
             sided = [k for k in facts if fact_table().facts[k].side == words[start]]
-            found[-1] = (phrase, sided or facts)
+            found[-1] = (said, sided or facts)
         start = max(end, start + 1)
     return found
+
+
+def may_be_noun(words, start, end):
+    """May a phrase be a thing, and not what somebody does? "a box", "a bridge", "read off"
+
+    One word is what somebody does if it is a gerund, or a sentence begins with it and goes on with
+    something else: "Kneel with one arm up."
+    """
+    if end - start > 1 or words[start].endswith("ing"):
+        return False
+    follows = [*words[end:], ""][0]
+    return start > 0 or follows not in ("", ",", "and", "with")
 
 
 def share_shown(text, poses, source=None):
     """Which share of what a text says is seen in each of M poses (M,22,3,3) that face +z -> (M,).
 
-    Of captions and difference texts the statements count, see `share_true`, of other texts the
-    facts that `read_facts` finds. Without either all shares are 0. source: see `share_true`.
+    What it says are the statements of captions and difference texts, see `share_true`, and the
+    facts that `read_facts` finds in other sentences. Without either all shares are 0.
+    source: the pose (22,3,3) that the text changes, or None.
     """
-    if statements(text):
-        return share_true(text, poses, source)
-    said = read_facts(text)
+    n_statements = len(statements(text))
+    said = read_facts(text, source is not None)
     if not said:
-        return np.zeros(len(poses))
+        return share_true(text, poses, source)
     table = fact_table()
     holds = table.holds(table.values(poses))                                  # (M,F)
-    shown = [holds[:, facts].any(1) for _, facts in said]
-    return np.mean(shown, 0)
+    n_shown = n_statements * share_true(text, poses, source)                  # (M,)
+    for _, facts in said:
+        n_shown += holds[:, facts].any(1)
+    return n_shown / (n_statements + len(said))
 
 
 def unseen_phrases(text, pose):
-    """The phrases of a typed text that a pose (22,3,3), facing +z, clearly does not show."""
+    """The phrases that `read_facts` finds in a text and that a pose (22,3,3) clearly lacks."""
     table = fact_table()
     [holds] = table.holds(table.values(pose[None]), slack=1)                  # (F,)
-    return [phrase for phrase, facts in read_facts(text) if not holds[facts].any()]
+    unseen = [phrase for phrase, facts in read_facts(text, True) if not holds[facts].any()]
+    return list(dict.fromkeys(unseen))
 
 
 class Writer:
@@ -1960,16 +2002,23 @@ class World:
         return render_group(poses, self.size, group.shirts, looks, rng)
 
     def is_named(self, i):
-        """Does the name of an activity tell what person i does?
+        """Is the activity of person i known? Edits may have left it, and some people have none."""
+        return i % 2 == 0 and self.activity[i] != ""
 
-        Edits may have left it, and a name without a side means the right one.
+    def fits_bare_name(self, i):
+        """Is its name alone enough to know what person i does? Without a side it means the right.
         """
-        return i % 2 == 0 and self.activity[i] != "" and self.side[i] != "left"
+        return self.is_named(i) and self.side[i] != "left"
 
     @functools.cached_property
     def named(self):
-        """The people whose activity tells what they do, see `is_named`."""
+        """The people whose activity is known."""
         return [i for i in range(len(self.poses)) if self.is_named(i)]
+
+    @functools.cached_property
+    def implied(self):
+        """The people whose activity a text can imply that names no side."""
+        return [i for i in self.named if self.fits_bare_name(i)]
 
     def clothes_feature(self, group, shirt, rng):
         """A shirt as a Feature."""
@@ -2096,7 +2145,7 @@ class World:
         """What people type to get the pose of person i: a caption, whole or short, a request, or
         something that only implies the pose."""
         kind = PROMPTS[rng.integers(len(PROMPTS))]
-        if kind == "speculation" and not self.is_named(i):
+        if kind == "speculation" and not self.fits_bare_name(i):
             kind = "request"
         return getattr(self, kind)(i, rng)
 
@@ -2107,7 +2156,7 @@ class World:
         codes = [code for code in codes if rng.random() < share]
 
         sentences = []
-        if self.is_named(i) and rng.random() < 0.7:
+        if self.fits_bare_name(i) and rng.random() < 0.7:
             activity = self.activity[i]
             sentences.append(f"{activity[0].upper()}{activity[1:]}.")
         if codes:
@@ -2135,7 +2184,7 @@ class World:
 
     @functools.cached_property
     def stands(self):
-        """Who stands, as a request need not say (n,) bool."""
+        """Who stands: a request need not say so (n,) bool."""
         standing = [fact.name == "standing" and not fact.activity for fact in fact_table().facts]
         return self.facts[:, standing.index(True)]
 
@@ -2148,7 +2197,7 @@ class World:
         """A Request for the pose of person i in words of the grammar, all of it true.
 
         Who asks for a raised hand means the other one to hang (Grice's maxim of quantity). So most
-        requests say all that arms and legs do, unless it is usual or follows from what the whole
+        requests say all that whole arms and legs do, unless it is usual or follows from what the
         body does; the others say some facts, whatever they leave out.
         """
         table = fact_table()
@@ -2181,7 +2230,7 @@ class World:
 
         The caption, where the activity is not known.
         """
-        if i % 2 or not self.activity[i]:
+        if not self.is_named(i):
             return self.caption(i, rng)
         wordings = speculations(self.activity[i], self.split)
         return wordings[rng.integers(len(wordings))]
@@ -2361,8 +2410,8 @@ class Mixture:
         if "image" in row.inputs or row.turn:
             n_people = self.photos
         i = int(rng.integers(n_people))
-        if task == "speculate" and self.world.named:
-            i = self.world.named[i % len(self.world.named)]
+        if task == "speculate" and self.world.implied:
+            i = self.world.implied[i % len(self.world.implied)]
 
         share = SHARE_OF_ABSENT if row.group else SHARE_OF_SAME
         same = np.random.default_rng((self.seed, k, 1)).random() < share

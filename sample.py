@@ -558,7 +558,7 @@ class Engine:
         probs = (logits + noise).softmax(-1)                                    # (D,N,K)
         poses = self.model.pose_tokenizer.decode_soft(probs).cpu()              # (D,22,3,3)
         if any(kind == "image" for kind, _, _ in prompt):
-            poses = face_front(poses)       # statements are about people who face front
+            poses = face_front(poses)       # what is said is about people who face front
         text, source = demand_of(self.model, prompt)
         shares = share_shown(text, poses, source)                               # (D,)
         return probs[shares.argmax()]
@@ -2142,7 +2142,7 @@ def write_answers(question, answers, body, config, first=1):
             path = out / f"{numbered(question.name, number + k)}.npz"
             write_pose(path, answer.pose)
             print(f"pose: {path}")
-            report_unseen(question, answer)
+            report_unseen(question, answer, config)
         save_answer(answer, first + k, body, config)
         report_cut(answer)
 
@@ -2153,15 +2153,19 @@ def write_answers(question, answers, body, config, first=1):
     return row
 
 
-def report_unseen(question, answer):
+def report_unseen(question, answer, config):
     """Prints a note on what a typed text asks for and the pose of its answer does not show."""
+    if question.name in TASKS and TASKS[question.name].group:
+        return                                          # the text says whom it means
     pose = answer.pose
     if question.has_image:
         [pose] = face_front(pose[None])                 # it is in the camera's frame
     unseen = unseen_phrases(question.typed, pose)
     if unseen:
-        print(f"note: the pose does not show: {', '.join(unseen)}; try --decode check, or say it "
-              "in other words", file=sys.stderr)
+        advice = "try other words"
+        if config.decode == "argmax" and config.n == 1:
+            advice = "try --decode check, or other words"
+        print(f"note: the pose does not show: {', '.join(unseen)}; {advice}", file=sys.stderr)
 
 
 def report_cut(answer):

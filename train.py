@@ -892,7 +892,7 @@ def language(model, retrieval_model, cache, config):
 
 
 DRAWS = 32  # poses that a prompt gets in `reward`
-JOINT_PENALTY = 2  # of a metre; 1 is what all statements of a text are worth
+JOINT_PENALTY = 2  # of a metre; 1 is what all that a text says is worth
 IMITATION = 0.02  # weight of cross-entropy
 
 
@@ -1126,8 +1126,8 @@ def make_optimisers(config, learning, peak):
     """AdamW (paper); at the embedded sizes Muon for the weight matrices of transformer layers.
 
     Muon orthogonalises the update, so that weak directions of a matrix move as far as strong ones:
-    the same examples teach more (see the model card). LoRA matrices stay with AdamW. Source: Jordan et
-    al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025.
+    the same examples teach more (see the model card). LoRA matrices stay with AdamW. Source: Jordan
+    et al. 2024, https://kellerjordan.github.io/posts/muon; steps scaled as in Liu et al. 2025.
     """
     matrices = []
     others = []
