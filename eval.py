@@ -26,6 +26,7 @@ n questions.
 
     python eval.py  # the shipped weights on the test split
     python eval.py --tasks text2pose --n 64 --decode argmax,soft --json out/eval.json
+    python eval.py --failures out/failures.png --n 64  # what typical failures look like
     python eval.py --speed  # a pose in one step against one by one; how time and memory grow
 """
 import copy
@@ -52,10 +53,11 @@ from captions import (
 )
 from data import (
     HIDDEN_PARTS, NOBODY, PLACES, POOL, REASONING, SEVEN, TASKS, Mixture, World, activity_table,
-    drop_introduction, records_with_pose, request_metrics, vocabulary,
+    contact_sheet, drop_introduction, records_with_pose, request_metrics, save_png, vocabulary,
 )
 from sample import (
-    AVERAGED, DECODINGS, CachedModel, generate, question, validate_decoding, want_of,
+    AVERAGED, DECODINGS, CachedModel, generate, question, rate, sheet_row, validate_decoding,
+    want_of,
 )
 from tokenizer import (
     TINY, Encoder, TokenizerConfig, UserError, atomic_write, cli, face_front, forward_kinematics,
@@ -596,16 +598,20 @@ class EvalSet:
         """The Requests whose texts the prompts of the task `request` are."""
         return [self.world.ask(i, self.rng(k)) for k, i in enumerate(self.rows.tolist())]
 
+    def inputs(self, k):
+        """What the k-th question gives: texts, pictures (S,S,3) and poses (22,3,3)."""
+        negative = bool(self.negative[k])
+        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k), same=negative)
+        if self.task == "image_text2pose":
+            inputs[0], _ = self.hidden_photos[k]
+        return inputs
+
     def question(self, k, model=None, first=None):
         """The k-th prompt, in the plain wording that `model` was trained on.
 
         first: see `past_turns`.
         """
-        negative = bool(self.negative[k])
-        *inputs, _ = self.world.example(self.task, 2 * k, self.rng(k), same=negative)
-        if self.task == "image_text2pose":
-            inputs[0], _ = self.hidden_photos[k]
-        return [*self.past_turns(k, model, first), *question(self.task, inputs, model)]
+        return [*self.past_turns(k, model, first), *question(self.task, self.inputs(k), model)]
 
     def past_turns(self, k, model=None, first=None):
         """The turns before the k-th question: [] but in a conversation.
@@ -1053,6 +1059,27 @@ def evaluate(model, evaluator, tasks=tuple(TASKS), split="test", n=512, decode="
     return report
 
 
+def typical_failure(model, evalset, decode, batch, body):
+    """Of one task the question whose answer 90 % are better than, as a row of `contact_sheet`."""
+    answers = answer_all(
+        model, len(evalset.texts), functools.partial(evalset.question, model=model), evalset.want,
+        decode, batch, evalset.task)
+    is_pose = evalset.target == "pose"
+    targets = evalset.poses if is_pose else evalset.texts
+    rated = []
+    for k in evalset.kept:
+        subjects = [evalset.poses[k]]
+        if evalset.sources is not None:
+            subjects.insert(0, evalset.sources[k])
+        error, note = rate(evalset.task, answers[k], targets[k], subjects, body)
+        rated.append((error, k, note))
+
+    rated.sort()
+    _, k, note = rated[int(0.9 * len(rated))]
+    results = [("answer", answers[k]), ("target", targets[k])]
+    return sheet_row(evalset.task, note, evalset.inputs(k), results, body)
+
+
 PROTOCOL = """\
 {weights} ({size}): {split} split, {n} questions a task, plain templates, body {body}, seed {seed}
 MPJPE in mm: 22 joints, pelvis at the origin, no alignment; PA: after the best similarity transform
@@ -1495,6 +1522,7 @@ class Config:
     body: str = ""  # SMPL file whose joints are measured; empty: the free body
     json: str = ""  # write all figures to this file
     speed: bool = False  # measure time instead of quality
+    failures: str = ""  # instead, draw the answer of each task that 90 % are better than (.png)
     features: str = ""  # write retrieval features of --poses here (.npy), for data.py --build
     poses: list[str] = field(default_factory=list)  # data set of --features, as in data.py
 
@@ -1532,7 +1560,7 @@ def validate(config):
         raise UserError("--n, --batch and --pool must be at least 2")
     if config.features and not config.poses:
         raise UserError("--features needs poses to compute them of: give --poses KIND:PATH")
-    for flag in ("json", "features"):
+    for flag in ("json", "failures", "features"):
         path = getattr(config, flag)
         if path:
             validate_writable(f"--{flag}", path)
@@ -1616,10 +1644,20 @@ def main(argv=None):
             tasks, left_out = trained_tasks(stages, pose_head)
         model = load(config.weights, device)
         retrieval_model = load_retrieval_model(config.weights)
-    validate_decoding(model, *config.decode.split(","))
+    decodings = config.decode.split(",")
+    validate_decoding(model, *decodings)
 
     if config.features:
         write_features(config, retrieval_model, device)
+        return
+    if config.failures:
+        world = World(config.split, max(2 * config.n, POOL), model.vision.clip_size)
+        rows = []
+        for task in tasks:
+            evalset = EvalSet(world, task, config.n, config.seed)
+            rows.append(typical_failure(model, evalset, decodings[0], config.batch, body))
+        save_png(contact_sheet(rows), config.failures)
+        print(f"look at {config.failures}")
         return
     if config.speed:
         figures = measure_speed(model, config.seed)

@@ -1575,7 +1575,7 @@ def tour(model, body, config):
     for k, (task, question) in enumerate(zip(tasks, questions)):
         answer = answers[k]
         target = targets[k]
-        note = score(task, answer, target, tour_people(world, task, 2 * k), body)
+        _, note = rate(task, answer.value, target, tour_people(world, task, 2 * k), body)
         for number, (asked, value) in enumerate(question.earlier, 1):
             rows.append((task, f"turn {number}", asked.shown, [("answer", value)]))
         results = [("answer", answer.value), ("target", target)]
@@ -1604,22 +1604,24 @@ def print_labelled(label, text):
     print(textwrap.fill(text, 100, initial_indent=f"    {label:<10}", subsequent_indent=" " * 14))
 
 
-def score(task, answer, target, poses, body):
-    """Rates an answer in a few words: joint error of a pose, or how many statements of a text hold.
+def rate(task, answer, target, poses, body):
+    """How wrong an answer is, as a number and in words: the joint error of a pose, or how many
+    statements of a text hold.
 
-    poses: the person that the text is about, or A and B.
+    answer, target: a pose (22,3,3) or a text. poses: the person that the text is about, or A and B.
     """
     if TASKS[task].target == "pose":
-        if answer.pose is None:
-            return "no pose"
-        offsets = body.joints(answer.pose) - body.joints(target)                # (22,3) metres
-        return f"MPJPE {1000 * offsets.norm(dim=-1).mean():.0f} mm"
+        if kind_of(answer) == "text":
+            return math.inf, "no pose"
+        offsets = body.joints(answer) - body.joints(target)                     # (22,3) metres
+        error = 1000 * offsets.norm(dim=-1).mean().item()
+        return error, f"MPJPE {error:.0f} mm"
 
     source = poses[0] if len(poses) == 2 else None
-    text = drop_introduction(answer.text) if TASKS[task].group else answer.text
+    text = drop_introduction(answer) if TASKS[task].group else answer
     verdicts = check_text(text, poses[-1], source)
     n_true = sum(is_near for is_near, _ in verdicts)
-    return f"{n_true}/{len(verdicts)} statements true"
+    return 1 - n_true / max(1, len(verdicts)), f"{n_true}/{len(verdicts)} statements true"
 
 
 # ---- 8. A conversation ---------------------------------------------------------------------------

@@ -11040,16 +11040,42 @@ def test_the_tour_checks_a_text_about_one_of_several_against_that_person():
     assert all(is_near for is_near, _ in verdicts)
 
 
-def test_the_score_of_a_text_about_one_of_several_does_not_count_who_is_meant():
+@pytest.fixture(scope="module")
+def group_text():
+    """A question about a group, its answer in words, and the person that is meant."""
     world = data.World("test", 64, 64)
     _, text = sample.tour_question(world, "reason_text", 18, reads_poses=True)
-    answer = sample.Answer(text=text, pose=None, codes=[], ids=[], finished=True)
+    return text, sample.tour_people(world, "reason_text", 18)
 
-    note = sample.score("reason_text", answer, text, sample.tour_people(world, "reason_text", 18),
-                        data.default_body())
+
+def test_who_is_meant_does_not_count_as_a_statement(group_text):
+    text, people = group_text
+
+    error, note = sample.rate("reason_text", text, text, people, data.default_body())
 
     n = len(captions.statements(text))
-    assert note == f"{n}/{n} statements true"
+    assert (error, note) == (0, f"{n}/{n} statements true")
+
+
+def test_a_text_is_rated_by_its_false_statements():
+    bent = turned_joints(left_knee=(90, 0, 0))
+    text = "The left knee is straight. The right knee is straight."
+
+    error, note = sample.rate("pose2text", text, text, bent, data.default_body())
+
+    assert (error, note) == (0.5, "1/2 statements true")
+
+
+def test_a_pose_is_rated_by_its_joints_and_a_text_in_its_place_as_the_worst():
+    body = data.default_body()
+    pose, other = poses(2)
+    expected = 1000 * (body.joints(pose) - body.joints(other)).norm(dim=-1).mean().item()
+
+    error, note = sample.rate("text2pose", pose, other, [], body)
+
+    close(error, expected)
+    assert note == f"MPJPE {expected:.0f} mm"
+    assert sample.rate("text2pose", "Kneel.", other, [], body) == (math.inf, "no pose")
 
 
 # --ask
@@ -13434,7 +13460,39 @@ def test_speed_of_a_causal_model_reads_all_codes_of_a_pose(monkeypatch):
     assert set(limits) == {model.pose_tokenizer.n_tokens + 3}
 
 
-@pytest.mark.parametrize("flag", ["--json", "--features"])
+@pytest.mark.parametrize("task, inputs", [
+    ("edit", ["pose", "text"]), ("imagediff", ["A", "B"]), ("reason", ["text", "image"])])
+def test_a_typical_failure_is_shown_beside_its_question_and_the_truth(
+        monkeypatch, group_world, free_body, task, inputs):
+    """Of ten answers or fewer, of which nine in ten are better, it is the worst."""
+    evalset = evaluation.EvalSet(group_world, task, 10)
+    answers = evalset.poses if evalset.target == "pose" else evalset.texts
+    answers = list(answers)
+    worst = evalset.kept[5]
+    answers[worst] = "Nothing." if evalset.target == "text" else poses(1)[0]
+    monkeypatch.setattr(evaluation, "answer_all", lambda *_: answers)
+
+    title, cells = evaluation.typical_failure(nano(), evalset, "argmax", 4, free_body)
+
+    assert [name for name, _ in cells] == [*inputs, "answer", "target"]
+    assert title.startswith(task)
+    if evalset.target == "text":
+        assert title.endswith("0/1 statements true")
+        assert cells[-2:] == [("answer", "Nothing."), ("target", evalset.texts[worst])]
+
+
+def test_failures_are_drawn_one_row_a_task(trained, tmp_path, capsys):
+    path = tmp_path / "failures.png"
+
+    evaluation.main(["--weights", str(trained[0]), "--n=4", "--batch=4", "--tasks=text2pose",
+                     "--tasks=posediff", "--failures", str(path)])
+
+    with Image.open(path) as picture:
+        assert picture.height == data.contact_sheet(2 * [("a", [("b", "c")])]).height
+    assert str(path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--json", "--failures", "--features"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_weights_are_loaded(
         tmp_path, monkeypatch, flag):
     monkeypatch.setattr(evaluation, "load", None)
