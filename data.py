@@ -2373,7 +2373,7 @@ class World:
 
 SHARE_OF_SAME = 0.06                                       # of pair tasks: a person and itself
 SHARE_OF_ABSENT = 0.1                                      # of questions about a group: nobody fits
-SHARE_OF_BARE = 0.1                                        # of requests: no instruction around them
+SHARE_OF_BARE = {"text2pose": 0.1, "chat_edit": 0.5}       # of texts: no instruction around them
 
 
 class Mixture:
@@ -2443,8 +2443,9 @@ class Mixture:
         is_past: a later turn is about its answer, so a pose faces front whatever the task says.
         """
         template = self.template(task, rng)
-        if task == "text2pose" and self.templates > 1 and rng.random() < SHARE_OF_BARE:
-            template = "<caption>"                         # as a conversation begins: "Kneel."
+        share = SHARE_OF_BARE.get(task, 0)
+        if share and self.templates > 1 and rng.random() < share:
+            template = "<caption>"                         # as in a conversation: "Kneel."
         values = self.world.example(task, i, rng, training=True, cache=self.cache, same=same)
         if is_past and TASKS[task].frame == "camera":
             values[-1] = (self.cache or self.world).poses[i]
