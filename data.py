@@ -2381,11 +2381,12 @@ class Mixture:
 
     Example k depends on (seed, k) only. In 6 % of the pair tasks a person is compared with itself,
     or a model would find differences everywhere, and 10 % of the questions about a group fit
-    nobody. 10 % of the texts that ask for a pose stand alone, without an instruction. A turn of a
-    conversation comes after earlier turns: segments of the kind "turn", whose values are segments.
-    cache: see `World.example`. templates: how many of the instructions are used (1: the plain one).
-    photos: how many of the people image tasks are about (0: all). reads_poses: see
-    `World.history`. n_who: so many examples in front ask who of a group is meant, and no more.
+    nobody. 10 % of the texts that ask for a pose and half of the edits in a conversation stand
+    alone, without an instruction. A turn of a conversation comes after earlier turns: segments of
+    the kind "turn", whose values are segments. cache: see `World.example`. templates: how many of
+    the instructions are used (1: the plain one). photos: how many of the people image tasks are
+    about (0: all). reads_poses: see `World.history`. n_who: so many examples in front ask who of a
+    group is meant, and no more.
     """
 
     def __init__(self, tasks, seed, world, cache=None, templates=N_TEMPLATES, photos=0,

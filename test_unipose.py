@@ -2578,16 +2578,17 @@ def test_with_one_template_a_mixture_uses_the_plain_one(mixture_of):
         assert segments[0] == ("text", plain, False)
 
 
-def test_a_tenth_of_the_texts_that_ask_for_a_pose_stand_alone(mixture_of):
-    mixture = mixture_of(["text2pose"])
+@pytest.mark.parametrize("task, share", [("text2pose", 0.1), ("chat_edit", 0.5)])
+def test_some_texts_that_ask_for_a_pose_stand_alone(mixture_of, task, share):
+    mixture = mixture_of([task])
 
     n_bare = 0
     for k in range(500):
         _, segments = mixture[k]
-        if len(segments) == 2:  # what is asked for, and the answer
-            n_bare += 1
+        asked = [kind for kind, _, _ in segments if kind != "turn"]
+        n_bare += asked == ["text", "pose"]  # what is asked for, and the answer
 
-    assert 0.06 < n_bare / 500 < 0.14
+    assert abs(n_bare / 500 - share) < 0.07
 
 
 def test_with_one_template_no_request_stands_alone(mixture_of):
