@@ -1587,6 +1587,17 @@ def phrase_book():
     return book
 
 
+@functools.cache
+def longest_phrase():
+    """How many words the longest phrase of `phrase_book` has."""
+    return max(len(words) for words in phrase_book())
+
+
+def typed_sentences(text):
+    """The sentences of a typed text, in lower case."""
+    return re.split(r"[.!?;\n]+", text.lower().replace("’", "'"))
+
+
 def is_statement(sentence, has_source):
     """Can a sentence be checked as captions are? One about a change needs the pose before."""
     codes = statements(sentence)
@@ -1602,7 +1613,7 @@ def read_facts(text, has_source=False):
     has_source: the text changes a pose, so that sentences of difference texts do not count either.
     """
     found = []
-    for sentence in re.split(r"[.!?;\n]+", text.lower().replace("’", "'")):
+    for sentence in typed_sentences(text):
         if not is_statement(sentence, has_source):
             found += read_phrases(bare_words(sentence))
     return found
@@ -1611,11 +1622,10 @@ def read_facts(text, has_source=False):
 def read_phrases(words):
     """The bare words of a sentence -> what `read_facts` finds in it."""
     book = phrase_book()
-    longest = max(len(phrase) for phrase in book)
     found = []
     start = 0
     while start < len(words):
-        end = min(start + longest, len(words))
+        end = min(start + longest_phrase(), len(words))
         while end > start and words[start:end] not in book:
             end -= 1
         phrase = words[start:end]
@@ -1653,23 +1663,28 @@ def share_shown(text, poses, source=None):
     facts that `read_facts` finds in other sentences. Without either all shares are 0.
     source: the pose (22,3,3) that the text changes, or None.
     """
-    n_statements = len(statements(text))
-    said = read_facts(text, source is not None)
+    has_source = source is not None
+    said = read_facts(text, has_source)
+    stated = [line for line in typed_sentences(text) if is_statement(line, has_source)]
+    stated = ". ".join(stated)
     if not said:
-        return share_true(text, poses, source)
+        return share_true(stated, poses, source)
+
     table = fact_table()
     holds = table.holds(table.values(poses))                                  # (M,F)
-    n_shown = n_statements * share_true(text, poses, source)                  # (M,)
+    n_stated = len(statements(stated))
+    n_shown = n_stated * share_true(stated, poses, source)                    # (M,)
     for _, facts in said:
         n_shown += holds[:, facts].any(1)
-    return n_shown / (n_statements + len(said))
+    return n_shown / (n_stated + len(said))
 
 
 def unseen_phrases(text, pose):
     """The phrases that `read_facts` finds in a text and that a pose (22,3,3) clearly lacks."""
     table = fact_table()
     [holds] = table.holds(table.values(pose[None]), slack=1)                  # (F,)
-    unseen = [phrase for phrase, facts in read_facts(text, True) if not holds[facts].any()]
+    said = read_facts(text, has_source=True)               # of a change there is nothing to see
+    unseen = [phrase for phrase, facts in said if not holds[facts].any()]
     return list(dict.fromkeys(unseen))
 
 

@@ -3164,6 +3164,20 @@ def test_the_share_shown_of_a_request_is_that_of_its_facts():
     assert shares.tolist() == [0, 0.5, 1]
 
 
+def test_a_demand_counts_once_in_the_share_shown_where_there_is_no_pose_before():
+    candidates = torch.cat([turned_joints(), turned_joints(left_knee=(90, 0, 0))])
+
+    shares = data.share_shown("Straighten the left leg.", candidates)
+
+    assert shares.tolist() == [1, 0]
+
+
+def test_the_share_shown_counts_statements_and_facts_alike():
+    shares = data.share_shown("Raise your left arm. The left knee is straight.", turned_joints())
+
+    assert shares.tolist() == [0.5]
+
+
 def test_the_share_shown_of_a_caption_is_that_of_its_statements(world):
     text = world.caption(1, np.random.default_rng(0))
     candidates = world.poses[:20]
